@@ -1,0 +1,188 @@
+"""Signal and noise of the policy gradient, from per-prompt gradients of one batch, and the learning-rate factor rho.
+
+Shapes: N prompts, k coordinates of a gradient (or of a sketch that preserves inner products). Plain numbers come out.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GradientMoments(NamedTuple):
+    r"""
+    What one batch says about the gradient.
+
+    Args:
+        signal (`float`):
+            Unbiased estimate of \\( \|\nabla J\|^2 \\). May be negative.
+        noise (`float`):
+            Unbiased estimate of tr(H), the trace of the covariance of a per-prompt gradient.
+    """
+
+    signal: float
+    noise: float
+
+
+def gradient_moments(per_prompt_gradients: Tensor) -> GradientMoments:
+    r"""
+    Unbiased estimates of \\( \|\nabla J\|^2 \\) and tr(H) from the per-prompt gradients \\( g_n \\) of one batch:
+
+    $$
+    \text{noise} = \frac{1}{N-1} \sum_n \|g_n - \hat g\|^2, \qquad \text{signal} = \|\hat g\|^2 - \text{noise} / N
+    $$
+
+    (the quantities of [OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4; the estimators are ours). Identical
+    gradients give noise 0. With sketches in place of gradients both stay unbiased over the draw of the projections.
+
+    Args:
+        per_prompt_gradients (`torch.Tensor` of shape `(num_prompts, k)`):
+            One row per prompt: the mean over its completions of advantage x score.
+
+    Returns:
+        [`GradientMoments`]: Both `nan` for fewer than two prompts.
+    """
+    gradients = per_prompt_gradients.double()
+    num_prompts = gradients.size(0)
+    if num_prompts < 2:
+        return GradientMoments(math.nan, math.nan)
+    mean = gradients.mean(dim=0)
+    noise = (gradients - mean).square().sum().item() / (num_prompts - 1)
+    return GradientMoments(mean.square().sum().item() - noise / num_prompts, noise)
+
+
+def snr_ratio(signal: float, noise: float, num_prompts: float) -> float:
+    r"""
+    Learning-rate factor \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\) with
+    \\( \mathrm{SNR} = \|\nabla J\|^2 / \mathrm{tr}(H) \\).
+
+    Computed as signal / (signal + noise / N) with a negative signal read as 0
+    ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). No noise gives 1, no signal gives 0.
+
+    Args:
+        signal (`float`):
+            Estimate of the squared norm of the expected gradient.
+        noise (`float`):
+            Estimate of the trace of the covariance of a per-prompt gradient.
+        num_prompts (`float`):
+            Prompts that one optimizer step averages.
+
+    Returns:
+        `float`: \\( \rho \\) in [0, 1]; `nan` if both are zero or unknown.
+    """
+    signal = max(signal, 0.0) if not math.isnan(signal) else signal
+    total = signal + noise / num_prompts
+    return signal / total if total > 0 else math.nan
+
+
+class GradientSNR:
+    """
+    Smooths signal and noise separately and forms the ratio afterwards.
+
+    The signal of a single batch is often negative, so a mean of ratios would be biased; a ratio of means is not clamped
+    before it is smoothed. Averages are bias-corrected: after t batches the weights of all batches sum to one.
+
+    Args:
+        decay (`float`, *optional*, defaults to `0.0`):
+            Decay of both moving averages, in [0, 1). `0.0` uses the current batch alone, as the paper does.
+    """
+
+    def __init__(self, *, decay: float = 0.0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        self.decay = decay
+        self._signal = 0.0
+        self._noise = 0.0
+        self._weight = 0.0
+
+    @property
+    def signal(self) -> float:
+        """Smoothed signal; `nan` before the first batch."""
+        return self._signal / self._weight if self._weight else math.nan
+
+    @property
+    def noise(self) -> float:
+        """Smoothed noise; `nan` before the first batch."""
+        return self._noise / self._weight if self._weight else math.nan
+
+    def ratio(self, num_prompts: float) -> float:
+        """[`snr_ratio`] of the smoothed signal and noise."""
+        return snr_ratio(self.signal, self.noise, num_prompts)
+
+    def update(self, moments: GradientMoments) -> None:
+        """Take in one batch. A batch without an estimate (`nan`: fewer than two prompts) changes nothing."""
+        if math.isnan(moments.signal) or math.isnan(moments.noise):
+            return
+        self._signal = self.decay * self._signal + (1 - self.decay) * moments.signal
+        self._noise = self.decay * self._noise + (1 - self.decay) * moments.noise
+        self._weight = self.decay * self._weight + (1 - self.decay)
+
+    def state_dict(self) -> dict[str, float]:
+        """State as plain numbers."""
+        return {"signal": self._signal, "noise": self._noise, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore a state of [`state_dict`][GradientSNR.state_dict]."""
+        self._signal, self._noise, self._weight = (float(state[key]) for key in ("signal", "noise", "weight"))
+
+
+class StepGradientSNR:
+    """
+    [`GradientSNR`] of optimizer steps, whose prompts may come in several generation batches.
+
+    All batches of one step are pooled and enter the moving averages once; each further batch of the step revises that
+    entry. With one batch per step this is [`GradientSNR.update`].
+
+    Args:
+        snr ([`GradientSNR`]): The moving averages.
+    """
+
+    def __init__(self, snr: GradientSNR) -> None:
+        self.snr = snr
+        self._step: int | None = None
+        self._gradients: list[Tensor] = []
+        self._before = snr.state_dict()
+
+    def add(self, per_prompt_gradients: Tensor, *, step: int, steps_per_batch: float = 1.0) -> float:
+        r"""
+        Take in a generation batch and return \\( \rho \\) of the optimizer step `step`.
+
+        Args:
+            per_prompt_gradients (`torch.Tensor` of shape `(num_prompts, k)`):
+                Gradients of the batch's prompts.
+            step (`int`):
+                Index of the optimizer step at hand.
+            steps_per_batch (`float`, *optional*, defaults to `1.0`):
+                Optimizer steps that share one generation batch, if more than one do.
+
+        Returns:
+            `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate.
+        """
+        if step != self._step:
+            self._step, self._gradients, self._before = step, [], self.snr.state_dict()
+        self._gradients.append(per_prompt_gradients)
+        pooled = torch.cat(self._gradients)
+        self.snr.load_state_dict(self._before)
+        self.snr.update(gradient_moments(pooled))
+        return self.snr.ratio(pooled.size(0) / steps_per_batch) if pooled.size(0) else math.nan
+
+
+def per_prompt_gradients(sketches: Tensor, advantages: Tensor) -> Tensor:
+    r"""
+    Per-prompt gradients \\( g_n = \frac{1}{|\{i\}|} \sum_i A_{n,i} z_{n,i} \\), over the scored completions of each prompt.
+
+    Args:
+        sketches (`torch.Tensor` of shape `(num_groups, num_generations, k)`):
+            Score sketches.
+        advantages (`torch.Tensor` of shape `(num_groups, num_generations)`):
+            Advantages; `nan` where a completion was not scored. Prompts without any scored completion are dropped; prompts
+            whose advantages are all zero are real samples and stay.
+
+    Returns:
+        `torch.Tensor` of shape `(num_scored_groups, k)`: One gradient per prompt.
+    """
+    scorable = ~advantages.isnan()
+    kept = scorable.any(dim=1)
+    weights = advantages.nan_to_num(nan=0.0)[kept] / scorable[kept].sum(dim=1, keepdim=True)
+    return torch.einsum("ng,ngk->nk", weights.to(sketches.dtype), sketches[kept])

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oblr_trl.gradient_snr import (
+    GradientMoments,
+    GradientSNR,
+    StepGradientSNR,
+    gradient_moments,
+    per_prompt_gradients,
+    snr_ratio,
+)
+
+
+def test_moments_by_hand():
+    # mean (2, 1); deviations (-1, -1) and (1, 1): noise = 4 / (2 - 1); signal = 5 - 4 / 2
+    moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+    assert moments.noise == pytest.approx(4.0)
+    assert moments.signal == pytest.approx(3.0)
+    # rho = N SNR / (1 + N SNR) with SNR = 3 / 4, N = 2
+    assert snr_ratio(*moments, 2) == pytest.approx(1.5 / 2.5)
+
+
+def test_signal_and_noise_are_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    scale = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    draws = [
+        gradient_moments(mean + scale * torch.randn(4, 3, generator=generator, dtype=torch.float64))
+        for _ in range(20_000)
+    ]
+    for values, expected in (([d.signal for d in draws], 0.14), ([d.noise for d in draws], 5.25)):
+        sample = torch.tensor(values)
+        assert abs(sample.mean().item() - expected) < 4 * sample.std().item() / math.sqrt(len(draws))
+
+
+def test_limits_of_the_ratio():
+    assert snr_ratio(2.0, 0.0, 8) == 1.0
+    assert snr_ratio(-1.0, 1.0, 8) == 0.0
+    assert math.isnan(snr_ratio(0.0, 0.0, 8))
+    assert math.isnan(snr_ratio(math.nan, math.nan, 8))
+    assert gradient_moments(torch.ones(5, 3)) == GradientMoments(3.0, 0.0)
+    assert all(math.isnan(value) for value in gradient_moments(torch.ones(1, 3)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-10, 10), st.floats(0, 10), st.integers(1, 100), st.floats(1e-3, 1e3))
+def test_the_ratio_lies_in_the_unit_interval_and_has_no_unit(signal, noise, num_prompts, unit):
+    ratio = snr_ratio(signal, noise, num_prompts)
+    if math.isnan(ratio):
+        assert noise == 0
+        assert signal <= 0
+        return
+    assert 0 <= ratio <= 1
+    assert snr_ratio(signal * unit, noise * unit, num_prompts) == pytest.approx(ratio, abs=1e-12)
+    assert snr_ratio(signal, noise, num_prompts + 1) >= ratio
+
+
+def test_without_decay_only_the_current_batch_counts():
+    snr = GradientSNR(decay=0.0)
+    snr.update(GradientMoments(5.0, 1.0))
+    snr.update(GradientMoments(-2.0, 3.0))
+    assert (snr.signal, snr.noise) == (-2.0, 3.0)
+
+
+def test_the_average_is_bias_corrected_and_clamps_only_at_the_end():
+    snr = GradientSNR(decay=0.5)
+    snr.update(GradientMoments(4.0, 1.0))
+    assert (snr.signal, snr.noise) == pytest.approx((4.0, 1.0))
+    snr.update(GradientMoments(-1.0, 4.0))
+    # weights 1/3 and 2/3: signal (4 - 2) / 3, noise (1 + 8) / 3
+    assert (snr.signal, snr.noise) == pytest.approx((2 / 3, 3.0))
+    assert snr.ratio(2) == pytest.approx((2 / 3) / (2 / 3 + 1.5))
+
+
+def test_a_batch_without_estimate_changes_nothing_and_the_state_is_plain():
+    snr = GradientSNR(decay=0.9)
+    assert math.isnan(snr.ratio(4))
+    snr.update(GradientMoments(1.0, 2.0))
+    state = snr.state_dict()
+    snr.update(GradientMoments(math.nan, math.nan))
+    assert snr.state_dict() == state
+    other = GradientSNR(decay=0.9)
+    other.load_state_dict(state)
+    assert other.ratio(4) == snr.ratio(4)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        GradientSNR(decay=1.0)
+
+
+def test_per_prompt_gradients_average_over_scored_completions_and_keep_dead_groups():
+    sketches = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 1.0], [5.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    nan = math.nan
+    advantages = torch.tensor([[2.0, nan], [0.0, 0.0], [nan, nan]])
+    # first prompt: only its first completion, 2 * (1, 0) / 1; second: a real zero; third: unscorable, dropped
+    assert per_prompt_gradients(sketches, advantages).tolist() == [[2.0, 0.0], [0.0, 0.0]]
+
+
+def test_batches_of_one_step_are_pooled_and_counted_once():
+    gradients = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    whole = StepGradientSNR(GradientSNR(decay=0.7))
+    parts = StepGradientSNR(GradientSNR(decay=0.7))
+    expected = [whole.add(gradients[:6], step=0), whole.add(gradients[6:], step=1)]
+    pooled = []
+    for step in range(2):
+        for half in gradients[6 * step : 6 * step + 6].split(3):
+            ratio = parts.add(half, step=step)
+        pooled.append(ratio)
+    assert pooled == pytest.approx(expected)
+    assert parts.snr.state_dict() == pytest.approx(whole.snr.state_dict())
+
+
+def test_a_batch_for_several_steps_is_shared_among_them():
+    gradients = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) + 1
+    moments = gradient_moments(gradients)
+    shared = StepGradientSNR(GradientSNR()).add(gradients, step=0, steps_per_batch=3)
+    # each step averages 12 / 3 prompts
+    assert shared == pytest.approx(snr_ratio(*moments, 4))
+
+
+def test_a_step_without_prompts_has_no_ratio():
+    assert math.isnan(StepGradientSNR(GradientSNR()).add(torch.zeros(0, 5), step=0))
