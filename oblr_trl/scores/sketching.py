@@ -1,0 +1,94 @@
+"""Score sketches of any causal language model of transformers, without a trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oblr_trl.scores.score_pass import ScorePass
+
+
+def score_sketches(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    scope: str = "all",
+    last_k: int | None = None,
+    sketch_dim: int = 4096,
+    method: str = "sketch",
+    seed: int = 0,
+    micro_batch_size: int | None = None,
+) -> Tensor:
+    r"""
+    Per-sequence policy scores of a causal language model, as short sketches or exact squared norms.
+
+    The score of sequence i is \\( s_i = \nabla_\theta \sum_t m_{i,t}\, c_{i,t} \log \pi_\theta(o_{i,t} \mid o_{i,<t}) \\), with
+    completion mask m and token weights c. Sketches satisfy \\( E\langle z_i, z_j \rangle = \langle s_i, s_j \rangle \\) over
+    the draw of `seed`, and are exact while the parameters in scope are no more than `sketch_dim`
+    ([LoGra](https://huggingface.co/papers/2405.13954)). The model is left as it was: no hook, no `.grad`, no changed
+    `requires_grad`, also after an exception. Dropout is active if the model is in training mode.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model with a linear head.
+        input_ids (`torch.Tensor` of shape `(B, P + C)`):
+            Prompt and completion tokens, padded on either side.
+        attention_mask (`torch.Tensor` of shape `(B, P + C)`):
+            1 for tokens, 0 for padding.
+        completion_mask (`torch.Tensor` of shape `(B, C)`):
+            1 for the completion tokens among the last C columns.
+        token_weights (`torch.Tensor` of shape `(B, C)`, *optional*):
+            Weight of each token's log-probability; 1 if not given.
+        scope (`str`, *optional*, defaults to `"all"`):
+            `"all"`: every trainable parameter. `"last_k"`: trainable parameters of the last `last_k` blocks and of everything
+            above them. `"lm_head"`: the output projection, trainable or not; needs no backward pass. Tied embeddings are one
+            matrix; scopes other than `"all"` see its use as output projection only.
+        last_k (`int`, *optional*):
+            Number of blocks for `scope="last_k"`.
+        sketch_dim (`int`, *optional*, defaults to `4096`):
+            Length of a sketch.
+        method (`str`, *optional*, defaults to `"sketch"`):
+            `"sketch"` or `"exact"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random projections.
+        micro_batch_size (`int`, *optional*):
+            Sequences per pass; all at once if not given.
+
+    Returns:
+        `torch.Tensor`: `(B, sketch_dim)` for sketches, `(B,)` for exact squared norms; float32, or float64 for a float64
+        model. A sequence without completion token gives zeros.
+
+    Raises:
+        `ValueError`: For tensors whose shapes do not fit, and as [`ScorePass`] does.
+    """
+    num_tokens = completion_mask.size(1)
+    if input_ids.shape != attention_mask.shape or completion_mask.size(0) != input_ids.size(0):
+        raise ValueError(
+            f"Expected `input_ids` and `attention_mask` of shape (B, P + C) and `completion_mask` of shape (B, C), got "
+            f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)} and {tuple(completion_mask.shape)}."
+        )
+    if not 1 <= num_tokens < input_ids.size(1):
+        raise ValueError(
+            f"`completion_mask` covers {num_tokens} of {input_ids.size(1)} columns; at least one completion column and one "
+            "prompt column before it are needed, because the first token has no predecessor to be predicted from."
+        )
+    if token_weights is not None and token_weights.shape != completion_mask.shape:
+        raise ValueError(
+            f"`token_weights` must have the shape of `completion_mask`, {tuple(completion_mask.shape)}, got "
+            f"{tuple(token_weights.shape)}."
+        )
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"`micro_batch_size` must be at least 1, got {micro_batch_size}.")
+    weights = (
+        completion_mask.to(torch.get_default_dtype()) if token_weights is None else token_weights * completion_mask
+    )
+    score_pass = ScorePass(model, scope=scope, last_k=last_k, methods=(method,), sketch_dim=sketch_dim, seed=seed)
+    results = []
+    for rows in torch.arange(input_ids.size(0)).split(micro_batch_size or max(input_ids.size(0), 1)):
+        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+        output = score_pass(inputs, input_ids[rows, -num_tokens:], weights[rows])
+        results.append(output.sketches if method == "sketch" else output.squared_norms)
+    return torch.cat([result for result in results if result is not None])

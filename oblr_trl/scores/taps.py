@@ -1,0 +1,113 @@
+"""Identity taps: autograd nodes behind chosen layers that see each layer's input and output gradient.
+
+Unlike `register_full_backward_hook` a tap keeps the layer's input with `save_for_backward`, so gradient checkpointing frees
+and recomputes it like any other activation; unlike `param.grad` nothing is formed per parameter and no backend's reduction
+hook fires. Hooks exist inside a `with` block only.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Called with the module, its input and the gradient of its output.
+Observer = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+class _IdentityTap(torch.autograd.Function):
+    """Passes `output` through; in backward shows (input, output gradient) to the observer.
+
+    `anchor` is a scalar that requires a gradient. It connects every tapped layer to the graph while all parameters are
+    frozen, and it ends the backward pass at the lowest tapped layer.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, anchor: Tensor, inputs: Tensor, module: nn.Module, observer: Observer) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.module, ctx.observer = module, observer
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        (inputs,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.observer(ctx.module, inputs, grad_output)
+        return grad_output, grad_output.new_zeros(()), None, None, None
+
+
+@contextmanager
+def tapped(
+    modules: Iterable[nn.Module], anchor: Tensor, observer: Observer, *, batch_size: int, is_active: Callable[[], bool]
+) -> Iterator[Counter[nn.Module]]:
+    """
+    Tap the outputs of `modules` while the block runs.
+
+    Args:
+        modules (`Iterable[torch.nn.Module]`): Layers to tap; their output must be a tensor.
+        anchor (`torch.Tensor`): Scalar that requires a gradient.
+        observer (`Callable`): Called in the backward pass with module, input and output gradient, batch first.
+        batch_size (`int`): Number of sequences B.
+        is_active (`Callable[[], bool]`): Asked at each call of a layer whether it is to be tapped.
+
+    Yields:
+        `Counter[torch.nn.Module]`: How often each layer has been called so far, recomputations included.
+    """
+    calls: Counter[nn.Module] = Counter()
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        calls[module] += 1
+        if not is_active():
+            return output
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs, output = (_batch_first(tensor, batch_size, module) for tensor in (inputs, output))
+        return _IdentityTap.apply(output, anchor, inputs, module, observer)
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batch_first(tensor: Tensor, batch_size: int, module: nn.Module) -> Tensor:
+    """One row per sequence: a layer that is called once for all sequences (GPT-2's positions) is expanded, so that its
+    output gradient is not summed over them."""
+    if tensor.size(0) == batch_size:
+        return tensor
+    if tensor.size(0) == 1:
+        return tensor.expand(batch_size, *tensor.shape[1:])
+    raise ValueError(
+        f"A {type(module).__name__} was called with a first axis of {tensor.size(0)} in a batch of {batch_size} sequences, "
+        "so its gradient cannot be told apart by sequence. Layers that flatten the batch (mixture-of-experts routers, "
+        "padding-free attention) are not supported: freeze them, or use `scope='lm_head'`."
+    )
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Set `requires_grad` to `False` for all parameters while the block runs, so that no weight gradient is formed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Raise a `ValueError` if a block would run in a graph of its own, which the taps of this pass never see."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if not (module.training and module.__dict__.get("gradient_checkpointing") and function is not None):
+            continue
+        if getattr(function, "keywords", {}).get("use_reentrant", True):
+            raise ValueError(
+                "Reentrant gradient checkpointing hides a block's layers from autograd, so their scores cannot be taken. "
+                "Set `gradient_checkpointing_kwargs={'use_reentrant': False}`, or switch gradient checkpointing off."
+            )

@@ -1,0 +1,263 @@
+"""What the scoring pass leaves behind (nothing), refuses, and holds in memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from oblr_trl.scores import (
+    DenseGradient,
+    reference_scores,
+    register_score_rule,
+    score_sketches,
+)
+from oblr_trl.scores import rules as rules_module
+from oblr_trl.scores.head import head_pass
+from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.scopes import resolve_scope
+from tests.tiny_models import random_batch, tiny_model
+
+
+def traces(model):
+    hooks = sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in model.modules()
+    )
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    grads = [parameter.grad for parameter in model.parameters()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    return hooks, flags, grads, attributes
+
+
+@pytest.mark.parametrize("scope", ["all", "lm_head"])
+def test_nothing_is_left_on_the_model(scope):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = traces(model)
+    score_sketches(model, *random_batch(), scope=scope)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_nothing_is_left_on_the_model_after_an_exception(where):
+    class Failing(nn.Linear):
+        def forward(self, inputs):
+            if where == "forward":
+                raise RuntimeError("broken layer")
+            return super().forward(inputs)
+
+    def failing_rule(module, inputs, grad_output):
+        raise RuntimeError("broken layer")
+
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = Failing(64, 128, bias=False)
+    register_score_rule(Failing, failing_rule)
+    before = traces(model)
+    with pytest.raises(RuntimeError, match="broken layer"):
+        score_sketches(model, *random_batch())
+    assert traces(model) == before
+    del rules_module._RULES[Failing]
+
+
+def test_accumulated_gradients_survive_and_no_gradient_is_added():
+    model = tiny_model()
+    input_ids, attention_mask, completion_mask = random_batch()
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    score_sketches(model, input_ids, attention_mask, completion_mask)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_callers_without_gradients_are_served():
+    model = tiny_model()
+    batch = random_batch()
+    expected = score_sketches(model, *batch)
+    with torch.no_grad():
+        assert torch.equal(score_sketches(model, *batch), expected)
+        assert not torch.is_grad_enabled()
+
+
+def test_training_mode_is_kept():
+    for mode in (True, False):
+        model = tiny_model().train(mode)
+        score_sketches(model, *random_batch())
+        assert all(module.training is mode for module in model.modules())
+
+
+def test_reentrant_checkpointing_is_refused_by_name():
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"Reentrant gradient checkpointing.*use_reentrant"):
+        score_sketches(model, *random_batch())
+
+
+class Scale(nn.Module):
+    """A trainable layer that no rule knows."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, hidden_states):
+        return self.scale * hidden_states
+
+
+def test_an_unknown_layer_is_named_and_a_rule_can_be_registered():
+    model = tiny_model("llama").double().eval()
+    model.model.norm = nn.Sequential(model.model.norm, Scale(64)).double()
+    batch = random_batch()
+    with pytest.raises(ValueError, match=r"model\.norm\.1\.scale` of a Scale.*register_score_rule"):
+        score_sketches(model, *batch)
+    # frozen, it is nobody's business
+    model.model.norm[1].scale.requires_grad_(False)
+    score_sketches(model, *batch)
+    model.model.norm[1].scale.requires_grad_(True)
+
+    register_score_rule(Scale, lambda m, x, delta: {"scale": DenseGradient((x * delta).sum(dim=1))})
+    exact = score_sketches(model, *batch, method="exact")
+    truth = reference_scores(model, *batch).square().sum(dim=1)
+    torch.testing.assert_close(exact, truth, rtol=1e-10, atol=0)
+    del rules_module._RULES[Scale]
+
+
+def test_a_subclass_with_its_own_forward_does_not_inherit_a_rule():
+    class Doubled(nn.Linear):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj = Doubled(64, 128, bias=False)
+    with pytest.raises(ValueError, match="Doubled"):
+        score_sketches(model, *random_batch())
+
+
+def test_layers_that_are_never_called_are_reported():
+    model = tiny_model()
+    model.model.spare = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"1 layers.*model\.spare"):
+        score_sketches(model, *random_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "some"}, "`scope` must be one of"),
+        ({"scope": "last_k"}, "needs `last_k` between 1 and the model's 3 blocks"),
+        ({"scope": "last_k", "last_k": 4}, "needs `last_k` between 1 and the model's 3 blocks"),
+        ({"method": "guess"}, "`method` must be one of"),
+        ({"sketch_dim": 0}, "`sketch_dim` must be at least 1"),
+        ({"micro_batch_size": 0}, "`micro_batch_size` must be at least 1"),
+        ({"token_weights": torch.ones(5, 3)}, "`token_weights` must have the shape"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        score_sketches(tiny_model(), *random_batch(), **options)
+
+
+def test_bad_shapes_and_empty_scopes_are_refused():
+    model = tiny_model()
+    input_ids, attention_mask, completion_mask = random_batch()
+    with pytest.raises(ValueError, match="Expected `input_ids` and `attention_mask`"):
+        score_sketches(model, input_ids, attention_mask[:, 1:], completion_mask)
+    with pytest.raises(ValueError, match="at least one completion column and one prompt column"):
+        score_sketches(model, input_ids, attention_mask, torch.ones_like(input_ids))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        score_sketches(model, input_ids, attention_mask, completion_mask)
+
+
+def test_heads_whose_logits_are_transformed_are_refused():
+    model = tiny_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
+        score_sketches(model, *random_batch())
+
+
+def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():
+    def shapes(num_layers):
+        config = Qwen3Config(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=num_layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=False,
+        )
+        with torch.device("meta"):
+            return resolve_scope(AutoModelForCausalLM.from_config(config), "all", None).shapes
+
+    def num_bytes(shapes):
+        projections = Projections(shapes, sketch_dim=4096, seed=0, dtype=torch.float32, device=torch.device("cpu"))
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                projections.look_up_rows(name, torch.zeros(1, 1, dtype=torch.long), shape[0])
+                projections.project_columns(name, torch.zeros(1, 1, shape[1]))
+            else:
+                projections.add_dense(torch.zeros(1, 4096), name, torch.zeros(1, shape[0]))
+        return projections.num_bytes()
+
+    assert num_bytes(shapes(36)) <= 64 * 2**20
+    # the bases are shared: more blocks cost their signs alone, one byte per row and column of a matrix
+    assert num_bytes(shapes(6)) - num_bytes(shapes(4)) < 2 * 100_000
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_the_head_is_tiled_over_positions_and_vocabulary():
+    num_tokens, vocab_size = 1500, 20_000
+    hidden, weight = torch.randn(num_tokens, 8), torch.randn(vocab_size, 8)
+    targets = torch.randint(0, vocab_size, (num_tokens,))
+    with LargestTensor() as mode:
+        head_pass(hidden, weight, None, targets, projection=torch.randn(vocab_size, 4))
+    assert mode.largest < num_tokens * vocab_size / 3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_pass_equals_autograd_across_tiles(bias):
+    torch.manual_seed(0)
+    vocab_size, temperature = 20_000, 0.7
+    hidden = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab_size, 6, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(vocab_size, dtype=torch.float64) if bias else None
+    targets = torch.randint(0, vocab_size, (40,))
+    projection = torch.randn(vocab_size, 3, dtype=torch.float64)
+    logits = torch.nn.functional.linear(hidden, weight, offset) / temperature
+    logits.retain_grad()
+    log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    log_probs.sum().backward()
+
+    result = head_pass(
+        hidden.detach(), weight.detach(), offset, targets, temperature=temperature, projection=projection
+    )
+    torch.testing.assert_close(result.log_probs, log_probs.detach())
+    torch.testing.assert_close(result.log_normalizer, logits.detach().logsumexp(-1))
+    torch.testing.assert_close(result.grad_hidden, hidden.grad)
+    torch.testing.assert_close(result.projected_rows, logits.grad @ projection / temperature)
+
+
+def test_a_trainable_head_bias_is_scored():
+    model = tiny_model("qwen3_untied").double().eval()
+    head = nn.Linear(64, model.config.vocab_size).double()
+    model.set_output_embeddings(head)
+    batch = random_batch()
+    for scope in ("all", "lm_head"):
+        truth = reference_scores(model, *batch, scope=scope).square().sum(dim=1)
+        exact = score_sketches(model, *batch, scope=scope, method="exact")
+        torch.testing.assert_close(exact, truth, rtol=1e-10, atol=0)
+        sketched = score_sketches(model, *batch, scope=scope, sketch_dim=65536).square().sum(dim=1)
+        torch.testing.assert_close(sketched, truth, rtol=0.05, atol=0)
