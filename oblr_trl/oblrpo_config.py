@@ -1,0 +1,263 @@
+"""GRPOConfig with the options of OBLR-PO, and the refusal of inherited options that OBLR-PO cannot honour."""
+
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+from trl import GRPOConfig
+
+from oblr_trl.advantages import BASELINES
+from oblr_trl.scores.scopes import SCOPES
+from oblr_trl.scores.score_pass import METHODS
+
+# Losses whose gradient is advantage x a token weight that is known before training, and those for which it is not.
+LINEAR_LOSS_TYPES = ("dr_grpo", "dapo", "grpo", "bnpo", "cispo", "luspo")
+
+
+@dataclass
+class OBLRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`OBLRPOTrainer`].
+
+    This class includes only the parameters that are specific to OBLR-PO, and those whose defaults differ from
+    [`~trl.GRPOConfig`]. Which inherited parameters are honoured and which are refused is listed in
+    `docs/inherited_options.md`.
+
+    Parameters:
+        baseline (`str`, *optional*, defaults to `"gradient_weighted"`):
+            What is subtracted from a reward. `"gradient_weighted"`: mean of rewards weighted by squared score norms
+            ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 7). `"group_mean"`: GRPO; TRL's advantages are left
+            untouched. `"leave_one_out"`: RLOO. `"length_weighted"`: OPO.
+        baseline_leave_one_out (`bool`, *optional*, defaults to `True`):
+            Whether the weighted baselines keep a completion out of its own baseline, as the paper's Assumption 1 asks.
+            `False` biases the gradient. `"leave_one_out"` is always, `"group_mean"` never leave-one-out.
+        baseline_prior_strength (`float`, *optional*):
+            Prior strength of `"gradient_weighted"`, in pseudo-completions drawn from the other prompts of the batch: 0 is the
+            paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches.
+        score_scope (`str`, *optional*, defaults to `"all"`):
+            Parameters whose gradient makes up a score: `"all"` trainable ones, those of the `"last_k"` blocks, or `"lm_head"`
+            (the output projection: forward pass only, the cheapest).
+        score_last_k (`int`, *optional*):
+            Number of blocks for `score_scope="last_k"`.
+        score_method (`str`, *optional*, defaults to `"sketch"`):
+            Where the baseline's weights come from: `"sketch"` (norms of the score sketches) or `"exact"` (exact norms). The
+            SNR always comes from sketches.
+        score_sketch_dim (`int`, *optional*, defaults to `4096`):
+            Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
+        lr_adaptation (`str`, *optional*, defaults to `"snr"`):
+            `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
+            ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone.
+        snr_ema_decay (`float`, *optional*, defaults to `0.8`):
+            Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
+            estimated signal is negative about every other step when it is weak. 0.8 remembers about five batches.
+        snr_min_factor (`float`, *optional*, defaults to `0.05`):
+            Least factor on the learning rate, in [0, `snr_max_factor`]. Above 0, a run whose signal drowns in noise goes on
+            slowly instead of standing still. 0 is the paper.
+        snr_max_factor (`float`, *optional*, defaults to `1.0`):
+            Greatest factor on the learning rate.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `loss_type`: Defaults to `"dr_grpo"` instead of `"dapo"`: the paper's objective sums over tokens and divides by a
+    >   constant.
+    > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
+    > - `learning_rate`: Defaults to `3e-6` instead of `1e-6`: the SNR factor averaged 0.2 to 0.4 in our runs, which
+    >   brings the average step back to GRPO's.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate, before the SNR factor."})
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={
+            "help": "Loss aggregation. OBLR-PO supports the types whose gradient is linear in the advantage: 'dr_grpo', "
+            "'dapo', 'grpo', 'bnpo', 'cispo' and 'luspo'."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Whether r - b is divided by a standard deviation of rewards: 'none', 'group' or 'batch'."},
+    )
+    baseline: str = field(
+        default="gradient_weighted",
+        metadata={
+            "help": "Baseline: 'gradient_weighted' (OBLR-PO), 'group_mean' (GRPO), 'leave_one_out' (RLOO) or "
+            "'length_weighted' (OPO).",
+            "choices": BASELINES,
+        },
+    )
+    baseline_leave_one_out: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether weighted baselines keep a completion out of its own baseline. False biases the gradient."
+        },
+    )
+    baseline_prior_strength: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prior strength of the gradient-weighted baseline in pseudo-completions; 0 is the paper's formula. None "
+            "chooses it from earlier batches."
+        },
+    )
+    score_scope: str = field(
+        default="all",
+        metadata={
+            "help": "Parameters whose gradient makes up a score: 'all', 'last_k' or 'lm_head'.",
+            "choices": SCOPES,
+        },
+    )
+    score_last_k: int | None = field(default=None, metadata={"help": "Number of blocks for score_scope='last_k'."})
+    score_method: str = field(
+        default="sketch",
+        metadata={"help": "Source of the baseline's weights: 'sketch' or 'exact' norms.", "choices": METHODS},
+    )
+    score_sketch_dim: int = field(default=4096, metadata={"help": "Length of a score sketch."})
+    lr_adaptation: str = field(
+        default="snr",
+        metadata={
+            "help": "'snr': learning rate = schedule x clamp(N SNR / (1 + N SNR)). 'none': the schedule alone.",
+            "choices": ("snr", "none"),
+        },
+    )
+    snr_ema_decay: float = field(
+        default=0.8, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
+    )
+    snr_min_factor: float = field(
+        default=0.05, metadata={"help": "Least factor on the learning rate. 0 is the paper."}
+    )
+    snr_max_factor: float = field(default=1.0, metadata={"help": "Greatest factor on the learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_own_fields()
+        if self.needs_scores:
+            self._refuse_unknown_token_weights()
+        if self.baseline != "group_mean" and self.multi_objective_aggregation != "sum_then_normalize":
+            _refuse(
+                "multi_objective_aggregation",
+                self.multi_objective_aggregation,
+                "it normalises every reward function by its own group mean, which leaves no reward to take a baseline of",
+                "use 'sum_then_normalize', or baseline='group_mean'",
+            )
+        if self.lr_adaptation == "snr":
+            self._refuse_unsteerable_schedules()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether training runs the scoring pass."""
+        return self.baseline == "gradient_weighted" or self.lr_adaptation == "snr"
+
+    def _check_own_fields(self) -> None:
+        for name, choices in (
+            ("baseline", BASELINES),
+            ("score_scope", SCOPES),
+            ("score_method", METHODS),
+            ("lr_adaptation", ("snr", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                _refuse(name, getattr(self, name), "it is not known", f"use one of {list(choices)}")
+        if self.baseline == "leave_one_out" and not self.baseline_leave_one_out:
+            _refuse("baseline_leave_one_out", False, "it contradicts baseline='leave_one_out'", "use 'group_mean'")
+        strength = self.baseline_prior_strength
+        if strength is not None and self.baseline != "gradient_weighted":
+            _refuse("baseline_prior_strength", strength, "only 'gradient_weighted' has a prior", "leave it unset")
+        if strength is not None and not strength >= 0:
+            _refuse("baseline_prior_strength", strength, "it counts completions", "use a number of at least 0")
+        if (self.score_scope == "last_k") != (self.score_last_k is not None):
+            _refuse(
+                "score_last_k",
+                self.score_last_k,
+                f"score_scope is {self.score_scope!r}",
+                "set it together with score_scope='last_k', and only then",
+            )
+        if self.score_last_k is not None and self.score_last_k < 1:
+            _refuse("score_last_k", self.score_last_k, "it counts blocks", "use at least 1")
+        if self.score_sketch_dim < 1:
+            _refuse("score_sketch_dim", self.score_sketch_dim, "it is a length", "use at least 1")
+        if not 0 <= self.snr_ema_decay < 1:
+            _refuse("snr_ema_decay", self.snr_ema_decay, "it is a decay", "use a number in [0, 1)")
+        if not 0 <= self.snr_min_factor <= self.snr_max_factor:
+            _refuse(
+                "snr_min_factor",
+                self.snr_min_factor,
+                f"it must lie between 0 and snr_max_factor ({self.snr_max_factor})",
+                "lower it, or raise snr_max_factor",
+            )
+
+    def _refuse_unknown_token_weights(self) -> None:
+        """The scoring pass must know, before training, what the loss will multiply each token's gradient by."""
+        assert self.steps_per_generation is not None  # set by the parent
+        if self.loss_type not in LINEAR_LOSS_TYPES:
+            _refuse(
+                "loss_type",
+                self.loss_type,
+                "its gradient is not linear in the advantage (or it is unknown), so no baseline minimises its variance",
+                f"use one of {list(LINEAR_LOSS_TYPES)}",
+            )
+        if self.loss_type == "bnpo" and self.steps_per_generation > 1:
+            _refuse(
+                "loss_type",
+                self.loss_type,
+                "it divides by the token count of micro-batches that are drawn only after scoring",
+                "use 'dapo', which divides by the whole batch's count, or steps_per_generation=1",
+            )
+        if self.top_entropy_quantile < 1.0:
+            _refuse(
+                "top_entropy_quantile",
+                self.top_entropy_quantile,
+                "it drops tokens by a quantile of micro-batches that are drawn only after scoring",
+                "set it to 1.0",
+            )
+        if self.off_policy_mask_threshold is not None:
+            _refuse(
+                "off_policy_mask_threshold",
+                self.off_policy_mask_threshold,
+                "it drops completions by the sign of their advantage, which biases any baseline",
+                "leave it unset",
+            )
+        if self.use_liger_kernel:
+            _refuse(
+                "use_liger_kernel",
+                True,
+                "its fused layers hide inputs and output gradients from the scoring pass",
+                "set it to False; model_init_kwargs={'use_kernels': True} keeps the layers",
+            )
+        checkpointing = self.gradient_checkpointing_kwargs
+        reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
+        if self.gradient_checkpointing and reentrant and self.score_scope != "lm_head":
+            _refuse(
+                "gradient_checkpointing_kwargs",
+                checkpointing,
+                "reentrant checkpointing hides a block's layers from autograd, so their scores cannot be taken",
+                "set use_reentrant to False, or score_scope='lm_head'",
+            )
+
+    def _refuse_unsteerable_schedules(self) -> None:
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            _refuse(
+                "lr_scheduler_type",
+                SchedulerType(self.lr_scheduler_type).value,
+                "it sets the learning rate from an evaluation metric, which the SNR factor would overwrite",
+                "use a schedule of steps, or lr_adaptation='none'",
+            )
+        optimizer = OptimizerNames(self.optim).value
+        if "layerwise" in optimizer or "lomo" in optimizer:
+            _refuse(
+                "optim",
+                optimizer,
+                "it steps inside the backward pass without parameter groups whose learning rate could be set",
+                "use another optimizer, or lr_adaptation='none'",
+            )
+        assert self.steps_per_generation is not None  # set by the parent
+        steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
+        if steps % accumulation and accumulation % steps:
+            _refuse(
+                "steps_per_generation",
+                steps,
+                f"optimizer steps of {accumulation} micro-batches would straddle generation batches, so that no batch's SNR "
+                "would be that of the step",
+                "make one of steps_per_generation and gradient_accumulation_steps a multiple of the other",
+            )
+
+
+def _refuse(name: str, value: object, reason: str, remedy: str) -> None:
+    raise ValueError(f"OBLR-PO cannot honour {name}={value!r}: {reason}. Remedy: {remedy}.")

@@ -1,0 +1,117 @@
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+from trl import GRPOConfig
+
+from oblr_trl import OBLRPOConfig
+
+DOCS = Path(__file__).parent.parent / "docs" / "inherited_options.md"
+
+
+def config(tmp_path, **options):
+    return OBLRPOConfig(str(tmp_path), **({"use_cpu": True, "bf16": False, "report_to": "none"} | options))
+
+
+# Inherited option -> settings under which it is refused.
+REFUSED = {
+    "loss_type": [
+        {"loss_type": "sapo"},
+        {"loss_type": "vespo"},
+        {"loss_type": "surprise"},
+        {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+        {"loss_type": "sapo", "baseline": "group_mean"},
+    ],
+    "multi_objective_aggregation": [{"multi_objective_aggregation": "normalize_then_sum"}],
+    "top_entropy_quantile": [{"top_entropy_quantile": 0.2}],
+    "off_policy_mask_threshold": [{"off_policy_mask_threshold": 0.5}],
+    "use_liger_kernel": [{"use_liger_kernel": True}],
+    "gradient_checkpointing_kwargs": [{"gradient_checkpointing_kwargs": {"use_reentrant": True}}],
+    "lr_scheduler_type": [
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+        {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
+    ],
+    "optim": [{"optim": "galore_adamw_layerwise", "optim_target_modules": ["x"]}, {"optim": "lomo"}],
+    "steps_per_generation": [{"steps_per_generation": 3, "gradient_accumulation_steps": 2}],
+}
+# Refused by the trainer (tests/test_trainer.py) rather than by the configuration, or an alias of another row.
+REFUSED_ELSEWHERE = {"fsdp", "fsdp_config", "activation_checkpointing_kwargs", "gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, cases in REFUSED.items() for options in cases]
+)
+def test_what_cannot_be_honoured_is_refused_with_field_reason_and_remedy(tmp_path, name, options):
+    with pytest.raises(ValueError, match=rf"cannot honour {name}=.+: .+\. Remedy: .+\.$"):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["loss_type", "top_entropy_quantile", "off_policy_mask_threshold"])
+def test_options_that_only_the_scoring_pass_forbids_are_honoured_without_it(tmp_path, name):
+    for options in REFUSED[name][:2]:
+        kept = config(tmp_path, **(options | {"baseline": "leave_one_out", "lr_adaptation": "none"}))
+        assert getattr(kept, name) == options[name]
+
+
+def table():
+    """Rows of the document: option names and status."""
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", DOCS.read_text(), flags=re.MULTILINE)
+    return [(re.findall(r"`(\w+)`", names), status) for names, status in rows]
+
+
+def test_the_document_lists_every_inherited_option_once():
+    listed = [name for names, _ in table() for name in names]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(GRPOConfig))
+
+
+def test_the_document_marks_exactly_the_options_that_are_refused():
+    marked = {name for names, status in table() if status == "refused in part" for name in names}
+    assert marked == set(REFUSED) | REFUSED_ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baseline": "median"}, "cannot honour baseline='median'"),
+        ({"score_scope": "head"}, "cannot honour score_scope='head'"),
+        ({"score_method": "guess"}, "cannot honour score_method='guess'"),
+        ({"lr_adaptation": "adam"}, "cannot honour lr_adaptation='adam'"),
+        ({"baseline": "leave_one_out", "baseline_leave_one_out": False}, "contradicts baseline='leave_one_out'"),
+        ({"baseline": "leave_one_out", "baseline_prior_strength": 1.0}, "only 'gradient_weighted' has a prior"),
+        ({"baseline_prior_strength": -1.0}, "cannot honour baseline_prior_strength=-1.0"),
+        ({"baseline_prior_strength": math.nan}, "cannot honour baseline_prior_strength=nan"),
+        ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
+        ({"score_last_k": 2}, "cannot honour score_last_k=2"),
+        ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),
+        ({"score_sketch_dim": 0}, "cannot honour score_sketch_dim=0"),
+        ({"snr_ema_decay": 1.0}, "cannot honour snr_ema_decay=1.0"),
+        ({"snr_ema_decay": -0.1}, "cannot honour snr_ema_decay=-0.1"),
+        ({"snr_min_factor": 0.5, "snr_max_factor": 0.2}, "cannot honour snr_min_factor=0.5"),
+        ({"snr_min_factor": -0.5}, "cannot honour snr_min_factor=-0.5"),
+        # refused by TRL
+        ({"num_generations": 1}, "at least 2 generations"),
+        ({"per_device_train_batch_size": 6, "num_generations": 4}, "must be divisible by num_generations"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(tmp_path, **options)
+
+
+def test_defaults_are_the_papers_objective_and_an_automatic_prior(tmp_path):
+    args = config(tmp_path)
+    assert (args.loss_type, args.scale_rewards, args.beta, args.num_iterations) == ("dr_grpo", "none", 0.0, 1)
+    assert args.baseline == "gradient_weighted"
+    assert args.baseline_prior_strength is None
+    assert args.lr_adaptation == "snr"
+    assert args.needs_scores
+
+
+def test_every_own_field_has_help_and_a_docstring_entry():
+    inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for field in dataclasses.fields(OBLRPOConfig):
+        if field.name not in inherited:
+            assert field.metadata["help"]
+            assert f"        {field.name} (`" in OBLRPOConfig.__doc__

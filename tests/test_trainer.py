@@ -1,0 +1,433 @@
+"""The trainer on the CPU, with the real TRL: equalities with GRPO and RLOO, the learning rate, invariances, metrics."""
+
+import math
+
+import pandas
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import nanstd
+
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.scores import reference_scores
+from tests.tiny_models import digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
+
+METRICS = (
+    "baseline/mean",
+    "baseline/shift",
+    "baseline/prior_strength",
+    "baseline/effective_group_size",
+    "score/norm/mean",
+    "score/norm/max",
+    "score/pass_time",
+    "gradient_snr/signal",
+    "gradient_snr/noise",
+    "gradient_snr/ratio",
+    "lr_multiplier",
+    "variance_ratio/group_mean",
+    "variance_ratio/leave_one_out",
+    "variance_ratio/length_weighted",
+)
+
+
+class Recording(OBLRPOTrainer):
+    """Keeps, for every generated batch, what the model, the rewards and the advantages were."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches = []
+        super().__init__(*args, **kwargs)
+
+    def _calculate_rewards(self, *args):
+        self.last_rewards = super()._calculate_rewards(*args)
+        return self.last_rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            tensors = {name: tensor.clone() for name, tensor in output.items() if isinstance(tensor, torch.Tensor)}
+            self.batches.append({"state": state, "rewards": self.last_rewards[:, 0].view(-1, 8), **tensors})
+        return output
+
+
+def oracle_scores(batch, **options):
+    """Full scores of a recorded batch, at the weights it was generated with."""
+    model = tiny_model(num_layers=2)
+    model.load_state_dict(batch["state"])
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return reference_scores(model, input_ids, attention_mask, batch["completion_mask"], **options)
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
+def test_the_group_mean_without_snr_is_grpo_bit_for_bit(tmp_path, loss_type):
+    options = {"loss_type": loss_type, "scale_rewards": "group", "max_steps": 5, "gradient_accumulation_steps": 2}
+    options["per_device_train_batch_size"] = 16
+    grpo = train(GRPOTrainer, GRPOConfig, tmp_path / "grpo", **options)
+    ours = train(
+        OBLRPOTrainer, OBLRPOConfig, tmp_path / "ours", baseline="group_mean", lr_adaptation="none", **options
+    )
+    assert len(logged(grpo, "loss")) == 5
+    for name in ("loss", "grad_norm", "learning_rate", "reward"):
+        assert logged(grpo, name) == logged(ours, name)
+    assert all(torch.equal(a, b) for a, b in zip(grpo.model.parameters(), ours.model.parameters(), strict=True))
+
+
+def test_leave_one_out_gives_the_advantages_of_rloo(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, baseline="leave_one_out", lr_adaptation="none")
+    for batch in trainer.batches:
+        rewards = batch["rewards"]
+        # RLOO: the mean of the others is (8 mean - r) / 7
+        expected = rewards - (8 * rewards.mean(dim=1, keepdim=True) - rewards) / 7
+        torch.testing.assert_close(batch["advantages"].view_as(rewards), expected)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+def test_reward_scaling_divides_by_the_standard_deviation_of_trl(tmp_path, scale_rewards):
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, baseline="leave_one_out", scale_rewards=scale_rewards, max_steps=1
+    )
+    (batch,) = trainer.batches
+    rewards = batch["rewards"]
+    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else nanstd(rewards)
+    expected = (rewards - leave_one_out_baseline(rewards)) / (std + 1e-4)
+    torch.testing.assert_close(batch["advantages"].view_as(rewards), expected)
+
+
+def test_the_advantages_are_those_of_the_oracles_full_gradients(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, baseline_prior_strength=2.0, score_method="exact", beta=0.0)
+    assert len(trainer.batches) == 3
+    for batch in trainer.batches:
+        weights = oracle_scores(batch).square().sum(dim=1).view_as(batch["rewards"])
+        expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights, prior_strength=2.0)
+        torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_length_normalised_loss_is_scored_as_it_is_trained(tmp_path):
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, loss_type="grpo", score_method="exact", baseline_prior_strength=0.0
+    )
+    for batch in trainer.batches:
+        mask = batch["completion_mask"].float()
+        scores = oracle_scores(batch, token_weights=(mask / mask.sum(dim=1, keepdim=True)))
+        weights = scores.square().sum(dim=1).view_as(batch["rewards"])
+        expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights)
+        torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_temperature_belongs_to_the_policy(tmp_path):
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        temperature=0.5,
+        score_method="exact",
+        baseline_prior_strength=0.0,
+        max_steps=1,
+    )
+    (batch,) = trainer.batches
+    weights = oracle_scores(batch, temperature=0.5).square().sum(dim=1).view_as(batch["rewards"])
+    expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights)
+    torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Writes down the rate that the step itself uses."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.used = []
+
+    def step(self, closure=None):
+        self.used.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_steps_batch(tmp_path):
+    """rho is recomputed here from full gradients; the head's 2560 parameters fit a sketch without projection."""
+    model = tiny_model(num_layers=2)
+    optimizer = RecordingSGD(model.parameters(), lr=0.05)
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        model=model,
+        optimizers=(optimizer, None),
+        max_steps=5,
+        score_scope="lm_head",
+        snr_ema_decay=0.0,
+        snr_min_factor=0.0,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
+    )
+    expected = []
+    for step, batch in enumerate(trainer.batches):
+        advantages = batch["advantages"].view(-1, 8)
+        scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
+        moments = gradient_moments(per_prompt_gradients(scores, advantages))
+        expected.append(0.05 * (1 - step / 5) * snr_ratio(*moments, advantages.size(0)))
+    assert optimizer.used == pytest.approx(expected, rel=1e-4)
+    assert len({round(rate, 9) for rate in optimizer.used}) == 5  # it moves
+    assert logged(trainer, "learning_rate") == pytest.approx(optimizer.used)
+
+
+def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path):
+    def run(name, **options):
+        trainer = train(Recording, OBLRPOConfig, tmp_path / name, **options)
+        return (
+            [batch["advantages"] for batch in trainer.batches],
+            logged(trainer, "gradient_snr/ratio"),
+            logged(trainer, "learning_rate"),
+        )
+
+    reference = run("whole", per_device_train_batch_size=32)
+    variants = {
+        "accumulated": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        "one by one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 32},
+        "without checkpointing": {"gradient_checkpointing": False},
+    }
+    for name, options in variants.items():
+        advantages, ratios, rates = run(name, **options)
+        for a, b in zip(advantages, reference[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert ratios == pytest.approx(reference[1], rel=1e-4)
+        assert rates == pytest.approx(reference[2], rel=1e-4)
+
+
+def test_several_generation_batches_per_step_are_one_estimate(tmp_path):
+    """The rate of a step comes from all its prompts: 2 batches of 4 prompts each, pooled."""
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        score_scope="lm_head",
+        snr_ema_decay=0.0,
+        snr_min_factor=0.0,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
+        steps_per_generation=2,
+        max_steps=2,
+    )
+    assert len(trainer.batches) == 4
+    for step in range(2):
+        pooled = []
+        for batch in trainer.batches[2 * step : 2 * step + 2]:
+            advantages = batch["advantages"].view(-1, 8)
+            scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
+            pooled.append(per_prompt_gradients(scores, advantages))
+        gradients = torch.cat(pooled)
+        rate = 1e-3 * (1 - step / 2) * snr_ratio(*gradient_moments(gradients), gradients.size(0))
+        assert logged(trainer, "learning_rate")[step] == pytest.approx(rate, rel=1e-4)
+
+
+def test_several_steps_per_generation_keep_the_factor_and_share_the_prompts(tmp_path):
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        score_scope="lm_head",
+        snr_ema_decay=0.0,
+        snr_min_factor=0.0,
+        per_device_train_batch_size=16,
+        steps_per_generation=2,
+        max_steps=4,
+        lr_scheduler_type="constant",
+    )
+    assert len(trainer.batches) == 2
+    rates = logged(trainer, "learning_rate")
+    assert rates[0] == rates[1]
+    assert rates[2] == rates[3] != rates[0]
+    advantages = trainer.batches[0]["advantages"].view(-1, 8)
+    scores = oracle_scores(trainer.batches[0], scope="lm_head").view(*advantages.shape, -1)
+    moments = gradient_moments(per_prompt_gradients(scores, advantages))
+    assert rates[0] == pytest.approx(1e-3 * snr_ratio(*moments, 2), rel=1e-4)  # 4 prompts for two steps
+
+
+def test_every_metric_is_logged_and_finite(tmp_path):
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path)
+    for name in METRICS:
+        values = logged(trainer, name)
+        assert len(values) == 3, name
+        assert all(value is not None and not math.isnan(value) for value in values), name
+    assert not [name for row in trainer.state.log_history for name in row if name.startswith("eval")]
+
+
+def test_evaluation_does_no_scoring_pass(tmp_path, monkeypatch):
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, per_device_eval_batch_size=8)
+    calls = []
+    monkeypatch.setattr(trainer, "_score_pass", lambda *args: calls.append(args))
+    before = trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()
+    metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
+    assert "eval_reward" in metrics
+    assert not calls
+    assert (trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
+
+
+def test_the_completions_table_shows_the_advantages_that_were_trained_on(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, max_steps=2, log_completions=True)
+    for step, batch in enumerate(trainer.batches, start=1):
+        table = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        assert table["advantage"].tolist() == pytest.approx(batch["advantages"].tolist())
+        assert table["digit_reward"].tolist() == pytest.approx(batch["rewards"].flatten().tolist())
+
+
+def test_the_model_card_cites_the_paper_and_names_the_method(tmp_path):
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning" in card
+    assert "2511.23310" in card
+    assert "oblr-po" in card
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = train(
+        OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", **options, resume_from_checkpoint=str(checkpoint)
+    )
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name in METRICS:
+        if name != "score/pass_time":
+            assert logged(resumed, name) == logged(whole, name), name
+    assert resumed._gradient_snr.state_dict() == whole._gradient_snr.state_dict()
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    plain = {"baseline": "leave_one_out", "lr_adaptation": "none"}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "rloo", **plain, **options)
+    checkpoint = str(tmp_path / "rloo" / "checkpoint-1")
+    changed = plain | {"baseline": "gradient_weighted"}
+    with pytest.raises(ValueError, match="written with baseline='leave_one_out'"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", **changed, **options, resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="without the SNR learning rate"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "c", **options, resume_from_checkpoint=checkpoint)
+    (tmp_path / "rloo" / "checkpoint-1" / "oblrpo_state.json").unlink()
+    with pytest.raises(ValueError, match="not written by `OBLRPOTrainer`"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "d", **plain, **options, resume_from_checkpoint=checkpoint)
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------------
+
+
+def some_unscorable(completions, **kwargs):
+    """None for every fifth completion and for the whole second group."""
+    return [None if i % 5 == 0 or 8 <= i < 16 else reward for i, reward in enumerate(digit_reward(completions))]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_unscorable_completions_are_left_out_and_get_no_advantage(tmp_path, missing):
+    def reward(completions, **kwargs):
+        return [missing if value is None else value for value in some_unscorable(completions)]
+
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        reward=reward,
+        score_method="exact",
+        baseline_prior_strength=1.0,
+        score_scope="lm_head",
+        snr_ema_decay=0.0,
+    )
+    for batch, signal, noise in zip(
+        trainer.batches, logged(trainer, "gradient_snr/signal"), logged(trainer, "gradient_snr/noise"), strict=True
+    ):
+        rewards = batch["rewards"]
+        advantages = batch["advantages"].view_as(rewards)
+        assert (advantages[rewards.isnan()] == 0).all()
+        assert rewards.isnan().sum() == 7 - 2 + 8  # every fifth of 32, of which 2 lie in the dead group of 8
+        scores = oracle_scores(batch, scope="lm_head")
+        weights = scores.square().sum(dim=1).view_as(rewards)
+        expected = rewards - gradient_weighted_baseline(rewards, weights, prior_strength=1.0)
+        torch.testing.assert_close(advantages[~rewards.isnan()], expected[~rewards.isnan()], rtol=1e-4, atol=1e-6)
+        gradients = per_prompt_gradients(scores.view(*rewards.shape, -1), expected)
+        assert gradients.size(0) == 3  # the dead group is no prompt
+        assert (signal, noise) == pytest.approx(tuple(gradient_moments(gradients)), rel=1e-3)
+
+
+def test_equal_rewards_are_real_samples(tmp_path):
+    """With a prior, a group of equal rewards still has advantages; without one it counts as a zero gradient."""
+
+    def by_prompt(prompts, **kwargs):
+        return [float(prompt[0]) for prompt in prompts]
+
+    with_prior = train(Recording, OBLRPOConfig, tmp_path / "prior", reward=by_prompt, max_steps=1)
+    assert (with_prior.batches[0]["advantages"] != 0).any()
+    without = train(
+        Recording, OBLRPOConfig, tmp_path / "none", reward=by_prompt, baseline_prior_strength=0.0, max_steps=2
+    )
+    assert without.batches[0]["advantages"].abs().max() < 1e-6
+    assert logged(without, "gradient_snr/noise")[0] == pytest.approx(0.0, abs=1e-9)
+    # no signal and no noise: nothing is known, and the factor stays what it was
+    assert all(0.05 <= factor <= 1.0 for factor in logged(without, "lr_multiplier"))
+
+
+def test_all_completions_unscorable_is_a_step_without_gradient(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, reward=lambda completions, **kwargs: [None] * len(completions))
+    assert all((batch["advantages"] == 0).all() for batch in trainer.batches)
+    assert logged(trainer, "gradient_snr/ratio") == [None] * 3
+    assert logged(trainer, "lr_multiplier") == [1.0] * 3
+
+
+def test_truncated_completions_that_are_masked_have_no_score(tmp_path):
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, mask_truncated_completions=True, max_completion_length=2, max_steps=2
+    )
+    for batch in trainer.batches:
+        assert (batch["completion_mask"].sum(dim=1) == 0).any()
+        assert batch["advantages"].isfinite().all()
+
+
+def test_infinite_rewards_and_wrong_numbers_of_rewards_are_refused(tmp_path):
+    def infinite(completions, **kwargs):
+        return [math.inf] + [0.0] * (len(completions) - 1)
+
+    with pytest.raises(ValueError, match=r"\['infinite'\] returned an infinite reward"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=infinite)
+    with pytest.raises(ValueError, match="returned 1 rewards, but 32 were expected"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=lambda completions, **kwargs: [0.0])
+
+
+def test_reward_functions_are_summed_with_their_weights(tmp_path):
+    def one(completions, **kwargs):
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        reward=[digit_reward, one],
+        reward_weights=[2.0, 0.5],
+        baseline="leave_one_out",
+        max_steps=1,
+    )
+    rewards = (2 * trainer.last_rewards[:, 0] + 0.5 * trainer.last_rewards[:, 1].nan_to_num()).view(-1, 8)
+    expected = rewards - leave_one_out_baseline(rewards)
+    torch.testing.assert_close(trainer.batches[0]["advantages"].view_as(rewards), expected)
+
+
+# --- construction -------------------------------------------------------------------------------------------------------
+
+
+def test_a_grpo_config_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match="must be an `OBLRPOConfig`, got a `GRPOConfig`"):
+        train(OBLRPOTrainer, GRPOConfig, tmp_path)
+
+
+def test_layers_without_a_rule_fail_before_any_work(tmp_path):
+    model = tiny_model(num_layers=2)
+    model.model.layers[0].mlp.up_proj = torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(ValueError, match=r"No score rule covers .*Bilinear"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model)
+
+
+def test_arguments_may_be_positional_as_in_trl(tmp_path):
+    args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = OBLRPOTrainer(tiny_model(), digit_reward, args, prompts(), processing_class=tiny_tokenizer())
+    assert len(trainer.train_dataset) == 64
