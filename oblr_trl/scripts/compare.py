@@ -1,0 +1,175 @@
+"""Compares training runs by the logs that the trainers wrote: a table, a picture and, when asked, JSON.
+
+```bash
+python -m oblr_trl.scripts.compare OBLR-PO=runs/oblrpo GRPO=runs/grpo --output compare.png --json compare.json
+```
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oblr_trl import run_logs
+from oblr_trl.run_figure import write_comparison
+from oblr_trl.run_logs import RunLog, RunLogError, read_methods
+from oblr_trl.run_summary import FINAL_STEPS, Statistic, choose_evaluation_metric, summarize, train_runtime
+
+# Name in the table and decimals, in the order of the rows; the keys are those of `run_summary.summarize`.
+TABLE_ROWS = {
+    "start_evaluation": ("held-out {evaluation}, start", 3),
+    "final_evaluation": ("held-out {evaluation}, final", 3),
+    "evaluation_gain": ("gain", 3),
+    "final_reward": (f"training reward, last {FINAL_STEPS} steps", 3),
+    "lr_multiplier": ("learning-rate multiplier, mean", 3),
+    "rho": ("rho, mean", 3),
+    "variance_ratio": ("variance / leave-one-out's, mean", 3),
+    "train_runtime": ("training and evaluation time (s)", 1),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oblr_trl.scripts.compare",
+        description="Compare training runs by their trainer_state.json: a table, a picture and, when asked, JSON.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="an output_dir of a trainer, or a folder of such folders named seed-*; LABEL=RUN names the method, and runs "
+        "with the same name are seeds of one method",
+    )
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the table, with the value of each seed, as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Reads the runs, prints the table, writes the files, and returns what the JSON file holds."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.output.suffix != ".png":
+        parser.error(f"--output {arguments.output}: the picture is a PNG file; give it a name that ends in .png")
+    try:
+        methods = read_methods(arguments.runs)
+        comparison = compare(methods)
+        sys.stdout.write(format_table(comparison))
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        # The picture comes last, so that without matplotlib there is still the table.
+        write_comparison(methods, comparison["evaluation_metric"], arguments.output)
+    except RunLogError as error:
+        raise SystemExit(f"compare: {error}") from error
+    except OSError as error:
+        raise SystemExit(
+            f"compare: {error}; give --output and --json names in a folder that can be written"
+        ) from error
+    sys.stdout.write(f"\npicture: {arguments.output}\n")
+    return comparison
+
+
+def compare(methods: Mapping[str, Sequence[RunLog]]) -> dict[str, Any]:
+    """The comparison as plain data: the evaluation metric, one entry per method, and what to know before reading them."""
+    evaluation_metric = choose_evaluation_metric(methods)
+    entries = {}
+    for label, runs in methods.items():
+        summary = summarize(runs, evaluation_metric)
+        entries[label] = {
+            "num_seeds": len(runs),
+            "logs": [str(run.path) for run in runs],
+            **{name: _as_plain(statistic) for name, statistic in summary.items()},
+        }
+    return {"evaluation_metric": evaluation_metric, "methods": entries, "notes": notes(methods, evaluation_metric)}
+
+
+def _as_plain(statistic: Statistic) -> dict[str, Any]:
+    return {"mean": statistic.mean, "std": statistic.std, "values": list(statistic.values)}
+
+
+def notes(methods: Mapping[str, Sequence[RunLog]], evaluation_metric: str | None) -> list[str]:
+    """What makes numbers of the table not comparable, or blank although the reader may expect them."""
+    found = []
+    num_steps = {label: sorted({run.num_steps for run in runs}) for label, runs in methods.items()}
+    if len({step for steps in num_steps.values() for step in steps}) > 1:
+        listed = ", ".join(f"{label} {_step_range(steps)}" for label, steps in num_steps.items())
+        found.append(
+            f"warning: the runs differ in their number of steps ({listed}); final values are from different steps"
+        )
+    if evaluation_metric is None:
+        found.append("no run was evaluated: set `eval_strategy` and an evaluation set for the held-out rows")
+    elif evaluation_metric == run_logs.EVAL_REWARD:
+        found.append(
+            f"not every evaluated run logs {run_logs.EVAL_ACCURACY}, so the held-out rows show {run_logs.EVAL_REWARD}"
+        )
+    for label, runs in methods.items():
+        found.extend(f"{label}: {note}" for run in runs for note in _run_notes(run, evaluation_metric))
+    return found
+
+
+def _run_notes(run: RunLog, evaluation_metric: str | None) -> list[str]:
+    """What to know about the numbers of one run."""
+    found = []
+    if evaluation_metric is not None:
+        steps = list(run.series(evaluation_metric))
+        if not steps:
+            found.append(f"{run.path} holds no {evaluation_metric}")
+        elif steps[0] > 0:
+            found.append(
+                f"{run.path} was first evaluated at step {steps[0]}; `eval_on_start=True` would give the start"
+            )
+        if steps and steps[-1] < run.num_steps:
+            found.append(f"{run.path} was last evaluated at step {steps[-1]} of {run.num_steps}")
+    if run.series(run_logs.TRAIN_RUNTIME) and train_runtime(run) is None:
+        found.append(f"{run.path} was resumed and timed only from there, so its time is left out")
+    return found
+
+
+def format_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table, quantities by methods, with its notes below; unknown is blank."""
+    methods = comparison["methods"]
+    evaluation = "reward" if comparison["evaluation_metric"] == run_logs.EVAL_REWARD else "accuracy"
+    rows = [
+        ["", *(label.replace("|", "\\|") for label in methods)],
+        ["seeds", *(str(entry["num_seeds"]) for entry in methods.values())],
+        ["steps", *(_step_range([int(step) for step in entry["steps"]["values"]]) for entry in methods.values())],
+    ]
+    for key, (name, decimals) in TABLE_ROWS.items():
+        cells = [_format_statistic(entry[key], decimals) for entry in methods.values()]
+        rows.append([name.format(evaluation=evaluation), *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_format_row(row, widths) for row in rows]
+    lines.insert(
+        1, "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|"
+    )
+    remarks = list(comparison["notes"])
+    if any(entry["num_seeds"] > 1 for entry in methods.values()):
+        remarks.insert(0, "±: sample standard deviation over seeds.")
+    return "\n".join(lines) + "\n" + ("\n" + "".join(f"{remark}\n" for remark in remarks) if remarks else "")
+
+
+def _format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    aligned = [
+        cells[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
+    ]
+    return "| " + " | ".join(aligned) + " |"
+
+
+def _format_statistic(statistic: Mapping[str, Any], decimals: int) -> str:
+    if statistic["mean"] is None:
+        return ""
+    spread = "" if statistic["std"] is None else f" ± {statistic['std']:.{decimals}f}"
+    return f"{statistic['mean']:.{decimals}f}{spread}"
+
+
+def _step_range(steps: Sequence[int]) -> str:
+    return str(min(steps)) if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
+
+
+if __name__ == "__main__":
+    main()
