@@ -50,10 +50,10 @@ def find_score_rule(module: nn.Module) -> ScoreRule | None:
 def linear_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
     r"""`nn.Linear`: \\( \nabla W = \sum_t \delta_t a_t^\top \\) (d_out x d_in), \\( \nabla b = \sum_t \delta_t \\)."""
     grad_output = grad_output.flatten(1, -2)
-    return {
-        "weight": OuterProduct(DenseRows(grad_output), inputs.flatten(1, -2)),
-        "bias": DenseGradient(_sum_positions(grad_output)),
-    }
+    weight = OuterProduct(DenseRows(grad_output), inputs.flatten(1, -2))
+    if module.bias is None:
+        return {"weight": weight}
+    return {"weight": weight, "bias": DenseGradient(_sum_positions(grad_output))}
 
 
 def conv1d_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
@@ -82,14 +82,18 @@ def layer_norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> d
     r"""`nn.LayerNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t,\ \nabla \beta = \sum_t \delta_t \\)."""
     assert isinstance(module, nn.LayerNorm)
     normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    return _scale_and_shift(normalized, grad_output, len(module.normalized_shape))
+    num_axes = len(module.normalized_shape)
+    gradients = _scale(normalized, grad_output, num_axes)
+    if module.bias is not None:
+        gradients["bias"] = DenseGradient(_sum_positions(grad_output.flatten(-num_axes).flatten(1, -2)))
+    return gradients
 
 
 def torch_rms_norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
     r"""`nn.RMSNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t \\)."""
     assert isinstance(module, nn.RMSNorm)
     normalized = nn.functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
-    return _scale_and_shift(normalized, grad_output, len(module.normalized_shape))
+    return _scale(normalized, grad_output, len(module.normalized_shape))
 
 
 def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
@@ -98,15 +102,12 @@ def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> dict[str,
     eps = module.variance_epsilon if "variance_epsilon" in module.__dict__ else module.eps
     x = inputs.float()
     normalized = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
-    return _scale_and_shift(normalized, grad_output, 1)
+    return _scale(normalized, grad_output, 1)
 
 
-def _scale_and_shift(normalized: Tensor, grad_output: Tensor, num_axes: int) -> dict[str, PerSequenceGradient]:
-    normalized, grad_output = normalized.flatten(-num_axes), grad_output.flatten(-num_axes)
-    return {
-        "weight": DenseGradient(_sum_positions((grad_output * normalized).flatten(1, -2))),
-        "bias": DenseGradient(_sum_positions(grad_output.flatten(1, -2))),
-    }
+def _scale(normalized: Tensor, grad_output: Tensor, num_axes: int) -> dict[str, PerSequenceGradient]:
+    products = grad_output.flatten(-num_axes) * normalized.flatten(-num_axes)
+    return {"weight": DenseGradient(_sum_positions(products.flatten(1, -2)))}
 
 
 def _sum_positions(values: Tensor) -> Tensor:
