@@ -1,0 +1,300 @@
+"""Prompt sets for verifiable rewards: the `prompt` column TRL's trainers read, plus the columns that rewards need.
+
+Three sources, one interface: a reasoning-gym task, a local JSON, JSONL or Parquet file, a hub data set (or a local
+directory laid out like one). Every complaint is a `ValueError` raised before a model is loaded.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from oblr_trl.tasks import CANDIDATES_PER_PROMPT, encode_entry, nearest, task_entries
+
+logger = logging.getLogger(__name__)
+
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+DEFAULT_TASK_TRAIN_SIZE = 4096
+DEFAULT_TASK_TEST_SIZE = 512
+
+
+@dataclass
+class DataArguments:
+    """
+    Where the prompts come from. Exactly one of `task` and `dataset_name` is set.
+
+    Args:
+        task (`str`, *optional*):
+            Name of a [reasoning-gym](https://github.com/open-thought/reasoning-gym) task, e.g. `"chain_sum"`. Its
+            prompts are generated, and its own scorer is the reward `"task"`.
+        task_params (`dict` or `str`, *optional*):
+            Parameters of the task, e.g. `{"min_terms": 2, "max_terms": 3}`; on the command line a JSON object.
+        dataset_name (`str`, *optional*):
+            Hub id of a data set, a local directory laid out like one, or a `.json`, `.jsonl` or `.parquet` file.
+        dataset_config (`str`, *optional*):
+            Configuration of a hub data set, the `name` of [`~datasets.load_dataset`].
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on. A single file has no splits: `test_size` of its rows are held out instead.
+        dataset_test_name (`str`, *optional*):
+            Data set or file that holds the test prompts, where it is not `dataset_name`.
+        train_size (`int`, *optional*):
+            Number of training prompts. Defaults to 4096 for a task, to all rows for a data set.
+        test_size (`int`, *optional*):
+            Number of test prompts. Defaults to 512 for a task, to all rows of the test split for a data set.
+        train_seed (`int`, *optional*, defaults to `0`):
+            Seed of the training prompts of a task, and of the choice of `train_size` rows of a data set.
+        test_seed (`int`, *optional*, defaults to `1000000000`):
+            Seed of the test prompts. Tasks seed prompt number i with `seed + i`, hence the distance from `train_seed`.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of a data set that holds the prompt: a string or a list of messages.
+        answer_column (`str`, *optional*):
+            Column of a data set that holds the reference answer; it is renamed to `solution`, the name that
+            `accuracy_reward` reads.
+        prompt_template (`str`, *optional*):
+            Text put around every string prompt; `{prompt}` in it is replaced by the prompt.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether to turn every string prompt into a conversation of one user message, for models with a chat
+            template.
+        system_prompt (`str`, *optional*):
+            System message put before every conversation.
+    """
+
+    task: str | None = field(default=None, metadata={"help": "Name of a reasoning-gym task."})
+    task_params: dict | str | None = field(
+        default=None, metadata={"help": 'Parameters of the task, a JSON object, e.g. `{"max_terms": 3}`.'}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of a data set, local directory laid out like one, or JSON, JSONL or Parquet file."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_test_name: str | None = field(default=None, metadata={"help": "Data set or file with the test prompts."})
+    train_size: int | None = field(default=None, metadata={"help": "Number of training prompts."})
+    test_size: int | None = field(default=None, metadata={"help": "Number of test prompts."})
+    train_seed: int = field(default=0, metadata={"help": "Seed of the training prompts."})
+    test_seed: int = field(default=1_000_000_000, metadata={"help": "Seed of the test prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of a data set that holds the prompt."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column with the reference answer."})
+    prompt_template: str | None = field(default=None, metadata={"help": "Text around every `{prompt}`."})
+    conversational: bool = field(default=False, metadata={"help": "Whether to make every prompt a conversation."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message put before every conversation."})
+
+    def __post_init__(self):
+        if (self.task is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"Exactly one source of prompts is needed, got task={self.task!r} and "
+                f"dataset_name={self.dataset_name!r}: set one of them and leave the other out."
+            )
+        if isinstance(self.task_params, str):
+            self.task_params = _parse_json_object("task_params", self.task_params)
+        if self.task is None and self.task_params:
+            raise ValueError(
+                "`task_params` belongs to a reasoning-gym `task`, but none is set: remove it or set `task`."
+            )
+        for name in ("dataset_config", "dataset_test_name"):
+            if self.task is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` belongs to `dataset_name`, but the prompts of a `task` are made: remove it."
+                )
+        for name in ("train_size", "test_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` is {size}, but a prompt set needs at least one prompt: set {name} >= 1.")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"`prompt_template` is {self.prompt_template!r}, which would drop the prompt: put `{{prompt}}` in it."
+            )
+
+
+def load_prompts(args: DataArguments, *, with_test: bool = True) -> DatasetDict:
+    """
+    Load training prompts and, on request, held-out test prompts; no test prompt is left in the training set.
+
+    Args:
+        args ([`DataArguments`]):
+            Where the prompts come from.
+        with_test (`bool`, *optional*, defaults to `True`):
+            Whether to load the test prompts too.
+
+    Returns:
+        [`~datasets.DatasetDict`]:
+            Splits `train` and, with `with_test`, `test`. Rows of a task have the columns `prompt`, `solution` and
+            `entry` (see [`decode_entry`]); rows of a data set keep their columns beside `prompt` and `solution`.
+
+    Raises:
+        `ValueError`: a source, split or column that does not exist, or an empty prompt set.
+    """
+    splits = _load_task(args, with_test) if args.task is not None else _load_dataset(args, with_test)
+    splits = {name: _name_columns(split, args, name) for name, split in splits.items()}
+    if "test" in splits:
+        splits["train"] = _without_test_prompts(splits["train"], splits["test"])
+    return DatasetDict({name: _format_prompts(split, args) for name, split in splits.items()})
+
+
+def _load_task(args: DataArguments, with_test: bool) -> dict[str, Dataset]:
+    assert args.task is not None
+    assert not isinstance(args.task_params, str)
+    sizes = {"train": args.train_size or DEFAULT_TASK_TRAIN_SIZE, "test": args.test_size or DEFAULT_TASK_TEST_SIZE}
+    seeds = {"train": args.train_seed, "test": args.test_seed}
+    first, second = sorted(seeds, key=seeds.__getitem__)
+    if seeds[first] + CANDIDATES_PER_PROMPT * sizes[first] > seeds[second]:
+        raise ValueError(
+            f"`train_seed` {args.train_seed} and `test_seed` {args.test_seed} are too close: prompt i uses seed + i, so "
+            f"the two sets would share prompts. Set them at least {CANDIDATES_PER_PROMPT * sizes[first]} apart."
+        )
+    # The test set is made, and removed from the training set, also where nobody evaluates during training: whoever
+    # evaluates the saved model later with the same arguments must find unseen prompts.
+    test = task_entries(args.task, args.task_params, size=sizes["test"], seed=seeds["test"], distinct=True)
+    train = task_entries(
+        args.task,
+        args.task_params,
+        size=sizes["train"],
+        seed=seeds["train"],
+        excluded_questions={entry["question"] for entry in test},
+    )
+    splits = {"train": train, "test": test} if with_test else {"train": train}
+    return {name: Dataset.from_list([_task_row(entry) for entry in rows]) for name, rows in splits.items()}
+
+
+def _task_row(entry: dict[str, Any]) -> dict[str, str | None]:
+    solution = (
+        None if entry["answer"] is None else str(entry["answer"])
+    )  # some tasks have many right answers and name none
+    return {"prompt": entry["question"], "solution": solution, "entry": encode_entry(entry)}
+
+
+def _load_dataset(args: DataArguments, with_test: bool) -> dict[str, Dataset]:
+    assert args.dataset_name is not None
+    train = _load_split(args, "dataset_name", args.dataset_train_split)
+    if args.dataset_test_name is None and _is_file(args.dataset_name):
+        return _hold_out(train, args, with_test)
+    splits = {"train": _subset(train, "train_size", args.train_size, args.train_seed)}
+    if with_test:
+        test_field = "dataset_name" if args.dataset_test_name is None else "dataset_test_name"
+        test = _load_split(args, test_field, args.dataset_test_split)
+        splits["test"] = _subset(test, "test_size", args.test_size, args.test_seed)
+    return splits
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in FILE_BUILDERS or Path(name).is_file()
+
+
+def _load_split(args: DataArguments, field_name: str, split: str) -> Dataset:
+    name = getattr(args, field_name)
+    config = args.dataset_config if field_name == "dataset_name" else None
+    path = Path(name)
+    try:
+        if not _is_file(name):
+            return load_dataset(name, config, split=split)
+        if path.suffix not in FILE_BUILDERS:
+            raise ValueError(f"files with the suffix {path.suffix!r} cannot be read, only {', '.join(FILE_BUILDERS)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path} (looked for from {Path.cwd()})")
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:  # StopIteration: a file without rows
+        raise ValueError(
+            f"`{field_name}` is {name!r}, which could not be loaded (configuration {config!r}, split {split!r}): "
+            f"{str(error) or 'it has no rows'}. Give a hub id, a local directory laid out like a hub data set, or a "
+            ".json, .jsonl or .parquet file."
+        ) from error
+
+
+def _hold_out(rows: Dataset, args: DataArguments, with_test: bool) -> dict[str, Dataset]:
+    if args.test_size is None:
+        if with_test:
+            raise ValueError(
+                f"`dataset_name` is the single file {args.dataset_name!r}, so there is no test split to evaluate on: set "
+                "`test_size` to hold out that many of its rows, set `dataset_test_name`, or set `eval_strategy: no`."
+            )
+        return {"train": _subset(rows, "train_size", args.train_size, args.train_seed)}
+    if args.test_size >= len(rows):
+        raise ValueError(f"`test_size` is {args.test_size}, but {args.dataset_name!r} has {len(rows)} rows: lower it.")
+    splits = dict(rows.train_test_split(test_size=args.test_size, seed=args.test_seed))
+    splits["train"] = _subset(splits["train"], "train_size", args.train_size, args.train_seed)
+    return splits if with_test else {"train": splits["train"]}
+
+
+def _subset(rows: Dataset, field_name: str, size: int | None, seed: int) -> Dataset:
+    if size is None or size == len(rows):
+        return rows
+    if size > len(rows):
+        raise ValueError(f"`{field_name}` is {size}, but the split has {len(rows)} rows: lower it or leave it out.")
+    return rows.shuffle(seed=seed).select(range(size))
+
+
+def _name_columns(rows: Dataset, args: DataArguments, split_name: str) -> Dataset:
+    for field_name, column, new_name in (
+        ("prompt_column", args.prompt_column, "prompt"),
+        ("answer_column", args.answer_column, "solution"),
+    ):
+        if column is None or (column == new_name and column in rows.column_names):
+            continue
+        if column not in rows.column_names:
+            raise ValueError(
+                f"`{field_name}` is {column!r}, which the {split_name} set of {args.task or args.dataset_name!r} does not have"
+                f"{nearest(column, rows.column_names)}. Its columns: {', '.join(rows.column_names)}."
+            )
+        if new_name in rows.column_names:
+            rows = rows.remove_columns(new_name)
+        rows = rows.rename_column(column, new_name)
+    return rows
+
+
+def _without_test_prompts(train: Dataset, test: Dataset) -> Dataset:
+    held_out = {json.dumps(prompt) for prompt in test["prompt"]}
+    kept = [i for i, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in held_out]
+    if not kept:
+        raise ValueError(
+            "Every training prompt is also a test prompt, so nothing is left to train on: choose another "
+            "`dataset_train_split`, or test on another `dataset_test_split` or `dataset_test_name`."
+        )
+    if len(kept) < len(train):
+        logger.warning("Left %d training prompts out because they are test prompts too.", len(train) - len(kept))
+    return train if len(kept) == len(train) else train.select(kept)
+
+
+def _format_prompts(rows: Dataset, args: DataArguments) -> Dataset:
+    for index, prompt in enumerate(rows["prompt"]):
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise ValueError(
+                f"Row {index} of {args.task or args.dataset_name!r} has the prompt {prompt!r}, which is neither text nor a "
+                "list of messages: correct or remove the row, or set `prompt_column` to another column."
+            )
+    is_text = isinstance(rows["prompt"][0], str)
+    if is_text and args.system_prompt is not None and not args.conversational:
+        raise ValueError(
+            "`system_prompt` needs a conversation, but the prompts are strings: set `conversational: true`, or put the "
+            "text into `prompt_template`."
+        )
+    if not is_text and args.prompt_template is not None:
+        raise ValueError("`prompt_template` is for string prompts, but the prompts are conversations: remove it.")
+    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+
+    def format_prompt(prompt: Any) -> Any:
+        if isinstance(prompt, str):
+            prompt = (args.prompt_template or "{prompt}").replace("{prompt}", prompt)
+            if not args.conversational:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        return system + prompt
+
+    return rows.remove_columns("prompt").add_column("prompt", [format_prompt(prompt) for prompt in rows["prompt"]])
+
+
+def _parse_json_object(field_name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'`{field_name}` is {text!r}, which is not a JSON object: write it like {{"max_terms": 3}}.')
+    return value

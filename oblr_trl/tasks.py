@@ -1,0 +1,144 @@
+"""reasoning-gym tasks, with errors that name the field at fault; the only module that imports `reasoning_gym`."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Collection
+from itertools import count, islice
+from typing import Any
+
+# Tasks generate lazily, so candidates beyond the wanted prompts cost nothing unless prompts repeat.
+CANDIDATES_PER_PROMPT = 20
+
+
+def make_task(name: str, params: dict[str, Any] | None = None, *, size: int, seed: int) -> Any:
+    """
+    Build a reasoning-gym task.
+
+    Args:
+        name (`str`):
+            Name of the task, e.g. `"chain_sum"`.
+        params (`dict`, *optional*):
+            Fields of the task's configuration, except `size` and `seed`.
+        size (`int`):
+            Number of entries.
+        seed (`int`):
+            Seed of entry number 0; entry i is seeded with `seed + i`.
+
+    Returns:
+        `reasoning_gym.dataset.ProceduralDataset`:
+            A sequence of entries (`question`, `answer`, `metadata`) with a method `score_answer(answer, entry)`.
+
+    Raises:
+        `ValueError`: reasoning-gym is not installed, or does not know the task or one of its parameters, or refuses a
+        value.
+    """
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"`task` is {name!r}, which needs the package reasoning-gym, and that is not installed: run "
+            "`pip install 'oblr_trl[demo]'`."
+        ) from error
+    if name not in DATASETS:
+        raise ValueError(f"`task` is {name!r}, which reasoning-gym does not have{nearest(name, DATASETS)}.")
+    params = params or {}
+    valid = {f.name for f in dataclasses.fields(DATASETS[name][1]) if f.init} - {"size", "seed"}
+    for key in params:
+        if key in ("size", "seed"):
+            raise ValueError(f"`task_params` sets `{key}`: set `train_{key}` and `test_{key}` instead.")
+        if key not in valid:
+            raise ValueError(
+                f"`task_params` has the key {key!r}, which task {name!r} does not know{nearest(key, valid)}. "
+                f"It knows: {', '.join(sorted(valid))}."
+            )
+    try:
+        return create_dataset(name, size=size, seed=seed, **params)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"`task_params` {params} do not suit task {name!r}: {error}. Correct the value.") from error
+
+
+def task_entries(
+    name: str,
+    params: dict[str, Any] | None = None,
+    *,
+    size: int,
+    seed: int,
+    distinct: bool = False,
+    excluded_questions: Collection[str] = frozenset(),
+) -> list[dict[str, Any]]:
+    """
+    Generate exactly `size` entries of a task, without any of the excluded questions.
+
+    Args:
+        name (`str`):
+            Name of the task.
+        params (`dict`, *optional*):
+            Fields of the task's configuration.
+        size (`int`):
+            Number of entries.
+        seed (`int`):
+            Seed of the first candidate; entries use seeds in `[seed, seed + 20 * size)`.
+        distinct (`bool`, *optional*, defaults to `False`):
+            Whether no question may occur twice.
+        excluded_questions (`Collection[str]`, *optional*):
+            Questions to leave out.
+
+    Raises:
+        `ValueError`: as [`make_task`], or when the task has too few such questions.
+    """
+    task = make_task(name, params, size=CANDIDATES_PER_PROMPT * size, seed=seed)
+    seen = set(excluded_questions)
+    entries: list[dict[str, Any]] = []
+    for entry in islice(map(task.__getitem__, count()), len(task)):
+        if entry["question"] in seen:
+            continue
+        if distinct:
+            seen.add(entry["question"])
+        entries.append(entry)
+        if len(entries) == size:
+            return entries
+    raise ValueError(
+        f"Task {name!r} with `task_params` {params or {}} gave only {len(entries)} of the {size} prompts wanted"
+        f"{' (all distinct)' if distinct else ''}, not counting {len(excluded_questions)} test prompts, in {len(task)} "
+        "attempts: lower `train_size` or `test_size`, or widen `task_params`."
+    )
+
+
+def encode_entry(entry: dict[str, Any]) -> str:
+    """
+    Write an entry as JSON. Tuples and dictionaries with keys other than strings, which some scorers tell from lists
+    and JSON objects, are tagged so that [`decode_entry`] returns them as they were.
+    """
+    return json.dumps(_tag(entry))
+
+
+def decode_entry(encoded: str) -> dict[str, Any]:
+    """Read what [`encode_entry`] wrote."""
+    return json.loads(encoded, object_hook=_untag)
+
+
+def _tag(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {"__tuple__": [_tag(item) for item in value]}
+    if isinstance(value, list):
+        return [_tag(item) for item in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: _tag(item) for key, item in value.items()}
+        return {"__items__": [[_tag(key), _tag(item)] for key, item in value.items()]}
+    return value
+
+
+def _untag(value: dict[str, Any]) -> Any:
+    if "__tuple__" in value:
+        return tuple(value["__tuple__"])
+    if "__items__" in value:
+        return dict(value["__items__"])
+    return value
+
+
+def nearest(word: str, candidates: Collection[str]) -> str:
+    """The clause `"; the nearest name is 'x'"`, or nothing where no candidate resembles `word`."""
+    matches = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=0.5)
+    return f"; the nearest name is {matches[0]!r}" if matches else ""
