@@ -1,0 +1,261 @@
+"""Make the model that the tiny-Qwen3 recipes start from: a small Qwen3, taught to add by TRL's `SFTTrainer` from sloppy data.
+
+No hub is needed: the tokenizer is built here too. As in a pretrained model, the right answers are known but not preferred
+enough: a fixed part of the supervised answers is off by a little, so that sampled answers are right about as often as the
+data, on any machine. What reinforcement learning has to do is to trust the right ones.
+
+    python -m oblr_trl.scripts.start_model
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.tasks import decode_entry, make_task
+
+TASK = "chain_sum"
+# Three one-digit terms: skill grows steadily with training, where longer numbers are learnt all at once.
+TASK_PARAMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+# Far from the recipes' `train_seed`, so that reinforcement learning sees problems that supervised training did not.
+SFT_SEED = 2_000_000_000
+PRINTABLE_ASCII = [chr(code) for code in range(32, 127)] + ["\n"]
+RECORD = "start_model.json"
+
+
+@dataclass
+class StartModelArguments:
+    """
+    Settings of the start model. The same settings give the same weights on the same machine.
+
+    Args:
+        output_dir (`str`, *optional*, defaults to `".cache/tiny-Qwen3-chain_sum"`):
+            Directory of the model, its tokenizer and `start_model.json`, the record of settings and accuracy.
+        max_steps (`int`, *optional*, defaults to `700`):
+            Number of supervised steps.
+        wrong_answers (`float`, *optional*, defaults to `0.3`):
+            Fraction of supervised answers that are off, by 1 to 9.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Problems per step.
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Peak learning rate of AdamW; it decays to zero in the last fifth of the steps.
+        test_size (`int`, *optional*, defaults to `512`):
+            Number of held-out problems, the same as the recipes', that the accuracy is measured on.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the initial weights and of the order of the problems.
+        min_accuracy (`float`, *optional*, defaults to `0.3`):
+            Lowest acceptable accuracy.
+        max_accuracy (`float`, *optional*, defaults to `0.6`):
+            Highest acceptable accuracy.
+    """
+
+    output_dir: str = field(default=".cache/tiny-Qwen3-chain_sum", metadata={"help": "Directory of the model."})
+    max_steps: int = field(default=700, metadata={"help": "Number of supervised steps."})
+    wrong_answers: float = field(default=0.3, metadata={"help": "Fraction of supervised answers that are off."})
+    batch_size: int = field(default=64, metadata={"help": "Problems per step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    test_size: int = field(default=512, metadata={"help": "Number of held-out problems."})
+    seed: int = field(default=0, metadata={"help": "Seed of the initial weights and of the order of the problems."})
+    min_accuracy: float = field(default=0.3, metadata={"help": "Lowest acceptable accuracy."})
+    max_accuracy: float = field(default=0.6, metadata={"help": "Highest acceptable accuracy."})
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """
+    Build a byte-pair tokenizer over printable ASCII that keeps every digit apart and pads on the left.
+
+    Args:
+        texts (`list[str]`):
+            Texts to learn the merges from: the words of the task's question become one token each.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[0-9]"), "isolated"),
+            pre_tokenizers.Split(" ", "merged_with_next"),
+        ]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    special_tokens = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=192, special_tokens=special_tokens, initial_alphabet=PRINTABLE_ASCII, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        truncation_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 of at most a million parameters; heads of 32, the least that vLLM's attention takes."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def supervised_set(prompts: Dataset, wrong_answers: float, seed: int) -> Dataset:
+    """Prompts with answers as `completion`, a fraction of which is off by 1 to 9 in either direction."""
+    generator = random.Random(seed)
+
+    def completion(solution: str) -> str:
+        if generator.random() >= wrong_answers:
+            return solution
+        return str(int(solution) + generator.choice((-1, 1)) * generator.randint(1, 9))
+
+    completions = [completion(solution) for solution in prompts["solution"]]
+    return Dataset.from_dict({"prompt": prompts["prompt"], "completion": completions})
+
+
+@torch.no_grad()
+def sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, problems: Dataset) -> float:
+    """Fraction of problems that one completion, sampled at temperature 1, answers correctly."""
+    task = make_task(TASK, TASK_PARAMS, size=1, seed=0)
+    model.eval()
+    batch = tokenizer(list(problems["prompt"]), return_tensors="pt", padding=True, return_token_type_ids=False)
+    ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
+    answers = tokenizer.batch_decode(ids[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
+    entries = [decode_entry(entry) for entry in problems["entry"]]
+    return sum(task.score_answer(*pair) >= 1 for pair in zip(answers, entries, strict=True)) / len(entries)
+
+
+def train_model(args: StartModelArguments, output_dir: Path) -> float:
+    """Train the start model, save it with its tokenizer in `output_dir`, and return its held-out accuracy."""
+    prompts = load_prompts(
+        DataArguments(
+            task=TASK,
+            task_params=TASK_PARAMS,
+            train_size=args.max_steps * args.batch_size,
+            train_seed=SFT_SEED,
+            test_size=args.test_size,
+        )
+    )
+    tokenizer = build_tokenizer(prompts["train"]["prompt"][:1024])
+    set_seed(args.seed)
+    # One thread: faster for a model of this size, and the weights do not depend on the machine's number of cores.
+    torch.set_num_threads(1)
+    sft_args = SFTConfig(
+        output_dir=str(output_dir / "sft"),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": max(args.max_steps // 5, 1)},
+        warmup_steps=20,
+        weight_decay=0.0,
+        seed=args.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=100,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=build_model(tokenizer),
+        args=sft_args,
+        train_dataset=supervised_set(prompts["train"], args.wrong_answers, args.seed),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    model: Any = trainer.model
+    accuracy = sampled_accuracy(model, tokenizer, prompts["test"])
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return accuracy
+
+
+def make_start_model(args: StartModelArguments) -> dict[str, Any]:
+    """
+    Make the start model, unless `output_dir` holds one of the same settings already.
+
+    It is trained in a temporary directory beside `output_dir` and moved there when it is complete, so that an interrupted
+    run leaves nothing that looks like a model.
+
+    Args:
+        args ([`StartModelArguments`]):
+            Settings.
+
+    Returns:
+        `dict[str, Any]`: The record: settings, held-out `accuracy`, `num_parameters`, training time in `seconds`.
+
+    Raises:
+        `ValueError`: If the accuracy is outside of `min_accuracy` and `max_accuracy`.
+    """
+    target = Path(args.output_dir)
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "output_dir"}
+    settings |= {"task": TASK, "task_params": TASK_PARAMS}
+    if (target / RECORD).is_file():
+        record = json.loads((target / RECORD).read_text())
+        if record["settings"] == settings:
+            return record
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-") as temporary:
+        made = Path(temporary) / "model"
+        start = time.perf_counter()
+        accuracy = train_model(args, made)
+        seconds = time.perf_counter() - start
+        if not args.min_accuracy <= accuracy <= args.max_accuracy:
+            raise ValueError(
+                f"The start model answers {accuracy:.3f} of the held-out problems, outside of "
+                f"[{args.min_accuracy}, {args.max_accuracy}]: change `max_steps` (more steps, more skill) or `seed`."
+            )
+        num_parameters = sum(parameter.numel() for parameter in Qwen3ForCausalLM.from_pretrained(made).parameters())
+        record = {"settings": settings, "accuracy": accuracy, "num_parameters": num_parameters, "seconds": seconds}
+        (made / RECORD).write_text(json.dumps(record, indent=2))
+        shutil.rmtree(made / "sft", ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target)
+        shutil.move(made, target)
+    return record
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse the command line, make the model and say what it can do."""
+    disable_progress_bars()
+    dataclass_types: list[Any] = [StartModelArguments]
+    (args,) = TrlParser(dataclass_types, allow_abbrev=False).parse_args_and_config(argv)
+    record = make_start_model(args)
+    sys.stdout.write(
+        f"Start model {args.output_dir}: {record['num_parameters']:,} parameters, {record['accuracy']:.3f} of "
+        f"{record['settings']['test_size']} held-out problems right, trained in {record['seconds']:.0f} s.\n"
+    )
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Train from a YAML recipe, by OBLR-PO or by its control, TRL's own GRPO.
+
+    accelerate launch -m oblr_trl.scripts.train --config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml
+
+Differs from `trl grpo` in that parsing is strict (a misspelt key fails and names the nearest one), and that data and
+rewards are checked before the model is loaded. Any key of the recipe can be given on the command line too.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.oblrpo_config import OBLRPOConfig
+from oblr_trl.oblrpo_trainer import OBLRPOTrainer
+from oblr_trl.rewards import RewardArguments, load_rewards
+from oblr_trl.tasks import nearest
+
+TRAINERS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer]]] = {
+    "oblrpo": (OBLRPOConfig, OBLRPOTrainer),
+    "grpo": (GRPOConfig, GRPOTrainer),
+}
+# Read by the parser itself rather than by one of the dataclasses.
+_PARSER_KEYS = ("config", "env")
+
+
+@dataclass
+class TrainScriptArguments:
+    """
+    Arguments of the training script itself.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"oblrpo"`):
+            `"oblrpo"` for [`OBLRPOTrainer`], or `"grpo"` for [`~trl.GRPOTrainer`], the control.
+    """
+
+    trainer: str = field(
+        default="oblrpo", metadata={"help": "`oblrpo`, or `grpo` for TRL's own trainer.", "choices": list(TRAINERS)}
+    )
+
+
+def main(
+    script_args: TrainScriptArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    reward_args: RewardArguments,
+) -> GRPOTrainer:
+    """Train as the arguments say, save the model and the trainer's state in `output_dir`, and return the trainer."""
+    evaluates = training_args.eval_strategy != "no"
+    assert training_args.max_completion_length is not None
+    prompts = load_prompts(data_args, with_test=evaluates)
+    reward_funcs = load_rewards(
+        reward_args,
+        data_args,
+        columns=prompts["train"].column_names,
+        max_completion_length=training_args.max_completion_length,
+    )
+    _check_model(model_args)
+    checkpoint = _checkpoint_to_resume(training_args)
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **cast(dict[str, Any], training_args.model_init_kwargs or {}),
+    }
+    trainer_class = TRAINERS[script_args.trainer][1]
+    assert model_args.model_name_or_path is not None
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=list(reward_funcs),
+        args=training_args,
+        train_dataset=prompts["train"],
+        eval_dataset=prompts["test"] if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)  # evaluates after the last step too, whatever `eval_steps` is
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+    trainer.end()
+    return trainer
+
+
+def _check_model(model_args: ModelConfig) -> None:
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError("`model_name_or_path` is not set: give a hub id or a local directory.")
+    name = model_args.model_name_or_path = os.path.expanduser(name)
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(
+            f"`model_name_or_path` is {name!r}, but there is no such directory. The start model of the tiny recipes is made "
+            f"by `python -m oblr_trl.scripts.start_model --output_dir {name}`."
+        )
+
+
+def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
+    """The checkpoint directory; `true` means the last one in `output_dir`."""
+    wanted: Any = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        output_dir = str(training_args.output_dir)
+        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        if last is None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is true, but {output_dir!r} holds no checkpoint: leave it out."
+            )
+        return last
+    if not os.path.isdir(wanted):
+        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, but there is no such directory.")
+    return wanted
+
+
+def make_parser(
+    subparsers: argparse._SubParsersAction | None = None, prog: str | None = None, trainer: str = "oblrpo"
+) -> TrlParser:
+    """
+    Parser of the training script; its keys depend on the trainer.
+
+    Args:
+        subparsers (`argparse._SubParsersAction`, *optional*):
+            Where to add the parser as a subcommand, as TRL's command line does.
+        prog (`str`, *optional*):
+            Name of the program in help texts.
+        trainer (`str`, *optional*, defaults to `"oblrpo"`):
+            `"oblrpo"` or `"grpo"`.
+    """
+    dataclass_types: tuple[Any, ...] = (
+        TrainScriptArguments,
+        TRAINERS[trainer][0],
+        ModelConfig,
+        DataArguments,
+        RewardArguments,
+    )
+    if subparsers is not None:
+        return subparsers.add_parser("oblrpo", help="Run the OBLR-PO training script", dataclass_types=dataclass_types)
+    return TrlParser(list(dataclass_types), prog=prog)
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple:
+    """
+    Parse a recipe and the command line, strictly.
+
+    Returns:
+        `tuple`: The arguments of [`main`].
+
+    Raises:
+        `ValueError`: For a recipe that cannot be read, an unknown key, or a key that the trainer does not have.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # TrlParser reads `--config x`, but not `--config=x`.
+    argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+    recipe = _read_recipe(argv)
+    flags = {token[2:].split("=")[0]: token for token in argv if token.startswith("--")}
+    trainer = _flag_value(argv, "trainer") or recipe.get("trainer", "oblrpo")
+    if trainer not in TRAINERS:
+        raise ValueError(f"`trainer` is {trainer!r}; use one of {', '.join(TRAINERS)}.")
+    parser = make_parser(trainer=trainer)
+    _check_keys([*recipe, *flags], parser, trainer)
+    return parser.parse_args_and_config(argv)
+
+
+def _read_recipe(argv: list[str]) -> dict[str, Any]:
+    path = _flag_value(argv, "config")
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise ValueError(
+            f"`--config` names {path!r}, but there is no such file (looked for from the working directory)."
+        )
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {path!r} is not YAML: {error}. Correct that line.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}.")
+    return recipe
+
+
+def _flag_value(argv: list[str], name: str) -> str | None:
+    for position, token in enumerate(argv):
+        if token == f"--{name}" and position + 1 < len(argv):
+            return argv[position + 1]
+        if token.startswith(f"--{name}="):
+            return token.split("=", 1)[1]
+    return None
+
+
+def _check_keys(keys: list[str], parser: TrlParser, trainer: str) -> None:
+    known = {action.dest for action in parser._actions} | set(_PARSER_KEYS)
+    known |= {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    own = {f.name for f in dataclasses.fields(OBLRPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
+    for key in keys:
+        if key in known:
+            continue
+        if key in own:
+            raise ValueError(
+                f"`{key}` belongs to OBLR-PO, but `trainer` is {trainer!r}: remove it, or set trainer: oblrpo."
+            )
+        raise ValueError(f"Unknown key `{key}`{nearest(key, known)}.")
+
+
+if __name__ == "__main__":
+    main(*parse())

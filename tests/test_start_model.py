@@ -1,0 +1,136 @@
+"""The start model: its tokenizer, its size, its accuracy's bounds, and the same weights for the same settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.scripts import start_model
+from oblr_trl.scripts.start_model import StartModelArguments, build_model, build_tokenizer, main, make_start_model
+
+ANY_ACCURACY = {"min_accuracy": 0.0, "max_accuracy": 1.0}
+QUICK = {"max_steps": 3, "batch_size": 8, "test_size": 16}
+
+
+@pytest.fixture(scope="module")
+def questions():
+    arguments = DataArguments(task=start_model.TASK, task_params=start_model.TASK_PARAMS, train_size=256)
+    return load_prompts(arguments)["train"]["prompt"][:]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache") / "model"
+    return path, make_start_model(StartModelArguments(output_dir=str(path), **QUICK, **ANY_ACCURACY))
+
+
+def test_the_tokenizer_gives_back_every_printable_text(questions):
+    tokenizer = build_tokenizer(questions)
+    printable = "".join(map(chr, range(32, 127))) + "\n"
+
+    for text in (questions[0], printable, " 12 + 345 - 6 =", "unseen  words, here!"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_the_tokenizer_keeps_digits_apart_and_the_words_of_the_question_whole(questions):
+    tokenizer = build_tokenizer(questions)
+
+    assert tokenizer.tokenize(" 12 - 345 =") == [" ", "1", "2", " -", " ", "3", "4", "5", " ="]
+    assert len(tokenizer.tokenize("State the final answer to the following arithmetic problem:")) == 9
+
+
+def test_the_tokenizer_pads_on_the_left_and_marks_what_it_does_not_know(questions):
+    tokenizer = build_tokenizer(questions)
+
+    batch = tokenizer(["1", "123"], padding=True)
+
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+    assert batch["input_ids"][0][:2] == [tokenizer.pad_token_id] * 2
+    assert tokenizer("é").input_ids == [tokenizer.unk_token_id]
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
+
+
+def test_the_model_is_a_qwen3_of_at_most_a_million_parameters(questions):
+    tokenizer = build_tokenizer(questions)
+    model = build_model(tokenizer)
+
+    assert model.config.model_type == "qwen3"
+    assert model.num_parameters() <= 1_000_000
+    assert model.config.head_dim >= 32  # what vLLM's attention needs
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id  # or completions would never end
+
+
+@pytest.mark.slow
+def test_the_model_loads_with_its_tokenizer_and_the_record_says_how_it_was_made(made):
+    path, record = made
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+    assert model.num_parameters() == record["num_parameters"] <= 1_000_000
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.padding_side == "left"
+    assert json.loads((path / start_model.RECORD).read_text()) == record
+    assert record["settings"]["max_steps"] == 3
+    assert 0.0 <= record["accuracy"] <= 1.0
+    assert [entry.name for entry in path.parent.iterdir()] == ["model"]  # nothing temporary is left
+
+
+@pytest.mark.slow
+def test_the_same_settings_give_the_same_weights_and_another_seed_gives_others(made, tmp_path):
+    def weights(seed):
+        target = tmp_path / str(seed)
+        make_start_model(StartModelArguments(output_dir=str(target), seed=seed, **QUICK, **ANY_ACCURACY))
+        return (target / "model.safetensors").read_bytes()
+
+    torch.manual_seed(11)  # the state that earlier code left behind must not matter
+    reference = (made[0] / "model.safetensors").read_bytes()
+
+    assert weights(0) == reference
+    assert weights(1) != reference
+
+
+@pytest.mark.slow
+def test_a_complete_model_of_the_same_settings_is_kept_and_of_others_is_made_again(made, tmp_path, capsys):
+    path, record = made
+    stamp = (path / "model.safetensors").stat().st_mtime_ns
+    options = [token for key, value in (QUICK | ANY_ACCURACY).items() for token in (f"--{key}", str(value))]
+
+    assert main(["--output_dir", str(path), *options]) == record
+    assert (path / "model.safetensors").stat().st_mtime_ns == stamp
+    said = capsys.readouterr().out
+    assert f"{record['accuracy']:.3f} of 16 held-out problems right" in said
+
+    other = main(["--output_dir", str(tmp_path / "m"), *options])
+    again = main(["--output_dir", str(tmp_path / "m"), *options, "--max_steps", "2"])
+    assert (other["settings"]["max_steps"], again["settings"]["max_steps"]) == (3, 2)
+    assert json.loads((tmp_path / "m" / start_model.RECORD).read_text()) == again
+
+
+@pytest.mark.slow
+def test_an_accuracy_out_of_bounds_is_an_error_and_leaves_nothing_behind(tmp_path):
+    bounds = {"min_accuracy": 0.9, "max_accuracy": 1.0}
+
+    with pytest.raises(
+        ValueError, match=r"answers 0\.\d+ of the held-out problems, outside of \[0.9, 1.0\]: change `max"
+    ):
+        make_start_model(StartModelArguments(output_dir=str(tmp_path / "m"), **QUICK, **bounds))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_option_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"--max_step"):
+        main(["--max_step", "3"])  # not taken for an abbreviation
+
+
+def test_the_default_cache_is_one_that_git_ignores():
+    root = Path(__file__).parent.parent
+    folder = StartModelArguments().output_dir.split("/")[0] + "/"
+
+    assert folder in (root / ".gitignore").read_text().splitlines()
