@@ -1,0 +1,61 @@
+# Everything runs in .venv, which `install` makes from constraints.txt. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs/demo
+RECIPES := recipes/tiny-Qwen3
+TASK := config_chain_sum.yaml
+
+# No hub is asked for anything: models and data of demo and tests are made here.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# The demo's model is tiny: a second thread costs it more than it brings.
+demo bench-variance: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test quality notebooks bench bench-variance clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Make .venv with the package and its development tools
+
+demo: install  ## Train OBLR-PO and its GRPO control on the CPU and compare them (about 8 minutes)
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m oblr_trl.scripts.train --config $(RECIPES)/oblrpo/$(TASK) --output_dir $(RUNS)/oblrpo
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m oblr_trl.scripts.train --config $(RECIPES)/grpo/$(TASK) --output_dir $(RUNS)/grpo
+	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
+		--output $(RUNS)/compare.png --json $(RUNS)/compare.json
+
+test: install  ## Run the tests (about 6 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2
+
+quality: install  ## Lint, formatting, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+notebooks: install  ## Execute the notebooks
+	@if compgen -G 'notebooks/*.ipynb' > /dev/null; then $(BIN)/python -m pytest --nbmake notebooks; \
+	else echo 'There are no notebooks yet.'; fi
+
+bench: install  ## Measure the cost of the scoring pass; wants an idle machine
+	$(BIN)/python -m benchmarks.score_pass
+
+bench-variance: install  ## Measure the gradient's variance under each baseline, on the start model
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m benchmarks.start_model_variance
+
+clean:  ## Remove what the targets made, but not .venv
+	rm -rf build dist runs .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
