@@ -213,7 +213,6 @@ def make_parser() -> TrlParser:
 
 def main(args: VarianceArguments) -> None:
     """Measure, print and write."""
-    torch.set_num_threads(1)  # one tiny sequence at a time: more threads only contend
     started = machine()
     policy = load_policy(args.model)
     data = DataArguments(task=TASK, task_params=TASK_PARAMS, train_size=1, test_size=args.num_seeds * args.num_prompts)
@@ -230,5 +229,6 @@ def main(args: VarianceArguments) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # one tiny sequence at a time: more threads only contend
     (arguments,) = make_parser().parse_args_and_config()
     main(arguments)

@@ -17,8 +17,9 @@ from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metric
 from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients
 from oblr_trl.lr_scheduler import SNRScheduler
 from oblr_trl.oblrpo_config import OBLRPOConfig
+from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.scopes import resolve_scope
-from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
+from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scoring_model import FORWARD_KEYS, ScoringModel
 
 STATE_FILE = "oblrpo_state.json"

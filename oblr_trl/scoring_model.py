@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
+from oblr_trl.scores.one_pass import ScoreOutput
+from oblr_trl.scores.score_pass import ScorePass
 
 # Optional entries of the batch that the forward pass of multimodal models takes.
 FORWARD_KEYS = (

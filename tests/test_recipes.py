@@ -83,7 +83,7 @@ def test_no_two_recipes_write_to_the_same_directory():
 
 
 @pytest.mark.parametrize("path", TINY, ids=name_of)
-def test_the_tiny_recipes_start_from_the_start_model_on_problems_it_was_not_taught(path):
+def test_the_tiny_recipes_start_from_the_start_model_and_test_on_problems_it_was_not_taught(path):
     _, _, model_args, data_args, _ = parse(["--config", str(path)])
     made = start_model.StartModelArguments()
 

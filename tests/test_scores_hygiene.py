@@ -1,5 +1,7 @@
 """What the scoring pass leaves behind (nothing), refuses, and holds in memory."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -58,6 +60,41 @@ def test_nothing_is_left_on_the_model_after_an_exception(where):
         score_sketches(model, *random_batch())
     assert traces(model) == before
     del rules_module._RULES[Failing]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_tensor_outlives_the_pass(fails):
+    """A reference cycle through the autograd graph would keep every pass's activations for good."""
+
+    def num_tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    model, batch = tiny_model(), random_batch()
+    model.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.zeros(128))
+
+    def run():
+        if fails:
+            with pytest.raises(ValueError, match="broken rule"):
+                score_sketches(model, *batch)
+        else:
+            score_sketches(model, *batch)
+
+    original = rules_module._RULES[nn.Linear]
+    if fails:
+        rules_module._RULES[nn.Linear] = broken_rule
+    try:
+        run()
+        before = num_tensors()
+        for _ in range(3):
+            run()
+        assert num_tensors() == before
+    finally:
+        rules_module._RULES[nn.Linear] = original
+
+
+def broken_rule(module, inputs, grad_output):
+    raise ValueError("broken rule")
 
 
 def test_accumulated_gradients_survive_and_no_gradient_is_added():

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.scripts import start_model
-from oblr_trl.scripts.start_model import StartModelArguments, build_model, build_tokenizer, main, make_start_model
+from oblr_trl.scripts.start_model import (
+    StartModelArguments,
+    build_model,
+    build_tokenizer,
+    main,
+    make_start_model,
+    supervised_set,
+)
 
 ANY_ACCURACY = {"min_accuracy": 0.0, "max_accuracy": 1.0}
 QUICK = {"max_steps": 3, "batch_size": 8, "test_size": 16}
@@ -64,6 +72,37 @@ def test_the_model_is_a_qwen3_of_at_most_a_million_parameters(questions):
     assert model.config.head_dim >= 32  # what vLLM's attention needs
     assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id  # or completions would never end
+
+
+def test_the_wanted_fraction_of_supervised_answers_is_off_by_one_to_nine():
+    solved = Dataset.from_dict({"prompt": [f"{n} =" for n in range(4000)], "solution": [str(n) for n in range(4000)]})
+
+    off = [int(row["completion"]) - n for n, row in enumerate(supervised_set(solved, wrong_answers=0.3, seed=0))]
+
+    # 1200 wrong answers expected with a standard deviation of sqrt(4000 * 0.3 * 0.7) = 29.
+    assert abs(sum(error != 0 for error in off) - 1200) < 4 * 29
+    assert {abs(error) for error in off} == set(range(10))
+    assert supervised_set(solved, wrong_answers=0.0, seed=0)["completion"][:] == solved["solution"][:]
+
+
+@pytest.mark.slow
+def test_the_supervised_problems_do_not_hold_the_held_out_ones(monkeypatch, tmp_path):
+    seen = []
+
+    def record(prompts, *arguments):
+        seen.extend(prompts["prompt"])
+        return supervised_set(prompts, *arguments)
+
+    monkeypatch.setattr(start_model, "supervised_set", record)
+    # Of the 4000 problems there are: about 1024 * 512 / 4000 = 131 would be held-out ones if nobody took care.
+    options = {"max_steps": 1, "batch_size": 1024, "test_size": 512}
+    arguments = StartModelArguments(output_dir=str(tmp_path / "m"), **options, **ANY_ACCURACY)
+    make_start_model(arguments)
+
+    recipe = DataArguments(task=start_model.TASK, task_params=start_model.TASK_PARAMS, train_size=2048, test_size=512)
+    held_out = set(load_prompts(recipe)["test"]["prompt"])
+    assert len(seen) == 1024
+    assert not held_out & set(seen)
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ from oblr_trl.tasks import decode_entry, make_task
 TASK = "chain_sum"
 # Three one-digit terms: skill grows steadily with training, where longer numbers are learnt all at once.
 TASK_PARAMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-# Far from the recipes' `train_seed`, so that reinforcement learning sees problems that supervised training did not.
+# Its own draw of problems. There are only 4000, so reinforcement learning meets them again; the recipes' held-out ones
+# are new to both.
 SFT_SEED = 2_000_000_000
 PRINTABLE_ASCII = [chr(code) for code in range(32, 127)] + ["\n"]
 RECORD = "start_model.json"
@@ -232,7 +233,8 @@ def make_start_model(args: StartModelArguments) -> dict[str, Any]:
         if not args.min_accuracy <= accuracy <= args.max_accuracy:
             raise ValueError(
                 f"The start model answers {accuracy:.3f} of the held-out problems, outside of "
-                f"[{args.min_accuracy}, {args.max_accuracy}]: change `max_steps` (more steps, more skill) or `seed`."
+                f"[{args.min_accuracy}, {args.max_accuracy}]: change `max_steps` (more steps, more skill), "
+                "`wrong_answers` or `seed`."
             )
         num_parameters = sum(parameter.numel() for parameter in Qwen3ForCausalLM.from_pretrained(made).parameters())
         record = {"settings": settings, "accuracy": accuracy, "num_parameters": num_parameters, "seconds": seconds}
