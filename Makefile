@@ -13,9 +13,9 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
-demo bench-variance: export OMP_NUM_THREADS ?= 1
+demo demo-seeds bench-variance: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test quality notebooks bench bench-variance clean
+.PHONY: help install demo demo-seeds test quality notebooks bench bench-variance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -28,14 +28,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed  ## Make .venv with the package and its development tools
 
+LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	-m oblr_trl.scripts.train
+
 demo: install  ## Train OBLR-PO and its GRPO control on the CPU and compare them (about 8 minutes)
 	$(BIN)/python -m oblr_trl.scripts.start_model
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		-m oblr_trl.scripts.train --config $(RECIPES)/oblrpo/$(TASK) --output_dir $(RUNS)/oblrpo
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		-m oblr_trl.scripts.train --config $(RECIPES)/grpo/$(TASK) --output_dir $(RUNS)/grpo
+	$(LAUNCH) --config $(RECIPES)/oblrpo/$(TASK) --output_dir $(RUNS)/oblrpo
+	$(LAUNCH) --config $(RECIPES)/grpo/$(TASK) --output_dir $(RUNS)/grpo
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
 		--output $(RUNS)/compare.png --json $(RUNS)/compare.json
+
+demo-seeds: install  ## The demo's two methods with three seeds each; writes benchmarks/results/demo_seeds.json
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	for seed in 0 1 2; do for method in oblrpo grpo; do \
+		$(LAUNCH) --config $(RECIPES)/$$method/$(TASK) --seed $$seed --output_dir runs/seeds/$$method/seed-$$seed || exit 1; \
+	done; done
+	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
+		--output runs/seeds/compare.png --json benchmarks/results/demo_seeds.json
 
 test: install  ## Run the tests (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
