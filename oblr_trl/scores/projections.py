@@ -139,7 +139,8 @@ class Projections:
         return self._signs[key]
 
     def _generator(self, key: str) -> torch.Generator:
-        return torch.Generator().manual_seed((zlib.crc32(key.encode()) << 32) + self.seed)
+        # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{key}".encode()))
 
 
 def _is_small(num_rows: int, num_columns: int, sketch_dim: int) -> bool:
