@@ -431,3 +431,23 @@ def test_arguments_may_be_positional_as_in_trl(tmp_path):
     args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = OBLRPOTrainer(tiny_model(), digit_reward, args, prompts(), processing_class=tiny_tokenizer())
     assert len(trainer.train_dataset) == 64
+
+
+def test_fsdp_is_refused_with_the_remedy(tmp_path):
+    class UnderFSDP(OBLRPOTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match=r"not been verified under FSDP\. Remedy: use DeepSpeed ZeRO"):
+        train(UnderFSDP, OBLRPOConfig, tmp_path)
+
+
+def test_a_scheduler_that_cannot_be_wrapped_is_refused_with_the_remedy(tmp_path):
+    class EngineScheduler:
+        """As DeepSpeed's own, not one of torch."""
+
+    model = tiny_model(num_layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"cannot wrap a `EngineScheduler`\. Remedy: remove the scheduler"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(optimizer, EngineScheduler()))
