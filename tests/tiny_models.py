@@ -127,6 +127,7 @@ def train(trainer_class, config_class, output_dir, *, model=None, reward=digit_r
         "seed": 3,
     }
     optimizers = overrides.pop("optimizers", (None, None))
+    peft_config = overrides.pop("peft_config", None)
     resume = overrides.pop("resume_from_checkpoint", None)
     trainer = trainer_class(
         model=tiny_model(num_layers=2) if model is None else model,
@@ -136,6 +137,7 @@ def train(trainer_class, config_class, output_dir, *, model=None, reward=digit_r
         processing_class=tiny_tokenizer(),
         optimizers=optimizers,
         callbacks=callbacks,
+        peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

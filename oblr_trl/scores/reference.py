@@ -67,7 +67,7 @@ def _cut_graph(model: Any, scope: str, last_k: int | None) -> list:
     if scope == "lm_head":
         return [model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].detach(),))]
     num_layers = model.config.get_text_config().num_hidden_layers
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
+    blocks = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
     assert last_k is not None
     return [
         blocks[-last_k].register_forward_pre_hook(

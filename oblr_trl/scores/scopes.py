@@ -1,6 +1,7 @@
 """Which parameters theta stands for: all trainable ones, those of the last k blocks, or the output projection.
 
-One name per parameter, however often it is used: tied embeddings are one matrix.
+One name per parameter, however often it is used: tied embeddings are one matrix. With a PEFT adapter the trainable parameters
+are the adapter's and its copies of whole modules; a method that does not use them by calling a layer is refused.
 """
 
 from collections import Counter
@@ -13,6 +14,50 @@ from oblr_trl.scores.rules import find_score_rule
 
 Scope = Literal["all", "last_k", "lm_head"]
 SCOPES: tuple[str, ...] = get_args(Scope)
+
+# PEFT's classes whose trainable layers are called like any other, with one row per sequence: all that a tap can see. Other
+# methods multiply with `weight` themselves (Lily, `target_parameters`), and their scores would pass for zero. Of the quantized
+# layers only the forward code was read.
+_PEFT_CLASSES = frozenset(
+    {
+        "peft.peft_model.PeftModel",
+        "peft.peft_model.PeftModelForCausalLM",
+        "peft.tuners.ln_tuning.layer.LNTuningLayer",
+        "peft.tuners.ln_tuning.model.LNTuningModel",
+        "peft.tuners.lora.aqlm.AqlmLoraLinear",
+        "peft.tuners.lora.awq.AwqLoraLinear",
+        "peft.tuners.lora.bnb.Linear4bit",
+        "peft.tuners.lora.bnb.Linear8bitLt",
+        "peft.tuners.lora.eetq.EetqLoraLinear",
+        "peft.tuners.lora.gptq.GPTQLoraLinear",
+        "peft.tuners.lora.hqq.HqqLoraLinear",
+        "peft.tuners.lora.inc.IncLoraLinear",
+        "peft.tuners.lora.layer.Linear",
+        "peft.tuners.lora.model.LoraModel",
+        "peft.tuners.lora.torchao.TorchaoLoraLinear",
+        "peft.tuners.prefix_tuning.model.PrefixEncoder",
+        "peft.utils.other.ModulesToSaveWrapper",
+    }
+)
+# What a user asked for who meets one of these, and what to ask for instead.
+_PEFT_REMEDIES = {
+    "peft.tuners.lora.layer.Embedding": (
+        "LoRA on an embedding",
+        "Remove it from `target_modules`, or train a copy of the whole embedding with `modules_to_save`",
+    ),
+    "peft.tuners.lora.layer.ParamWrapper": (
+        "LoRA on bare parameters (`target_parameters`)",
+        "Name their modules in `target_modules`",
+    ),
+    "peft.tuners.trainable_tokens.layer.TrainableTokensLayer": (
+        "`trainable_token_indices`",
+        "Leave it out, or train a copy of the whole embedding with `modules_to_save`",
+    ),
+    "DoraLinearVariant": (
+        "DoRA, whose output is rescaled by a trainable magnitude vector",
+        "Set `use_dora=False`",
+    ),
+}
 
 
 @dataclass
@@ -49,7 +94,7 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
 
     Raises:
         `ValueError`: For an unknown scope, a bad `last_k`, a model without linear output projection, a scope without any
-        trainable parameter, or a trainable parameter that no rule covers.
+        trainable parameter, a trainable parameter that no rule covers, or a PEFT method that the pass does not know.
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
@@ -72,21 +117,24 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
         included = set(model.modules()) - excluded
 
     known: dict[int, str] = {}  # parameters by identity, so that a tied one has a single name
-    for module_name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for module_name, module in modules.items():
         if included is not None and module not in included:
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
+        trainable = [pair for pair in module.named_parameters(recurse=False) if pair[1].requires_grad]
+        if trainable:
+            _check_adapter(modules, module_name, f"{module_name}.{trainable[0][0]}")
+        for name, parameter in trainable:
             full_name = known.setdefault(id(parameter), f"{module_name}.{name}")
             names = scoped.head_names if module is scoped.head else scoped.names.setdefault(module, {})
             _use(scoped, names, name, full_name, parameter)
+    _check_inside_language_model(model, scoped)
     for module, names in scoped.names.items():
         _check_rule(module, names)
     if not scoped.shapes:
         raise ValueError(
-            f"The model has no trainable parameter in scope {scope!r}, so its score is empty. Unfreeze some parameters, or "
-            "add an adapter."
+            f"The model has no trainable parameter in scope {scope!r}, so its score is empty. Unfreeze some parameters, add "
+            "an adapter, or load the one it has with `is_trainable=True`."
         )
     return scoped
 
@@ -99,10 +147,19 @@ def _use(scoped: ScopedParameters, names: dict[str, str], name: str, full_name: 
 
 def _output_projection(model: Any) -> nn.Module:
     head = model.get_output_embeddings()
+    if _qualified_name(head) == "peft.utils.other.ModulesToSaveWrapper":
+        head = _active_copy(head)
     if not isinstance(head, nn.Linear):
+        kind = _qualified_name(head)
+        if kind.startswith("peft."):
+            raise ValueError(
+                f"The model's output embeddings are a `{kind}`: LoRA on the head, or `trainable_token_indices` with tied "
+                "embeddings. Only a plain `nn.Linear` head is supported. Remove the adapter from the head; "
+                "`modules_to_save=['lm_head']` trains a copy of it."
+            )
         raise ValueError(
-            f"The model's output embeddings are a {type(head).__name__}; only a plain `nn.Linear` head is supported. "
-            "Remove the adapter from the head, or use another model class."
+            f"The model's output embeddings are a {type(head).__name__}; only a plain `nn.Linear` head is supported. Use "
+            "another model class."
         )
     config = model.config.get_text_config()
     for name, neutral in (
@@ -121,14 +178,71 @@ def _output_projection(model: Any) -> nn.Module:
     return head
 
 
+def _active_copy(wrapper: Any) -> Any:
+    """The module that PEFT's `modules_to_save` calls in place of the original, whose hooks therefore fire."""
+    if "forward" in vars(wrapper):
+        raise ValueError(
+            "`cast_lm_head_to_fp32=True` replaces the forward of a head in `modules_to_save`, whose trained copy is then never "
+            "called. Set `cast_lm_head_to_fp32=False`, or remove the head from `modules_to_save`."
+        )
+    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not active else wrapper.modules_to_save[active[0]]
+
+
+def _check_adapter(modules: dict[str, nn.Module], module_name: str, full_name: str) -> None:
+    """Refuse a trainable layer that belongs to a PEFT method which does not call it. The innermost class of PEFT decides."""
+    path = module_name
+    while not (owner := _qualified_name(modules[path])).startswith("peft."):
+        if not path:
+            return
+        path = path.rpartition(".")[0]
+    layer: Any = modules[path]
+    if owner in _PEFT_CLASSES:
+        if not owner.startswith("peft.tuners.lora.") or "lora_variant" not in vars(layer):
+            return
+        variants = [
+            type(layer.lora_variant[name]).__name__ for name in layer.active_adapters if name in layer.lora_variant
+        ]
+        if not variants:
+            return
+        owner = variants[0]
+    method, remedy = _PEFT_REMEDIES.get(
+        owner, (f"PEFT's `{owner}`", "Use plain LoRA or rsLoRA, LayerNorm tuning, prefix tuning or `modules_to_save`")
+    )
+    raise ValueError(
+        f"The scoring pass does not support {method}, which trains `{full_name}`. {remedy}, or score the output "
+        "projection alone (`scope='lm_head'`, which is `score_scope` in `OBLRPOConfig`)."
+    )
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
 def _decoder_blocks(model: Any) -> list[nn.Module]:
     num_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():  # a vision tower may have as many blocks
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ValueError(
         f"`scope='last_k'` found no list of {num_layers} decoder blocks in {type(model).__name__}. Use `scope='all'`."
     )
+
+
+def _check_inside_language_model(model: Any, scoped: ScopedParameters) -> None:
+    """Refuse trainable parameters that see images: their first axis counts images or patches, not sequences, and where the
+    two numbers agree it is by chance."""
+    if model.config.get_text_config() is model.config:
+        return
+    inside = set(model.get_decoder().modules())
+    outside = [name for module, names in scoped.names.items() if module not in inside for name in names.values()]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} trainable parameters, the first of them `{outside[0]}`, lie outside the language model: they see "
+            "images or patches, so their gradient cannot be told apart by sequence. Freeze the vision tower and the "
+            "projector (`requires_grad_(False)`; for adapters, limit `target_modules` to the language model), or use "
+            "`scope='lm_head'` (`score_scope` in `OBLRPOConfig`), which scores the output projection and trains everything."
+        )
 
 
 def _check_rule(module: nn.Module, names: dict[str, str]) -> None:
