@@ -287,7 +287,8 @@ def _format_prompts(rows: Dataset, args: DataArguments) -> Dataset:
             prompt = [{"role": "user", "content": prompt}]
         return system + prompt
 
-    return rows.remove_columns("prompt").add_column("prompt", [format_prompt(prompt) for prompt in rows["prompt"]])
+    formatted = rows.add_column("formatted", [format_prompt(prompt) for prompt in rows["prompt"]])
+    return formatted.remove_columns("prompt").rename_column("formatted", "prompt")  # never without any column
 
 
 def _parse_json_object(field_name: str, text: str) -> dict[str, Any]:

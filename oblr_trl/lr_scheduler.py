@@ -45,6 +45,11 @@ class SNRScheduler(LRScheduler):
         """Number of steps of the wrapped schedule."""
         return self.scheduler.last_epoch
 
+    @property
+    def base_lrs(self) -> list[float | Tensor]:  # type: ignore[override]
+        """Initial rates of the wrapped schedule, for callbacks that read them."""
+        return self.scheduler.base_lrs
+
     def set_ratio(self, ratio: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the factor in use."""
         self.multiplier = min(max(ratio, self.min_factor), self.max_factor)

@@ -55,6 +55,9 @@ class OBLRPOConfig(GRPOConfig):
             slowly instead of standing still. 0 is the paper.
         snr_max_factor (`float`, *optional*, defaults to `1.0`):
             Greatest factor on the learning rate.
+        reward_timeout (`float`, *optional*):
+            Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
+            on all processes. If `None` (default), it may take for ever, as in TRL. Reward models are not limited.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -125,6 +128,10 @@ class OBLRPOConfig(GRPOConfig):
         default=0.05, metadata={"help": "Least factor on the learning rate. 0 is the paper."}
     )
     snr_max_factor: float = field(default=1.0, metadata={"help": "Greatest factor on the learning rate."})
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Longest time in seconds that a reward function may take for one batch. None: no limit."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,6 +152,27 @@ class OBLRPOConfig(GRPOConfig):
     def needs_scores(self) -> bool:
         """Whether training runs the scoring pass."""
         return self.baseline == "gradient_weighted" or self.lr_adaptation == "snr"
+
+    @property
+    def corrects_tokens(self) -> bool:
+        """Whether vLLM's importance ratio differs from token to token."""
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        return corrected and self.vllm_importance_sampling_mode.startswith("token")
+
+    @property
+    def defers_token_weights(self) -> bool:
+        """Whether the scoring pass leaves that ratio out until it is known: only the output projection's sketch can."""
+        return self.corrects_tokens and self.score_scope == "lm_head" and self.score_method == "sketch"
+
+    @property
+    def scores_ride(self) -> bool:
+        """Whether the scoring pass takes the place of the parent's forward pass for the old log-probabilities, where there is
+        one. The importance ratio follows from them: one per sequence can be multiplied on afterwards."""
+        assert self.steps_per_generation is not None  # set by the parent
+        on_policy = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
+        if on_policy and not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return False
+        return not self.corrects_tokens or self.defers_token_weights
 
     def _check_own_fields(self) -> None:
         for name, choices in (
@@ -182,6 +210,9 @@ class OBLRPOConfig(GRPOConfig):
                 f"it must lie between 0 and snr_max_factor ({self.snr_max_factor})",
                 "lower it, or raise snr_max_factor",
             )
+
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            _refuse("reward_timeout", self.reward_timeout, "it is a time in seconds", "use a positive number, or None")
 
     def _refuse_unknown_token_weights(self) -> None:
         """The scoring pass must know, before training, what the loss will multiply each token's gradient by."""
@@ -221,15 +252,6 @@ class OBLRPOConfig(GRPOConfig):
                 "its fused layers hide inputs and output gradients from the scoring pass",
                 "set it to False; model_init_kwargs={'use_kernels': True} keeps the layers",
             )
-        checkpointing = self.gradient_checkpointing_kwargs
-        reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
-        if self.gradient_checkpointing and reentrant and self.score_scope != "lm_head":
-            _refuse(
-                "gradient_checkpointing_kwargs",
-                checkpointing,
-                "reentrant checkpointing hides a block's layers from autograd, so their scores cannot be taken",
-                "set use_reentrant to False, or score_scope='lm_head'",
-            )
 
     def _refuse_unsteerable_schedules(self) -> None:
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -249,6 +271,14 @@ class OBLRPOConfig(GRPOConfig):
             )
         assert self.steps_per_generation is not None  # set by the parent
         steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
+        passes = steps * self.num_iterations
+        if not (steps % accumulation and accumulation % steps) and passes % accumulation and accumulation % passes:
+            _refuse(
+                "num_iterations",
+                self.num_iterations,
+                f"a batch lasts for {passes} micro-batches, so that optimizer steps of {accumulation} would straddle two of them",
+                "make one of steps_per_generation x num_iterations and gradient_accumulation_steps a multiple of the other",
+            )
         if steps % accumulation and accumulation % steps:
             _refuse(
                 "steps_per_generation",

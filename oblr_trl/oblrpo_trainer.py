@@ -1,20 +1,16 @@
 """GRPOTrainer whose advantages come from a gradient-weighted baseline and whose learning rate follows the gradient's SNR."""
 
-import json
 import math
-import os
 import textwrap
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metrics, loss_token_weights
 from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients
+from oblr_trl.guarded_trainer import GuardedGRPOTrainer
 from oblr_trl.lr_scheduler import SNRScheduler
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.one_pass import ScoreOutput
@@ -22,13 +18,11 @@ from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scoring_model import FORWARD_KEYS, ScoringModel
 
-STATE_FILE = "oblrpo_state.json"
-
 # TRL's epsilon beside a standard deviation of rewards; it keeps groups of equal rewards from dividing by zero.
 _SCALE_EPSILON = 1e-4
 
 
-class OBLRPOTrainer(GRPOTrainer):
+class OBLRPOTrainer(GuardedGRPOTrainer):
     r"""
     Trainer for Optimal Baseline and Learning-Rate Policy Optimization (OBLR-PO).
 
@@ -37,9 +31,9 @@ class OBLRPOTrainer(GRPOTrainer):
     by \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\). Both come from one scoring pass over the generated batch, before
     any training step on it.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate. With
-    `baseline="group_mean"` and `lr_adaptation="none"` it is [`~trl.GRPOTrainer`], bit for bit. The constructor is the same;
-    `args` is an [`OBLRPOConfig`].
+    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate (and what happens when
+    something fails, see [`~guarded_trainer.GuardedGRPOTrainer`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is
+    [`~trl.GRPOTrainer`], bit for bit. The constructor is the same; `args` is an [`OBLRPOConfig`].
 
     Differences from the paper, each with the setting that restores it:
 
@@ -84,8 +78,6 @@ class OBLRPOTrainer(GRPOTrainer):
     }
 
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
-    args: OBLRPOConfig
-    model: Any
     lr_scheduler: Any
     num_generations: int
     _logs: dict[str, Any]
@@ -105,15 +97,18 @@ class OBLRPOTrainer(GRPOTrainer):
         )
         self._gradient_snr = GradientSNR(decay=args.snr_ema_decay)
         self._score_pass: ScorePass | None = None
+        self._scoring_model: ScoringModel | None = None
+        self._old_logps_due = False
         self._rewards_per_func: Tensor | None = None
         self._step_snr = StepGradientSNR(self._gradient_snr)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
         if args.needs_scores:
-            if self.is_fsdp_enabled:
+            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
                 raise ValueError(
-                    "OBLR-PO's scoring pass has not been verified under FSDP. Remedy: use DeepSpeed ZeRO, or "
-                    "baseline='group_mean' with lr_adaptation='none'."
+                    "OBLR-PO's scoring pass needs parameters of their own shape, which FSDP 1 flattens. Remedy: set "
+                    "fsdp_version: 2 in the accelerate configuration, use DeepSpeed ZeRO, or baseline='group_mean' with "
+                    "lr_adaptation='none'."
                 )
             resolve_scope(
                 self.model, args.score_scope, args.score_last_k
@@ -127,49 +122,67 @@ class OBLRPOTrainer(GRPOTrainer):
                 seed=args.seed,
                 temperature=args.temperature,
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
+                gradient_checkpointing=args.gradient_checkpointing,
+                defers_token_weights=args.defers_token_weights,
             )
 
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        infinite = rewards_per_func.isinf().any(dim=0)
-        if infinite.any():  # gathered, hence the same on all processes: all raise
-            names = [name for name, bad in zip(self.reward_func_names, infinite.tolist(), strict=True) if bad]
-            raise ValueError(
-                f"Reward functions {names} returned an infinite reward, which no baseline can balance. Return a finite "
-                "number, or None for a completion that cannot be scored."
-            )
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
 
     # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
     def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        # A tool mask would be known too late for a pass that takes the place of the parent's.
+        unmasked = not self.tools and self.rollout_func is None
+        self._old_logps_due = training and self._score_pass is not None and unmasked and self.args.scores_ride
         output = super()._generate_and_score_completions(inputs)
-        if not self.model.training or (self.args.baseline == "group_mean" and self._score_pass is None):
+        if not training or (self.args.baseline == "group_mean" and self._score_pass is None):
             return output
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         scores = self._score_completions(output, loss_mask) if self._score_pass is not None else None
         self._set_advantages(output, loss_mask, scores)
         return output
 
-    def _score_completions(self, output: dict[str, Any], loss_mask: Tensor) -> ScoreOutput:
-        """Run the scoring pass on the local rows, in chunks of `per_device_train_batch_size`, and gather its results."""
-        assert self._score_pass is not None
-        start = time.perf_counter()
-        token_weights = loss_token_weights(self.args.loss_type, loss_mask, output.get("importance_sampling_ratio"))
-        scoring_model = ScoringModel(self._score_pass, token_weights)
-        self._get_per_token_logps_and_entropies(
-            scoring_model,
-            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-            output["completion_ids"].size(1),
-            batch_size=self.args.per_device_train_batch_size,
-            **{key: output[key] for key in FORWARD_KEYS if key in output},
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._old_logps_due and model is self.model:
+            self._old_logps_due = False
+            assert self._score_pass is not None
+            loss_mask = attention_mask[:, -logits_to_keep:]
+            model = ScoringModel(self._score_pass, loss_token_weights(self.args.loss_type, loss_mask))
+            self._scoring_model = model
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        scores = scoring_model.result(self.accelerator.gather)
-        if loss_mask.device.type == "cuda":
-            torch.cuda.synchronize(loss_mask.device)
-        self._log_train_metrics({"score/pass_time": time.perf_counter() - start})
+
+    def _score_completions(self, output: dict[str, Any], loss_mask: Tensor) -> ScoreOutput:
+        """Run the scoring pass on the local rows, in chunks of `per_device_train_batch_size`, unless it has been on the way,
+        and gather its results."""
+        scoring_model, self._scoring_model = self._scoring_model, None
+        vllm_ratio = output.get("importance_sampling_ratio")
+        if scoring_model is not None:
+            assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
+            scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
+        else:
+            assert self._score_pass is not None
+            scoring_model = ScoringModel(
+                self._score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
+            )
+            self._get_per_token_logps_and_entropies(
+                scoring_model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{key: output[key] for key in FORWARD_KEYS if key in output},
+            )
+            scores = scoring_model.result(self.accelerator.gather)
+        self._log_train_metrics({"score/pass_time": scoring_model.seconds})
+        assert scores.sketches is not None
+        if not scores.sketches.isfinite().all():  # gathered, hence the same on all processes: all raise
+            raise self._not_finite("score", scores.sketches)
         return scores
 
     def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:
@@ -241,57 +254,46 @@ class OBLRPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
+        # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
+        self._step_snr = StepGradientSNR(self._gradient_snr)
+        if self.args.lr_adaptation == "snr":
+            optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
+            if not all("lr" in group for group in optimizer_in_use.param_groups):
+                raise ValueError(
+                    "The SNR learning rate needs an optimizer whose parameter groups have an `lr`. Remedy: pass another one in "
+                    "`optimizers`, or set lr_adaptation='none'."
+                )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.lr_adaptation == "snr" and not isinstance(scheduler, SNRScheduler):
-            if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            # torch counts `ReduceLROnPlateau` among its schedulers, but it is stepped with a metric.
+            steps_alone = not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            if not (isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and steps_alone):
                 raise ValueError(
                     f"The SNR learning rate cannot wrap a `{type(scheduler).__name__}`. Remedy: remove the scheduler from "
-                    "the DeepSpeed configuration and set `lr_scheduler_type`, or set lr_adaptation='none'."
+                    "`optimizers` or from the DeepSpeed configuration and set `lr_scheduler_type`, or set lr_adaptation='none'."
                 )
             self.lr_scheduler = SNRScheduler(
                 scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
             )
         return self.lr_scheduler
 
-    def _save_checkpoint(self, model, trial):
-        # Before the parent writes `trainer_state.json`, so that a checkpoint that looks complete is.
-        if self.args.should_save:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, STATE_FILE), "w") as f:
-                json.dump(self._algorithm_state(), f)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_algorithm_state(os.path.join(checkpoint, STATE_FILE))
-
     def _algorithm_state(self) -> dict[str, Any]:
         automatic = self._baseline_estimator.automatic
-        return {
+        return super()._algorithm_state() | {
             "baseline": self.args.baseline,
             "lr_adaptation": self.args.lr_adaptation,
             "gradient_snr": self._gradient_snr.state_dict(),
             "prior_strength": None if automatic is None else automatic.state_dict(),
         }
 
-    def _load_algorithm_state(self, path: str) -> None:
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"The checkpoint has no `{STATE_FILE}`: it was not written by `OBLRPOTrainer`. Start a new run from its "
-                "weights (pass it as the model), or resume it with the trainer that wrote it."
-            )
-        with open(path) as f:
-            state = json.load(f)
+    def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         for name in ("baseline", "lr_adaptation"):
-            if state[name] != getattr(self.args, name):
+            if state.get(name) != getattr(self.args, name):
                 raise ValueError(
-                    f"The checkpoint was written with {name}={state[name]!r} but this run has {getattr(self.args, name)!r}. "
-                    f"Resume with the former, or start a new run from the checkpoint's weights."
+                    f"The checkpoint was written with {name}={state.get(name)!r} but this run has "
+                    f"{getattr(self.args, name)!r}. Resume with the former, or start a new run from the checkpoint's weights."
                 )
+        super()._load_algorithm_state(state)
         self._gradient_snr.load_state_dict(state["gradient_snr"])
         if self._baseline_estimator.automatic is not None and state["prior_strength"] is not None:
             self._baseline_estimator.automatic.load_state_dict(state["prior_strength"])

@@ -1,5 +1,6 @@
 """The scoring pass in the shape of a model, as TRL's trainers call one."""
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oblr_trl.scores.head_factors import HeadFactors
 from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.score_pass import ScorePass
 
@@ -28,32 +30,60 @@ FORWARD_KEYS = (
 class ScoringModel:
     """
     Stands in for the model in `_get_per_token_logps_and_entropies`, so that the parent's chunking, multimodal inputs and
-    mixed precision serve the scoring pass.
+    mixed precision serve the scoring pass, and its log-probabilities the parent.
+
+    Args:
+        score_pass ([`~scores.score_pass.ScorePass`]): The scoring pass.
+        token_weights (`torch.Tensor` of shape `(B, C)`): Seed of every token of the local batch.
     """
 
     def __init__(self, score_pass: ScorePass, token_weights: Tensor) -> None:
         self._score_pass = score_pass
-        self._token_weights = token_weights  # (B, C)
+        self._token_weights = token_weights
         self._outputs: list[ScoreOutput] = []
         self._start = 0
+        self.seconds = 0.0
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **model_inputs: Any) -> SimpleNamespace:
+        start = time.perf_counter()
         input_ids = model_inputs["input_ids"]
         token_weights = self._token_weights[self._start : self._start + input_ids.size(0)]
         self._start += input_ids.size(0)
         output = self._score_pass(model_inputs, input_ids[:, -token_weights.size(1) :], token_weights)
         self._outputs.append(output)
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize(input_ids.device)
+        self.seconds += time.perf_counter() - start
         return SimpleNamespace(log_probs=output.log_probs)
 
-    def result(self, gather: Callable[[Tensor], Tensor]) -> ScoreOutput:
-        """All chunks of all processes."""
+    def result(self, gather: Callable[[Tensor], Tensor], token_weights: Tensor | None = None) -> ScoreOutput:
+        """
+        All chunks of all processes.
 
-        def collect(parts: list[Tensor | None]) -> Tensor | None:
+        Args:
+            gather (`Callable`):
+                Gathers a tensor over processes.
+            token_weights (`torch.Tensor` of shape `(B, C)` or `(B, 1)`, *optional*):
+                Weights that became known after the pass, beside those it was given. One per sequence scales its score; one
+                per token needs a pass that defers its token weights.
+        """
+        log_probs = torch.cat([output.log_probs for output in self._outputs])
+        factors = [output.head_factors for output in self._outputs if output.head_factors is not None]
+        if factors:
+            weights = torch.ones_like(self._token_weights) if token_weights is None else token_weights
+            return ScoreOutput(log_probs, sketches=gather(HeadFactors.cat(factors).sketch(weights)))
+        assert token_weights is None or token_weights.size(1) == 1, "the pass does not defer its token weights"
+        scale = 1.0 if token_weights is None else token_weights
+
+        def collect(parts: list[Tensor | None], scale: Tensor | float) -> Tensor | None:
             tensors = [part for part in parts if part is not None]
-            return gather(torch.cat(tensors)) if tensors else None
+            return gather(torch.cat(tensors) * scale) if tensors else None
 
         return ScoreOutput(
-            log_probs=torch.cat([output.log_probs for output in self._outputs]),
-            sketches=collect([output.sketches for output in self._outputs]),
-            squared_norms=collect([output.squared_norms for output in self._outputs]),
+            log_probs,
+            sketches=collect([output.sketches for output in self._outputs], scale),
+            squared_norms=collect(
+                [output.squared_norms for output in self._outputs],
+                1.0 if token_weights is None else token_weights.squeeze(1).square(),
+            ),
         )

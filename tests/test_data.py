@@ -306,3 +306,12 @@ def test_a_template_for_conversations_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"`prompt_template` is for string prompts.*remove it"):
         load_prompts(DataArguments(dataset_name=path, prompt_template="Q: {prompt}"), with_test=False)
+
+
+def test_a_file_of_prompts_alone_keeps_its_rows(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}="}) for i in range(4)))
+
+    prompts = load_prompts(DataArguments(dataset_name=str(path)), with_test=False)
+
+    assert sorted(prompts["train"]["prompt"]) == ["0+0=", "1+1=", "2+2=", "3+3="]

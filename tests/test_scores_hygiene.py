@@ -122,11 +122,22 @@ def test_training_mode_is_kept():
         assert all(module.training is mode for module in model.modules())
 
 
-def test_reentrant_checkpointing_is_refused_by_name():
+def test_reentrant_checkpointing_is_set_aside_for_the_pass():
+    batch = random_batch()
+    expected = score_sketches(tiny_model().train(), *batch)
     model = tiny_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match=r"Reentrant gradient checkpointing.*use_reentrant"):
-        score_sketches(model, *random_batch())
+    blocks = model.model.layers
+    functions = [block._gradient_checkpointing_func for block in blocks]
+    recomputed = []
+    handle = blocks[0].self_attn.register_forward_hook(lambda *_: recomputed.append(True))
+
+    assert torch.allclose(score_sketches(model, *batch), expected, rtol=1e-5)
+
+    handle.remove()
+    assert len(recomputed) == 2, "the block was not checkpointed"
+    assert [block._gradient_checkpointing_func for block in blocks] == functions
+    assert all(block.gradient_checkpointing for block in blocks)
 
 
 class Scale(nn.Module):

@@ -173,7 +173,7 @@ def test_a_recipe_without_a_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("resume", "message"),
     [
-        ("true", r"`resume_from_checkpoint` is true, but .* holds no checkpoint: leave it out"),
+        ("true", r"`resume_from_checkpoint` is true, but .* holds no complete checkpoint: leave it out"),
         ("nowhere", r"`resume_from_checkpoint` is 'nowhere', but there is no such directory"),
     ],
 )

@@ -1,6 +1,7 @@
 """The trainer on the CPU, with the real TRL: equalities with GRPO and RLOO, the learning rate, invariances, metrics."""
 
 import math
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -433,13 +434,14 @@ def test_arguments_may_be_positional_as_in_trl(tmp_path):
     assert len(trainer.train_dataset) == 64
 
 
-def test_fsdp_is_refused_with_the_remedy(tmp_path):
+def test_fsdp_1_is_refused_with_the_remedy(tmp_path, monkeypatch):
     class UnderFSDP(OBLRPOTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             self.is_fsdp_enabled = True
+            monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
 
-    with pytest.raises(ValueError, match=r"not been verified under FSDP\. Remedy: use DeepSpeed ZeRO"):
+    with pytest.raises(ValueError, match=r"which FSDP 1 flattens\. Remedy: set fsdp_version: 2"):
         train(UnderFSDP, OBLRPOConfig, tmp_path)
 
 

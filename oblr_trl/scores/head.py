@@ -99,11 +99,18 @@ def _token_tile(
     averages = [hidden.new_zeros(hidden.size(0), values.size(1), dtype=dtype) for values in wanted]
     maximum = hidden.new_full((hidden.size(0), 1), -torch.inf, dtype=dtype)
     normalizer = torch.zeros_like(maximum)
+    target_logits = maximum.new_zeros(hidden.size(0))
 
     for start in range(0, weight.size(0), _VOCAB_TILE):
         vocab = slice(start, start + _VOCAB_TILE)
         bias_tile = None if bias is None else bias[vocab].to(hidden.dtype)
-        logits = torch.nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype) / temperature
+        logits = torch.nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype)
+        logits.div_(temperature)  # in place: one tile at a time
+        # Taken from the tile, rounded as every other logit: the loss does the same, so that its ratio to these is 1.
+        local = targets - start
+        inside = (local >= 0) & (local < logits.size(1))
+        at_target = logits.gather(1, local.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
+        target_logits += torch.where(inside, at_target, 0.0)
         new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
         rescale = torch.exp(maximum - new_maximum)
         probs = logits.sub_(new_maximum).exp_()
@@ -116,15 +123,12 @@ def _token_tile(
         maximum = new_maximum
 
     log_normalizer = (maximum + normalizer.log()).squeeze(1)
-    target_logits = (hidden * weight[targets].to(hidden.dtype)).sum(dim=1, dtype=dtype)
-    if bias is not None:
-        target_logits = target_logits + bias[targets].to(dtype)
     gradients = [
         values[targets].to(dtype).sub_(average / normalizer) / temperature
         for average, values in zip(averages, wanted, strict=True)
     ]
     return HeadPass(
-        target_logits / temperature - log_normalizer,
+        target_logits - log_normalizer,
         log_normalizer,
         gradients[0] if needs_grad_hidden else None,
         gradients[-1] if projection is not None else None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oblr_trl.scores.accumulators import Accumulator
 from oblr_trl.scores.factors import HeadRows, OuterProduct, PerSequenceGradient
 from oblr_trl.scores.head import head_pass
+from oblr_trl.scores.head_factors import HeadFactors
 from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters
 from oblr_trl.scores.taps import frozen_parameters, tapped
@@ -33,11 +34,14 @@ class ScoreOutput:
         log_probs (`torch.Tensor` of shape `(B, C)`): Log-probability of every completion token; 0 where the token weight is.
         sketches (`torch.Tensor` of shape `(B, k)`, *optional*): Score sketches, if the method "sketch" was asked for.
         squared_norms (`torch.Tensor` of shape `(B,)`, *optional*): Exact squared score norms, for the method "exact".
+        head_factors ([`~scores.head_factors.HeadFactors`], *optional*): In place of both, where the token weights are still
+            unknown.
     """
 
     log_probs: Tensor
-    sketches: Tensor | None
-    squared_norms: Tensor | None
+    sketches: Tensor | None = None
+    squared_norms: Tensor | None = None
+    head_factors: HeadFactors | None = None
 
 
 class OnePass:
@@ -79,6 +83,7 @@ class OnePass:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.needs_backward))
             stack.enter_context(frozen_parameters(self.owner.model))
+            stack.callback(self.scoped.head.register_forward_pre_hook(self._before_head, prepend=True).remove)
             stack.callback(self.scoped.head.register_forward_pre_hook(self._on_head).remove)
             if self.scoped.first_block is not None:
                 stack.callback(self.scoped.first_block.register_forward_pre_hook(self._on_first_block).remove)
@@ -93,6 +98,9 @@ class OnePass:
             if self.needs_backward:
                 self._warn_of_uncalled(calls)
             self.uses = self.scoped.num_uses(calls)
+            assert self.log_probs is not None
+            if self.owner.defers_token_weights:
+                return ScoreOutput(self.log_probs, head_factors=self._head_factors())
             with torch.no_grad():
                 for name, product in self.head_products.items():
                     self._add(name, product)
@@ -100,22 +108,27 @@ class OnePass:
                 self._backward(anchor)
             with torch.no_grad():
                 results = dict(zip(self.owner.methods, (a.result() for a in self.accumulators), strict=True))
-        assert self.log_probs is not None
         return ScoreOutput(self.log_probs, results.get("sketch"), results.get("exact"))
 
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
         self.active = True
 
-    def _on_head(self, module: nn.Module, args: tuple) -> tuple[Tensor]:
-        """Compute the head where its weight is at hand on every backend: in its own forward call, which is then left a
-        single position to project."""
-        assert isinstance(module, nn.Linear)
+    def _before_head(self, module: nn.Module, args: tuple) -> tuple[Tensor]:
+        """Cut the graph before any other hook of the head sees it: ZeRO-3 would wait in the backward pass for a head that
+        is not part of it."""
         self.hidden = args[0]
+        return (args[0].detach(),)
+
+    def _on_head(self, module: nn.Module, args: tuple) -> tuple[Tensor]:
+        """Compute the head where its weight is at hand on every backend: in its own forward call, after the hooks that
+        gather it; the call is then left a single position to project."""
+        assert isinstance(module, nn.Linear)
+        assert self.hidden is not None
         hidden = self.hidden[:, -self.targets.size(1) - 1 : -1].detach()
         dtype = self.owner.head_dtype or _compute_dtype(module, hidden)
         with torch.no_grad(), _no_autocast(hidden):
             self._score_head(module, hidden.to(dtype))
-        return (self.hidden[:, -1:].detach(),)
+        return (args[0][:, -1:],)
 
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> None:
         self.accumulators = self.owner.accumulators(self.scoped, hidden.size(0), hidden)
@@ -160,13 +173,23 @@ class OnePass:
             own = HeadRows(**{**vars(rows), "projected": projected.get(name)})
             self.head_products[full_name] = OuterProduct(own, columns[name])
 
+    def _head_factors(self) -> HeadFactors:
+        projections = self.owner.projections(self.scoped, self.accumulators[0].result().dtype, self.targets.device)
+        factors = {}
+        for name, product in self.head_products.items():
+            assert isinstance(product.rows, HeadRows)
+            assert product.rows.projected is not None
+            factors[name] = (product.rows.projected, projections.project_columns(name, product.columns))
+        return HeadFactors(projections, factors)
+
     def _head_projection(self, head: nn.Linear, hidden: Tensor) -> Tensor | None:
         if "sketch" not in self.owner.methods or not self.scoped.head_names:
             return None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         projections = self.owner.projections(self.scoped, dtype, hidden.device)
         num_rows = head.weight.size(0)
-        return torch.cat([projections.rows(name, num_rows) for name in self.scoped.head_names.values()], dim=1)
+        parts = [projections.rows(name, num_rows) for name in self.scoped.head_names.values()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _on_layer(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
         rule = find_score_rule(module)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from oblr_trl.scores.accumulators import Accumulator, ExactNormAccumulator, SketchAccumulator
+from oblr_trl.scores.checkpointing import non_reentrant_checkpointing
 from oblr_trl.scores.one_pass import OnePass, ScoreOutput
 from oblr_trl.scores.projections import Projections
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
-from oblr_trl.scores.taps import refuse_reentrant_checkpointing
 
 ScoreMethod = Literal["sketch", "exact"]
 METHODS: tuple[str, ...] = get_args(ScoreMethod)
@@ -45,9 +45,15 @@ class ScorePass:
             Temperature of the policy.
         head_dtype (`torch.dtype`, *optional*):
             Dtype of the output projection. If not given, autocast's where autocast is on, else the model's.
+        gradient_checkpointing (`bool`, *optional*):
+            Whether the pass checkpoints the model's blocks. As the model is set if not given.
+        defers_token_weights (`bool`, *optional*, defaults to `False`):
+            Return projected factors instead of sketches, for token weights that become known after the pass. Only for the
+            scope `"lm_head"` and the method `"sketch"`.
 
     Raises:
-        `ValueError`: For an unknown method, a `sketch_dim` below 1, or a `temperature` that is not positive.
+        `ValueError`: For an unknown method, a `sketch_dim` below 1, a `temperature` that is not positive, or token weights
+        deferred for another scope or method.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class ScorePass:
         seed: int = 0,
         temperature: float = 1.0,
         head_dtype: torch.dtype | None = None,
+        gradient_checkpointing: bool | None = None,
+        defers_token_weights: bool = False,
     ) -> None:
         for method in methods:
             if method not in METHODS:
@@ -69,6 +77,8 @@ class ScorePass:
             raise ValueError(f"`sketch_dim` must be at least 1, got {sketch_dim}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        if defers_token_weights and (scope != "lm_head" or methods != ("sketch",)):
+            raise ValueError("`defers_token_weights` needs `scope='lm_head'` and `methods=('sketch',)`.")
         self.model = model
         self.scope = scope
         self.last_k = last_k
@@ -77,6 +87,8 @@ class ScorePass:
         self.seed = seed
         self.temperature = temperature
         self.head_dtype = head_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.defers_token_weights = defers_token_weights
         self._projections: Projections | None = None
         self._projected_shapes: dict[str, tuple[int, ...]] = {}
 
@@ -96,11 +108,11 @@ class ScorePass:
             [`ScoreOutput`].
 
         Raises:
-            `ValueError`: If the scope cannot be resolved, or reentrant gradient checkpointing is on.
+            `ValueError`: If the scope cannot be resolved.
         """
         scoped = resolve_scope(self.model, self.scope, self.last_k)
-        refuse_reentrant_checkpointing(self.model)
-        return OnePass(self, scoped, model_inputs, targets, token_weights).run()
+        with non_reentrant_checkpointing(self.model, enabled=self.gradient_checkpointing):
+            return OnePass(self, scoped, model_inputs, targets, token_weights).run()
 
     def accumulators(self, scoped: ScopedParameters, batch_size: int, reference: Tensor) -> list[Accumulator]:
         """Fresh accumulators for one micro-batch, in the order of `methods`; `reference` gives dtype and device."""

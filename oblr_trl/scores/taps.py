@@ -98,16 +98,3 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Raise a `ValueError` if a block would run in a graph of its own, which the taps of this pass never see."""
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if not (module.training and module.__dict__.get("gradient_checkpointing") and function is not None):
-            continue
-        if getattr(function, "keywords", {}).get("use_reentrant", True):
-            raise ValueError(
-                "Reentrant gradient checkpointing hides a block's layers from autograd, so their scores cannot be taken. "
-                "Set `gradient_checkpointing_kwargs={'use_reentrant': False}`, or switch gradient checkpointing off."
-            )

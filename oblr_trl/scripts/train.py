@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from oblr_trl.checkpoints import last_complete_checkpoint
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.oblrpo_trainer import OBLRPOTrainer
@@ -90,7 +90,7 @@ def main(
     trainer.save_state()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()  # what `Trainer.end` of newer transformers does
     return trainer
 
 
@@ -107,16 +107,16 @@ def _check_model(model_args: ModelConfig) -> None:
 
 
 def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
-    """The checkpoint directory; `true` means the last one in `output_dir`."""
+    """The checkpoint directory; `true` means the last whole one in `output_dir`."""
     wanted: Any = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
         output_dir = str(training_args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        last = last_complete_checkpoint(output_dir)
         if last is None:
             raise ValueError(
-                f"`resume_from_checkpoint` is true, but {output_dir!r} holds no checkpoint: leave it out."
+                f"`resume_from_checkpoint` is true, but {output_dir!r} holds no complete checkpoint: leave it out."
             )
         return last
     if not os.path.isdir(wanted):

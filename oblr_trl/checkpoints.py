@@ -1,0 +1,107 @@
+"""What a checkpoint of ours holds beside a Trainer's, and which checkpoints are whole."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "oblrpo_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+def rollouts_file(process_index: int) -> str:
+    """Name of the file that holds a process's rollouts that are still to be trained on."""
+    return f"oblrpo_rollouts_{process_index}.pt"
+
+
+def save_state(folder: str, state: dict[str, Any]) -> None:
+    """Write the algorithm's state, plain numbers and strings, into a checkpoint."""
+    with open(os.path.join(folder, STATE_FILE), "w") as f:
+        json.dump(state, f)
+
+
+def load_state(folder: str) -> dict[str, Any]:
+    """
+    Read the algorithm's state from a checkpoint.
+
+    Raises:
+        `ValueError`: If there is none, or it cannot be read.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The checkpoint has no `{STATE_FILE}`: it was not written by `OBLRPOTrainer`. Start a new run from its "
+            "weights (pass it as the model), or resume it with the trainer that wrote it."
+        )
+    try:
+        with open(path) as f:
+            state = json.load(f)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not an object")
+    except ValueError as error:  # JSON and encoding errors are ValueErrors too
+        raise ValueError(
+            f"`{STATE_FILE}` of the checkpoint cannot be read ({error}). Resume from an older checkpoint, or start a new run "
+            "from this one's weights."
+        ) from error
+    return state
+
+
+def save_rollouts(folder: str, process_index: int, rollouts: list[dict[str, Any]]) -> None:
+    """Write this process's rollouts that the next optimizer steps still train on."""
+    os.makedirs(folder, exist_ok=True)
+    torch.save(rollouts, os.path.join(folder, rollouts_file(process_index)))
+
+
+def load_rollouts(folder: str, process_index: int, device: torch.device) -> list[dict[str, Any]]:
+    """
+    Read what [`save_rollouts`] wrote.
+
+    Raises:
+        `ValueError`: If this process's file is missing, because the run that wrote the checkpoint had fewer processes.
+    """
+    path = os.path.join(folder, rollouts_file(process_index))
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The checkpoint was written between two optimizer steps on the same rollouts, but has no "
+            f"`{rollouts_file(process_index)}`. Resume with as many processes as wrote it, or from a checkpoint whose step "
+            "is a multiple of the optimizer steps per generation."
+        )
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """
+    The newest checkpoint in `output_dir` that was written to its end.
+
+    `trainer_state.json` is written last, so one that is missing or cut off marks a checkpoint that a crash or a full disk
+    interrupted; such checkpoints are skipped with a warning.
+
+    Returns:
+        `str`, *optional*: Its path, or `None` if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) is not None]
+    for folder in sorted(folders, key=lambda path: _step(path) or 0, reverse=True):
+        if _is_complete(folder):
+            return str(folder)
+        logger.warning("Skipping %s: it is incomplete, its `%s` cannot be read.", folder, TRAINER_STATE_FILE)
+    return None
+
+
+def _step(folder: Path) -> int | None:
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() and folder.is_dir() else None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True

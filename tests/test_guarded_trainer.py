@@ -1,0 +1,268 @@
+"""Faults in one process: each has a clear error, before a weight, a moving average or a checkpoint is touched.
+
+What happens to the other processes is in tests/backends/test_faults.py.
+"""
+
+import asyncio
+import json
+import math
+import signal
+import time
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.checkpoints import last_complete_checkpoint
+from oblr_trl.reward_guard import RewardGuard
+from tests.tiny_models import ALPHABET, digit_reward, prompts, tiny_model, tiny_tokenizer, train
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_error_of_a_reward_function_keeps_its_type_and_names_the_function(tmp_path):
+    def broken_reward(completions, **kwargs):
+        raise KeyError("no such answer")
+
+    async def broken_async_reward(completions, **kwargs):
+        raise KeyError("no such answer")
+
+    for reward in (broken_reward, broken_async_reward):
+        with pytest.raises(KeyError, match="no such answer") as caught:
+            train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward)
+        assert caught.value.__notes__ == [f"Raised by the reward function '{reward.__name__}'."]
+
+
+def test_a_reward_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="could not convert string to float: 'good'"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=lambda completions, **kwargs: ["good"] * len(completions))
+
+
+def test_a_reward_function_that_takes_too_long_is_interrupted(tmp_path):
+    async def slow_async_reward(completions, **kwargs):
+        await asyncio.sleep(60)
+
+    def slow_reward(completions, **kwargs):
+        time.sleep(60)
+
+    for reward in (slow_reward, slow_async_reward):
+        before = time.monotonic()
+        with pytest.raises(TimeoutError, match=rf"'{reward.__name__}' took longer than reward_timeout=0.5 seconds"):
+            train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, reward_timeout=0.5)
+        assert time.monotonic() - before < 50
+
+
+def test_a_timeout_of_the_reward_function_itself_is_passed_on(tmp_path):
+    def impatient_reward(completions, **kwargs):
+        raise TimeoutError("the server is busy")
+
+    with pytest.raises(TimeoutError, match="the server is busy"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=impatient_reward, reward_timeout=30)
+
+
+def test_the_time_limit_leaves_signals_and_rewards_alone():
+    def uses_alarms(prompts, **kwargs):  # as math-verify does
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)
+        signal.alarm(0)
+        return [None, 1]
+
+    before = signal.getsignal(signal.SIGURG)
+    guard = RewardGuard(timeout=5)
+
+    assert guard.guard(uses_alarms)(prompts=["a", "b"]) == [None, 1.0]
+    assert guard.take_error() is None
+    assert signal.getsignal(signal.SIGURG) is before
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
+def test_a_time_limit_must_be_positive(tmp_path, timeout):
+    with pytest.raises(ValueError, match=r"cannot honour reward_timeout=.*seconds"):
+        OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, reward_timeout=timeout)
+
+
+def test_prompts_beyond_the_models_vocabulary_are_refused_before_generation(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(20)])
+    highest = len(tokenizer) - 1
+    trainer = OBLRPOTrainer(
+        tiny_model(num_layers=1),
+        digit_reward,
+        OBLRPOConfig(
+            str(tmp_path),
+            per_device_train_batch_size=8,
+            max_completion_length=4,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["1+1=<extra 19>"] * 8}),
+        processing_class=tokenizer,
+    )
+
+    with pytest.raises(
+        ValueError,
+        match=rf"A prompt has token id {highest}, but the model's vocabulary has 40 .*resize_token_embeddings",
+    ):
+        trainer.train()
+
+
+def test_completions_beyond_the_models_vocabulary_are_refused(tmp_path):
+    def rollout(prompts, trainer):
+        rows = range(len(prompts))
+        return {"prompt_ids": [[3, 4] for _ in rows], "completion_ids": [[5, 40] for _ in rows], "logprobs": None}
+
+    trainer = OBLRPOTrainer(
+        tiny_model(num_layers=1),
+        digit_reward,
+        OBLRPOConfig(
+            str(tmp_path),
+            per_device_train_batch_size=8,
+            max_completion_length=4,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+        rollout_func=rollout,
+    )
+
+    with pytest.raises(ValueError, match="A completion has token id 40, but the model's vocabulary has 40 entries"):
+        trainer.train()
+
+
+class _StepThree(OBLRPOTrainer):
+    """Lets something become nan from the third optimizer step on."""
+
+    poison = ""
+
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        if self.state.global_step == 2 and self.poison == "score":
+            self.model.model.norm.register_forward_hook(
+                lambda module, inputs, output: output.index_fill(0, torch.tensor([1]), math.nan)
+            )
+        return output
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        logps, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self.state.global_step == 2 and self.poison == "loss" and logps.requires_grad:
+            logps = logps * math.nan
+        return logps, *others
+
+
+@pytest.mark.parametrize("what", ["score", "loss"])
+def test_what_is_not_finite_reaches_no_weight_and_no_moving_average(tmp_path, what):
+    trainer = _StepThree(
+        tiny_model(num_layers=1),
+        digit_reward,
+        OBLRPOConfig(
+            str(tmp_path),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            max_completion_length=4,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.poison = what
+
+    with pytest.raises(ValueError, match=rf"The {what} of step 2 is nan on process 0.*No weight was changed"):
+        trainer.train()
+
+    assert trainer.state.global_step == 2
+    saved = json.loads((tmp_path / "checkpoint-2" / "oblrpo_state.json").read_text())
+    if what == "score":
+        assert trainer._gradient_snr.state_dict() == saved["gradient_snr"]
+        assert trainer._baseline_estimator.automatic.state_dict() == saved["prior_strength"]
+    assert all(math.isfinite(value) for value in trainer._gradient_snr.state_dict().values())
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+def test_an_optimizer_without_rates_is_refused(tmp_path):
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+    model = tiny_model(num_layers=1)
+    before = weights_of(model)
+    with pytest.raises(
+        ValueError, match=r"needs an optimizer whose parameter groups have an `lr`.*lr_adaptation='none'"
+    ):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(Rateless(model.parameters()), None))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_full_disk_names_the_checkpoint_and_keeps_the_others(tmp_path):
+    full = tmp_path / "checkpoint-2" / "optimizer.pt"
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+
+    class FillDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                full.parent.mkdir()
+                full.symlink_to("/dev/full")  # every write to it fails for want of space
+
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[FillDisk()], **saving)
+
+    assert "The checkpoint of step 2 could not be written" in "".join(caught.value.__notes__)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+
+    full.unlink()
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True, **saving)
+    assert trainer.state.global_step == 3
+
+
+def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="There is no complete checkpoint in `output_dir`"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
+
+
+def test_a_run_resumed_between_two_steps_on_the_same_rollouts_equals_an_uninterrupted_one(tmp_path):
+    window = {"steps_per_generation": 3, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "logging_steps": 1}
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **window)
+    for step in (1, 2, 3):
+        resumed = train(
+            OBLRPOTrainer,
+            OBLRPOConfig,
+            tmp_path / "resumed",
+            resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"),
+            **window,
+        )
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value), f"{name}, resumed at {step}"
+
+
+def test_rollouts_of_another_number_of_processes_are_refused(tmp_path):
+    window = {"steps_per_generation": 3, "save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **window)
+    (tmp_path / "checkpoint-2" / "oblrpo_rollouts_0.pt").unlink()
+    with pytest.raises(ValueError, match=r"no `oblrpo_rollouts_0.pt`. Resume with as many processes"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **window)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"baseline": ', "\x00\x01"])
+def test_an_unreadable_state_is_refused(tmp_path, content):
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    (tmp_path / "checkpoint-1" / "oblrpo_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"`oblrpo_state.json` of the checkpoint cannot be read \(.+\)"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
+
+
+def test_the_alphabet_fits_the_model():
+    """The vocabulary tests need a tokenizer below the model's size."""
+    assert len(tiny_tokenizer()) == len(ALPHABET) + 3 <= tiny_model().config.vocab_size
