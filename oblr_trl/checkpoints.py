@@ -73,7 +73,11 @@ def load_rollouts(folder: str, process_index: int, device: torch.device) -> list
             f"`{rollouts_file(process_index)}`. Resume with as many processes as wrote it, or from a checkpoint whose step "
             "is a multiple of the optimizer steps per generation."
         )
-    return torch.load(path, map_location=device, weights_only=True)
+    rollouts = torch.load(path, map_location="cpu", weights_only=True)
+    return [
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for batch in rollouts
+    ]
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

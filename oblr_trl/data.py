@@ -7,17 +7,16 @@ directory laid out like one). Every complaint is a `ValueError` raised before a 
 import json
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict
 
-from oblr_trl.tasks import CANDIDATES_PER_PROMPT, encode_entry, nearest, task_entries
+from oblr_trl.answers import compile_answer_pattern, extract_answer
+from oblr_trl.sources import check_column, is_file, load_rows
+from oblr_trl.tasks import CANDIDATES_PER_PROMPT, encode_entry, task_entries
 
 logger = logging.getLogger(__name__)
 
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 DEFAULT_TASK_TRAIN_SIZE = 4096
 DEFAULT_TASK_TEST_SIZE = 512
 
@@ -56,6 +55,11 @@ class DataArguments:
         answer_column (`str`, *optional*):
             Column of a data set that holds the reference answer; it is renamed to `solution`, the name that
             `accuracy_reward` reads.
+        answer_pattern (`str`, *optional*):
+            Regular expression whose one group is the answer in `answer_column`, e.g. `"#### (.+)"` for GSM8K.
+        answer_template (`str`, *optional*):
+            Text put around every answer; `{answer}` in it is replaced by the answer. `"${answer}$"` is for LaTeX
+            without dollar signs, as in MATH: `accuracy_reward` would read `2\\sqrt{3}` as 2.
         prompt_template (`str`, *optional*):
             Text put around every string prompt; `{prompt}` in it is replaced by the prompt.
         conversational (`bool`, *optional*, defaults to `False`):
@@ -83,6 +87,8 @@ class DataArguments:
     test_seed: int = field(default=1_000_000_000, metadata={"help": "Seed of the test prompts."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column of a data set that holds the prompt."})
     answer_column: str | None = field(default=None, metadata={"help": "Column with the reference answer."})
+    answer_pattern: str | None = field(default=None, metadata={"help": "Regular expression; its group is the answer."})
+    answer_template: str | None = field(default=None, metadata={"help": "Text around every `{answer}`."})
     prompt_template: str | None = field(default=None, metadata={"help": "Text around every `{prompt}`."})
     conversational: bool = field(default=False, metadata={"help": "Whether to make every prompt a conversation."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message put before every conversation."})
@@ -112,6 +118,14 @@ class DataArguments:
             raise ValueError(
                 f"`prompt_template` is {self.prompt_template!r}, which would drop the prompt: put `{{prompt}}` in it."
             )
+        for name in ("answer_pattern", "answer_template"):
+            if self.answer_column is None and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is for the answers of `answer_column`, which is not set: set it.")
+        if self.answer_template is not None and "{answer}" not in self.answer_template:
+            raise ValueError(
+                f"`answer_template` is {self.answer_template!r}, which would drop the answer: put `{{answer}}` in it."
+            )
+        compile_answer_pattern(self.answer_pattern, field_name="answer_pattern")
 
 
 def load_prompts(args: DataArguments, *, with_test: bool = True) -> DatasetDict:
@@ -136,6 +150,7 @@ def load_prompts(args: DataArguments, *, with_test: bool = True) -> DatasetDict:
     splits = {name: _name_columns(split, args, name) for name, split in splits.items()}
     if "test" in splits:
         splits["train"] = _without_test_prompts(splits["train"], splits["test"])
+    splits = {name: _format_answers(split, args, name) for name, split in splits.items()}
     return DatasetDict({name: _format_prompts(split, args) for name, split in splits.items()})
 
 
@@ -174,7 +189,7 @@ def _task_row(entry: dict[str, Any]) -> dict[str, str | None]:
 def _load_dataset(args: DataArguments, with_test: bool) -> dict[str, Dataset]:
     assert args.dataset_name is not None
     train = _load_split(args, "dataset_name", args.dataset_train_split)
-    if args.dataset_test_name is None and _is_file(args.dataset_name):
+    if args.dataset_test_name is None and is_file(args.dataset_name):
         return _hold_out(train, args, with_test)
     splits = {"train": _subset(train, "train_size", args.train_size, args.train_seed)}
     if with_test:
@@ -184,28 +199,9 @@ def _load_dataset(args: DataArguments, with_test: bool) -> dict[str, Dataset]:
     return splits
 
 
-def _is_file(name: str) -> bool:
-    return Path(name).suffix in FILE_BUILDERS or Path(name).is_file()
-
-
 def _load_split(args: DataArguments, field_name: str, split: str) -> Dataset:
-    name = getattr(args, field_name)
     config = args.dataset_config if field_name == "dataset_name" else None
-    path = Path(name)
-    try:
-        if not _is_file(name):
-            return load_dataset(name, config, split=split)
-        if path.suffix not in FILE_BUILDERS:
-            raise ValueError(f"files with the suffix {path.suffix!r} cannot be read, only {', '.join(FILE_BUILDERS)}")
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path} (looked for from {Path.cwd()})")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:  # StopIteration: a file without rows
-        raise ValueError(
-            f"`{field_name}` is {name!r}, which could not be loaded (configuration {config!r}, split {split!r}): "
-            f"{str(error) or 'it has no rows'}. Give a hub id, a local directory laid out like a hub data set, or a "
-            ".json, .jsonl or .parquet file."
-        ) from error
+    return load_rows(getattr(args, field_name), field_name=field_name, config=config, split=split)
 
 
 def _hold_out(rows: Dataset, args: DataArguments, with_test: bool) -> dict[str, Dataset]:
@@ -238,11 +234,8 @@ def _name_columns(rows: Dataset, args: DataArguments, split_name: str) -> Datase
     ):
         if column is None or (column == new_name and column in rows.column_names):
             continue
-        if column not in rows.column_names:
-            raise ValueError(
-                f"`{field_name}` is {column!r}, which the {split_name} set of {args.task or args.dataset_name!r} does not have"
-                f"{nearest(column, rows.column_names)}. Its columns: {', '.join(rows.column_names)}."
-            )
+        source = f"the {split_name} set of {args.task or args.dataset_name!r}"
+        check_column(column, rows.column_names, field_name=field_name, source=source)
         if new_name in rows.column_names:
             rows = rows.remove_columns(new_name)
         rows = rows.rename_column(column, new_name)
@@ -260,6 +253,23 @@ def _without_test_prompts(train: Dataset, test: Dataset) -> Dataset:
     if len(kept) < len(train):
         logger.warning("Left %d training prompts out because they are test prompts too.", len(train) - len(kept))
     return train if len(kept) == len(train) else train.select(kept)
+
+
+def _format_answers(rows: Dataset, args: DataArguments, split_name: str) -> Dataset:
+    if args.answer_pattern is None and args.answer_template is None:
+        return rows
+    pattern = compile_answer_pattern(args.answer_pattern, field_name="answer_pattern")
+    answers = [extract_answer(cell, pattern) for cell in rows["solution"]]
+    if None in answers:
+        index = answers.index(None)
+        raise ValueError(
+            f"Row {index} of the {split_name} set of {args.dataset_name!r} has no answer in `answer_column` "
+            f"{args.answer_column!r}: {rows['solution'][index]!r} with `answer_pattern` {args.answer_pattern!r}. Correct "
+            "the pattern, or correct or remove the row."
+        )
+    template = args.answer_template or "{answer}"
+    written = [template.replace("{answer}", str(answer)) for answer in answers]
+    return rows.remove_columns("solution").add_column("solution", written)
 
 
 def _format_prompts(rows: Dataset, args: DataArguments) -> Dataset:

@@ -62,6 +62,9 @@ class OnePass:
         self.token_weights = token_weights
         self.needs_backward = owner.scope != "lm_head"
         self.active = scoped.first_block is None
+        (self.head_parameter, *_) = scoped.head.parameters(recurse=False)
+        self.head_was_empty = self.head_parameter.numel() == 0
+        self.head_is_sharded = False
         self.uses: Counter[str] = Counter()
         self.head_products: dict[str, OuterProduct] = {}
         self.accumulators: list[Accumulator] = []
@@ -124,6 +127,8 @@ class OnePass:
         gather it; the call is then left a single position to project."""
         assert isinstance(module, nn.Linear)
         assert self.hidden is not None
+        # FSDP puts another tensor in the parameter's place, ZeRO-3 fills the empty one.
+        self.head_is_sharded = module.weight is not self.head_parameter or self.head_was_empty
         hidden = self.hidden[:, -self.targets.size(1) - 1 : -1].detach()
         dtype = self.owner.head_dtype or _compute_dtype(module, hidden)
         with torch.no_grad(), _no_autocast(hidden):
@@ -154,10 +159,12 @@ class OnePass:
         self.log_probs = spread(result.log_probs)
         if result.grad_hidden is not None:
             self.grad_hidden = spread(result.grad_hidden * weights.unsqueeze(1))
+        weight = self._kept(head.weight)
+        assert weight is not None
         rows = HeadRows(
             hidden=hidden,
-            weight=head.weight,
-            bias=head.bias,
+            weight=weight,
+            bias=self._kept(head.bias),
             targets=self.targets,
             coefficients=self.token_weights.to(hidden.dtype) / self.owner.temperature,
             log_normalizer=spread(result.log_normalizer),
@@ -172,6 +179,13 @@ class OnePass:
         for name, full_name in self.scoped.head_names.items():
             own = HeadRows(**{**vars(rows), "projected": projected.get(name)})
             self.head_products[full_name] = OuterProduct(own, columns[name])
+
+    def _kept(self, gathered: Tensor | None) -> Tensor | None:
+        """A parameter of the head for exact norms, which are taken after its forward call: by then ZeRO-3 and FSDP have taken
+        back what they gathered."""
+        if gathered is None or "exact" not in self.owner.methods or not self.head_is_sharded:
+            return gathered
+        return gathered.detach().clone()
 
     def _head_factors(self) -> HeadFactors:
         projections = self.owner.projections(self.scoped, self.accumulators[0].result().dtype, self.targets.device)
