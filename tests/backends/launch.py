@@ -133,6 +133,7 @@ def record_everything(path):
             trainable=sum(p.requires_grad for p in parameters),
             partitioned=sum(_local_numel(p) < _full_numel(p) for p in parameters),
             num_parameters=len(parameters),
+            state=self._algorithm_state(),
         )
         return result
 

@@ -83,6 +83,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(backend, model, tm
         expected = {number: numbers(line) for number, line in steps_of(whole, kind).items() if number >= first}
         found = {number: numbers(line) for number, line in steps_of(resumed, kind).items()}
         assert found == expected, f"killed in step {step}, {kind}"
+    assert resumed.lines("end") == whole.lines("end")  # moving averages and prior strength among others
     assert metrics(resumed) == metrics(whole)
     weights = whole.final_weights
     assert all(torch.equal(resumed.final_weights[name], value) for name, value in weights.items())
