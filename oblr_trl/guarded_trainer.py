@@ -77,10 +77,14 @@ class GuardedGRPOTrainer(GRPOTrainer):
         raise_everywhere(self.accelerator, None if loss.isfinite().all() else self._not_finite("loss", loss))
         return loss
 
-    def _not_finite(self, what: str, values: Tensor) -> ValueError:
+    def _not_finite(self, what: str, values: Tensor, *, gathered: bool = False) -> ValueError:
         kind = "nan" if values.isnan().any() else "infinite"
+        process = self.accelerator.process_index
+        if gathered:  # every process holds the same number of rows
+            first = values.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[0].item()
+            process = int(first * self.accelerator.num_processes // values.size(0))
         return ValueError(
-            f"The {what} of step {self.state.global_step} is {kind} on process {self.accelerator.process_index}: the model's "
+            f"The {what} of step {self.state.global_step} is {kind} on process {process}: the model's "
             "activations or logits are not finite. No weight was changed by it. Resume from the last checkpoint with a lower "
             "learning rate, gradient clipping, or bf16 instead of fp16."
         )
