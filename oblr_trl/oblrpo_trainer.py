@@ -1,7 +1,6 @@
 """GRPOTrainer whose advantages come from a gradient-weighted baseline and whose learning rate follows the gradient's SNR."""
 
 import math
-import textwrap
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metric
 from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients
 from oblr_trl.guarded_trainer import GuardedGRPOTrainer
 from oblr_trl.lr_scheduler import SNRScheduler
+from oblr_trl.model_card import OBLRPO, complete_model_card, method_in_use
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.scopes import resolve_scope
@@ -61,21 +61,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "oblr-po", "oblr_trl"]
-    _name = "OBLR-PO"
-    _paper = {
-        "title": "OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning",
-        "id": "2511.23310",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{huang2025oblrpo,
-                title        = {{OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning}},
-                author       = {Huang and Sheng and Zheng},
-                year         = 2025,
-                eprint       = {arXiv:2511.23310},
-                note         = {Re-titled in 2026: Variance-aware baselines and adaptive learning rates for reinforcement learning with verifiable rewards},
-            }"""),
-    }
+    _name, _tag_names, _paper = OBLRPO
 
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
     lr_scheduler: Any
@@ -91,6 +77,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 f"`args` must be an `OBLRPOConfig`, got a `{type(args).__name__}`. Replace the class name: every option of "
                 "`GRPOConfig` exists there."
             )
+        self._name, self._tag_names, self._paper = method_in_use(args)
         # Read by seams that the parent's constructor may call.
         self._baseline_estimator = BaselineEstimator(
             args.baseline, leave_one_out=args.baseline_leave_one_out, prior_strength=args.baseline_prior_strength
@@ -182,7 +169,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         self._log_train_metrics({"score/pass_time": scoring_model.seconds})
         assert scores.sketches is not None
         if not scores.sketches.isfinite().all():  # gathered, hence the same on all processes: all raise
-            raise self._not_finite("score", scores.sketches, gathered=True)
+            raise self._not_finite("score", scores.sketches)
         return scores
 
     def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:
@@ -276,6 +263,11 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
             )
         return self.lr_scheduler
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_model_card(self.args, self.optimizer, self._baseline_estimator.prior_strength)
 
     def _algorithm_state(self) -> dict[str, Any]:
         automatic = self._baseline_estimator.automatic
