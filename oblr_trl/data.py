@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from oblr_trl.answers import compile_answer_pattern, extract_answer
+from oblr_trl.prompts import check_template, format_prompts
 from oblr_trl.sources import check_column, is_file, load_rows
 from oblr_trl.tasks import CANDIDATES_PER_PROMPT, encode_entry, task_entries
 
@@ -114,10 +115,7 @@ class DataArguments:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"`{name}` is {size}, but a prompt set needs at least one prompt: set {name} >= 1.")
-        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError(
-                f"`prompt_template` is {self.prompt_template!r}, which would drop the prompt: put `{{prompt}}` in it."
-            )
+        check_template(self.prompt_template)
         for name in ("answer_pattern", "answer_template"):
             if self.answer_column is None and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is for the answers of `answer_column`, which is not set: set it.")
@@ -273,31 +271,14 @@ def _format_answers(rows: Dataset, args: DataArguments, split_name: str) -> Data
 
 
 def _format_prompts(rows: Dataset, args: DataArguments) -> Dataset:
-    for index, prompt in enumerate(rows["prompt"]):
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise ValueError(
-                f"Row {index} of {args.task or args.dataset_name!r} has the prompt {prompt!r}, which is neither text nor a "
-                "list of messages: correct or remove the row, or set `prompt_column` to another column."
-            )
-    is_text = isinstance(rows["prompt"][0], str)
-    if is_text and args.system_prompt is not None and not args.conversational:
-        raise ValueError(
-            "`system_prompt` needs a conversation, but the prompts are strings: set `conversational: true`, or put the "
-            "text into `prompt_template`."
-        )
-    if not is_text and args.prompt_template is not None:
-        raise ValueError("`prompt_template` is for string prompts, but the prompts are conversations: remove it.")
-    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-
-    def format_prompt(prompt: Any) -> Any:
-        if isinstance(prompt, str):
-            prompt = (args.prompt_template or "{prompt}").replace("{prompt}", prompt)
-            if not args.conversational:
-                return prompt
-            prompt = [{"role": "user", "content": prompt}]
-        return system + prompt
-
-    formatted = rows.add_column("formatted", [format_prompt(prompt) for prompt in rows["prompt"]])
+    prompts = format_prompts(
+        list(rows["prompt"]),
+        source=repr(args.task or args.dataset_name),
+        template=args.prompt_template,
+        conversational=args.conversational,
+        system_prompt=args.system_prompt,
+    )
+    formatted = rows.add_column("formatted", prompts)
     return formatted.remove_columns("prompt").rename_column("formatted", "prompt")  # never without any column
 
 

@@ -3,6 +3,12 @@
 ```bash
 python -m oblr_trl.scripts.compare OBLR-PO=runs/oblrpo GRPO=runs/grpo --output compare.png --json compare.json
 ```
+
+Of the output directories of `oblr_trl.scripts.evaluate` it compares the scores, with differences paired by problem:
+
+```bash
+python -m oblr_trl.scripts.compare GRPO=runs/evaluation/grpo OBLR-PO=runs/evaluation/oblrpo --output compare.md
+```
 """
 
 import argparse
@@ -13,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from oblr_trl import run_logs
+from oblr_trl.evaluation.results import compare_evaluations, format_comparison, is_evaluation
 from oblr_trl.run_figure import write_comparison
-from oblr_trl.run_logs import RunLog, RunLogError, read_methods
+from oblr_trl.run_logs import RunLog, RunLogError, read_methods, split_label
 from oblr_trl.run_summary import FINAL_STEPS, Statistic, choose_evaluation_metric, summarize, train_runtime
 
+DEFAULT_PICTURE = Path("compare.png")
 # Name in the table and decimals, in the order of the rows; the keys are those of `run_summary.summarize`.
 TABLE_ROWS = {
     "start_evaluation": ("held-out {evaluation}, start", 3),
@@ -34,16 +42,21 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = argparse.ArgumentParser(
         prog="python -m oblr_trl.scripts.compare",
-        description="Compare training runs by their trainer_state.json: a table, a picture and, when asked, JSON.",
+        description="Compare training runs by their trainer_state.json: a table, a picture and, when asked, JSON. Or "
+        "evaluated models by the output directories of `evaluate`: a table and, when asked, Markdown and JSON.",
     )
     parser.add_argument(
         "runs",
         nargs="*",
         metavar="RUN",
         help="an output_dir of a trainer, or a folder of such folders named seed-*; LABEL=RUN names the method, and runs "
-        "with the same name are seeds of one method",
+        "with the same name are seeds of one method; or an output_dir of `evaluate`, the first of which is the reference",
     )
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"the picture of training runs (default: {DEFAULT_PICTURE}), or a Markdown file of evaluations",
+    )
     parser.add_argument("--json", type=Path, help="also write the table, with the value of each seed, as JSON")
     return parser
 
@@ -52,25 +65,67 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Reads the runs, prints the table, writes the files, and returns what the JSON file holds."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    if arguments.output.suffix != ".png":
-        parser.error(f"--output {arguments.output}: the picture is a PNG file; give it a name that ends in .png")
     try:
+        evaluations = _evaluations(arguments.runs)
+        if evaluations is not None:
+            return _write_evaluations(evaluations, arguments, parser)
+        picture: Path = arguments.output or DEFAULT_PICTURE
+        if picture.suffix != ".png":
+            parser.error(f"--output {picture}: the picture is a PNG file; give it a name that ends in .png")
         methods = read_methods(arguments.runs)
         comparison = compare(methods)
         sys.stdout.write(format_table(comparison))
-        if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _write_json(comparison, arguments.json)
         # The picture comes last, so that without matplotlib there is still the table.
-        write_comparison(methods, comparison["evaluation_metric"], arguments.output)
+        write_comparison(methods, comparison["evaluation_metric"], picture)
     except RunLogError as error:
         raise SystemExit(f"compare: {error}") from error
     except OSError as error:
         raise SystemExit(
             f"compare: {error}; give --output and --json names in a folder that can be written"
         ) from error
-    sys.stdout.write(f"\npicture: {arguments.output}\n")
+    sys.stdout.write(f"\npicture: {picture}\n")
     return comparison
+
+
+def _evaluations(runs: Sequence[str]) -> dict[str, Path] | None:
+    """The output directories of `evaluate` by label, or `None` where the arguments name training runs."""
+    directories = [split_label(run) for run in runs]
+    found = [is_evaluation(directory) for _, directory in directories]
+    if not any(found):
+        return None
+    if not all(found):
+        other = directories[found.index(False)][1]
+        raise RunLogError(f"{other}: not an evaluation, as the others are; compare runs and evaluations separately")
+    labels = [label for label, _ in directories]
+    if len(set(labels)) < len(labels):
+        raise RunLogError(f"{', '.join(labels)}: two evaluations of one name; name each by LABEL=DIR")
+    return dict(directories)
+
+
+def _write_evaluations(
+    evaluations: Mapping[str, Path], arguments: argparse.Namespace, parser: argparse.ArgumentParser
+) -> dict[str, Any]:
+    output: Path | None = arguments.output
+    if output is not None and output.suffix != ".md":
+        parser.error(f"--output {output}: of evaluations there is no picture, only Markdown; use a name in .md")
+    try:
+        comparison = compare_evaluations(evaluations)
+    except ValueError as error:
+        raise SystemExit(f"compare: {error}") from error
+    table = format_comparison(comparison)
+    sys.stdout.write(table)
+    _write_json(comparison, arguments.json)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(table, encoding="utf-8")
+    return comparison
+
+
+def _write_json(comparison: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def compare(methods: Mapping[str, Sequence[RunLog]]) -> dict[str, Any]:

@@ -9,28 +9,24 @@ rewards are checked before the model is loaded. Any key of the recipe can be giv
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from oblr_trl.checkpoints import last_complete_checkpoint
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.oblrpo_trainer import OBLRPOTrainer
+from oblr_trl.recipe_files import check_keys, command_line, flag_value, given_keys, known_keys, read_recipe
 from oblr_trl.rewards import RewardArguments, load_rewards
-from oblr_trl.tasks import nearest
 
 TRAINERS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer]]] = {
     "oblrpo": (OBLRPOConfig, OBLRPOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
 }
-# Read by the parser itself rather than by one of the dataclasses.
-_PARSER_KEYS = ("config", "env")
 
 
 @dataclass
@@ -160,57 +156,25 @@ def parse(argv: Sequence[str] | None = None) -> tuple:
     Raises:
         `ValueError`: For a recipe that cannot be read, an unknown key, or a key that the trainer does not have.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # TrlParser reads `--config x`, but not `--config=x`.
-    argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
-    recipe = _read_recipe(argv)
-    flags = {token[2:].split("=")[0]: token for token in argv if token.startswith("--")}
-    trainer = _flag_value(argv, "trainer") or recipe.get("trainer", "oblrpo")
+    tokens = command_line(argv)
+    recipe = read_recipe(tokens)
+    trainer = flag_value(tokens, "trainer") or recipe.get("trainer", "oblrpo")
     if trainer not in TRAINERS:
         raise ValueError(f"`trainer` is {trainer!r}; use one of {', '.join(TRAINERS)}.")
     parser = make_parser(trainer=trainer)
-    _check_keys([*recipe, *flags], parser, trainer)
-    return parser.parse_args_and_config(argv)
-
-
-def _read_recipe(argv: list[str]) -> dict[str, Any]:
-    path = _flag_value(argv, "config")
-    if path is None:
-        return {}
-    if not Path(path).is_file():
-        raise ValueError(
-            f"`--config` names {path!r}, but there is no such file (looked for from the working directory)."
-        )
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path!r} is not YAML: {error}. Correct that line.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}.")
-    return recipe
-
-
-def _flag_value(argv: list[str], name: str) -> str | None:
-    for position, token in enumerate(argv):
-        if token == f"--{name}" and position + 1 < len(argv):
-            return argv[position + 1]
-        if token.startswith(f"--{name}="):
-            return token.split("=", 1)[1]
-    return None
+    _check_keys(given_keys(tokens, recipe), parser, trainer)
+    return parser.parse_args_and_config(tokens)
 
 
 def _check_keys(keys: list[str], parser: TrlParser, trainer: str) -> None:
-    known = {action.dest for action in parser._actions} | set(_PARSER_KEYS)
-    known |= {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    known = known_keys(parser)
     own = {f.name for f in dataclasses.fields(OBLRPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
     for key in keys:
-        if key in known:
-            continue
-        if key in own:
+        if key in own - known:
             raise ValueError(
                 f"`{key}` belongs to OBLR-PO, but `trainer` is {trainer!r}: remove it, or set trainer: oblrpo."
             )
-        raise ValueError(f"Unknown key `{key}`{nearest(key, known)}.")
+    check_keys(keys, known)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""What a data set calls an answer, as what `math_verify.parse` reads as one: extracted, joined, between dollar signs."""
+
+import re
+from typing import Any
+
+
+def compile_answer_pattern(pattern: str | None, *, field_name: str) -> re.Pattern[str] | None:
+    """
+    Compile a regular expression whose one group is the answer, e.g. `"#### (.+)"` for GSM8K.
+
+    Raises:
+        `ValueError`: It is not a regular expression, or does not have exactly one group.
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{field_name}` is {pattern!r}, which is not a regular expression: {error}.") from error
+    if compiled.groups != 1:
+        raise ValueError(
+            f"`{field_name}` is {pattern!r}, which has {compiled.groups} groups: put the answer, and nothing else, into "
+            "parentheses, as in '#### (.+)'."
+        )
+    return compiled
+
+
+def extract_answer(value: Any, pattern: re.Pattern[str] | None) -> str | None:
+    """
+    The reference answer in a cell of an answer column, or `None` where there is none.
+
+    A number is written out, without `.0` where it is whole. The entries of a list (OlympiadBench's `final_answer`) are the
+    parts of one answer: they are joined by commas, which math-verify reads as a set.
+
+    Args:
+        value (`Any`):
+            The cell: text, a number or a list of such.
+        pattern (`re.Pattern`, *optional*):
+            Its one group is the answer; of several matches the last one counts.
+    """
+    if isinstance(value, (list, tuple)):
+        parts = [extract_answer(part, None) for part in value]
+        if not parts or None in parts:
+            return None
+        text = parts[0] if len(parts) == 1 else ", ".join(_without_dollars(str(part)) for part in parts)
+    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    elif isinstance(value, float):
+        text = str(int(value)) if value.is_integer() else repr(value)
+    else:
+        text = str(value)
+    assert text is not None
+    if pattern is not None:
+        matches = pattern.findall(text)
+        text = matches[-1] if matches else ""
+    return text.strip() or None
+
+
+def as_latex(answer: str) -> str:
+    r"""
+    Put an answer between dollar signs, unless it has some or a `\boxed{}`.
+
+    Without them math-verify takes the number that comes last for the answer: `2\sqrt{3}` is read as 2, and `y = 2x + 3` as 3.
+    """
+    if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer):
+        return answer
+    return f"${answer}$"
+
+
+def _without_dollars(part: str) -> str:
+    """`$x$` as `x`; anything else, for example `$1$ or $2$`, as it is."""
+    inner = part.strip()
+    if len(inner) > 2 and inner[0] == inner[-1] == "$" and "$" not in inner[1:-1]:
+        return inner[1:-1].strip()
+    return inner

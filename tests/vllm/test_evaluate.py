@@ -1,0 +1,60 @@
+"""`evaluate` with a real vLLM: the completions of transformers, and those of an uninterrupted run after a resume."""
+
+import functools
+import json
+import os
+
+import pytest
+import vllm
+
+from oblr_trl.scripts.evaluate import main, parse
+from tests.evaluation.files import GSM8K, gsm8k_rows, make_model, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Command line of twelve problems; in float32, where the two backends agree on the most likely token."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    rows = write_jsonl(directory / "rows.jsonl", gsm8k_rows(12))
+    options = "--max_new_tokens 24 --batch_size 8 --dtype float32 --disable_tqdm true"
+    source = ["--files", json.dumps({"gsm8k": rows}), "--model_name_or_path", make_model(directory / "model")]
+    return ["--config", GSM8K, *source, *options.split()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_engine():
+    """Build one engine, whose start is what costs time, for all evaluations of the same settings."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(vllm, "LLM", functools.cache(vllm.LLM))
+    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+        patch.setenv(name, os.environ.get(name, value))
+    yield
+    patch.undo()
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "gsm8k.jsonl").read_text().splitlines()]
+
+
+def test_greedy_completions_are_those_of_transformers(command, tmp_path):
+    for backend in ("vllm", "transformers"):
+        main(parse([*command, "--backend", backend, "--output_dir", str(tmp_path / backend)]))
+
+    assert records(tmp_path / "vllm") == records(tmp_path / "transformers")
+    assert json.loads((tmp_path / "vllm" / "settings.json").read_text())["settings"]["backend"] == "vllm"
+
+
+def test_a_resumed_evaluation_equals_an_uninterrupted_one(command, tmp_path):
+    sampled = [*command, "--temperature", "1", "--num_completions", "2", "--output_dir"]
+    main(parse([*sampled, str(tmp_path / "whole")]))
+    lines = (tmp_path / "whole" / "gsm8k.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "gsm8k.jsonl").write_bytes(
+        b"".join(lines[:5]) + lines[5][:40]
+    )  # in the second of 3 batches
+
+    main(parse([*sampled, str(tmp_path / "killed")]))
+
+    assert (tmp_path / "killed" / "gsm8k.jsonl").read_bytes() == b"".join(lines)
+    texts = [text for record in records(tmp_path / "whole") for text in record["completions"]]
+    assert len(set(texts)) > 20  # every completion has a seed of its own; one that ends at once is empty
