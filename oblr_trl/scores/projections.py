@@ -51,8 +51,8 @@ class Projections:
         self._offsets: dict[str, int] = {}
         cursor = 0
         for name, shape in shapes.items():
-            if len(shape) == 2 and not _is_small(*shape, sketch_dim):
-                self._widths[name] = _widths(shape[0], shape[1], sketch_dim)
+            if len(shape) == 2 and not is_small(*shape, sketch_dim):
+                self._widths[name] = projected_widths(shape[0], shape[1], sketch_dim)
                 size = math.prod(self._widths[name])
             else:
                 size = math.prod(shape)
@@ -143,14 +143,14 @@ class Projections:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{key}".encode()))
 
 
-def _is_small(num_rows: int, num_columns: int, sketch_dim: int) -> bool:
+def is_small(num_rows: int, num_columns: int, sketch_dim: int) -> bool:
     """Whether forming the R x C gradient takes no more arithmetic per position than projecting its factors."""
-    row_width, column_width = _widths(num_rows, num_columns, sketch_dim)
+    row_width, column_width = projected_widths(num_rows, num_columns, sketch_dim)
     projecting = num_rows * row_width + num_columns * column_width + row_width * column_width
     return num_rows * num_columns <= projecting
 
 
-def _widths(num_rows: int, num_columns: int, sketch_dim: int) -> tuple[int, int]:
+def projected_widths(num_rows: int, num_columns: int, sketch_dim: int) -> tuple[int, int]:
     """Widths of both sides with a product of at most `sketch_dim`: a square, unless one side is short and the other one
     can use its room."""
     side = math.isqrt(sketch_dim)
