@@ -14,9 +14,9 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
-demo demo-seeds bench-variance: export OMP_NUM_THREADS ?= 1
+demo demo-seeds ablation bench-variance: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks bench bench-memory bench-variance clean
+.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks bench bench-memory bench-gpu bench-variance ablation clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -47,10 +47,10 @@ demo-seeds: install  ## The demo's two methods with three seeds each; writes ben
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
 		--output runs/seeds/compare.png --json benchmarks/results/demo_seeds.json
 
-test: install  ## Run the tests (about 6 minutes on 2 cores)
+test: install  ## Run the tests (about 4 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
-test-backends: install  ## Train on 2 processes: DDP, ZeRO-2, ZeRO-3, FSDP2; kill, resume, faults, soak (about 12 minutes)
+test-backends: install  ## Train on 2 processes: DDP, ZeRO-2, ZeRO-3, FSDP2; kill, resume, faults, soak (about 15 minutes)
 	$(BIN)/python -m pytest tests/backends
 
 # vLLM's CPU build pins other versions than constraints.txt, hence an environment of its own. Where pip does not find torch's
@@ -62,7 +62,7 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VENV_VLLM)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec
 	@touch $@
 
-test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 3 minutes; 4 GB of packages)
+test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 10 minutes; 4 GB of packages)
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 quality: install  ## Lint, formatting, types, import layers
@@ -80,6 +80,13 @@ bench: install  ## Measure the cost of the scoring pass; wants an idle machine
 
 bench-memory: install  ## Measure the peak memory of the scoring pass against training's
 	$(BIN)/python -m benchmarks.score_memory
+
+bench-gpu: install  ## Measure time and memory of the scoring pass at 4B and 8B; needs a GPU
+	$(BIN)/python -m benchmarks.gpu
+
+ablation: install  ## The demo's ablation, 36 combinations x 3 seeds (hours)
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m oblr_trl.scripts.sweep --config recipes/ablation/chain_sum.yaml
 
 bench-variance: install  ## Measure the gradient's variance under each baseline, on the start model
 	$(BIN)/python -m oblr_trl.scripts.start_model
