@@ -135,7 +135,8 @@ def score_head_bytes(setup: Setup, row_width: int) -> int:
     shape, e = setup.shape, setup.compute_bytes
     positions = setup.schedule.micro_batch * setup.completion_length
     cells = min(positions, SCORE_TOKEN_TILE) * min(shape.vocab_size, SCORE_VOCAB_TILE)
-    tile = cells * 2 * (_FLOAT32 if e == _FLOAT32 else e + _FLOAT32)
+    num_tiles = 1 if shape.vocab_size <= SCORE_VOCAB_TILE else 2
+    tile = cells * num_tiles * (_FLOAT32 if e == _FLOAT32 else e + _FLOAT32)
     signed_projection = shape.vocab_size * row_width * _FLOAT32
     needs_hidden = setup.scoring is not None and setup.scoring.scope != "lm_head"
     return tile + signed_projection + positions * (e + _FLOAT32 * needs_hidden) * shape.hidden_size
