@@ -1,13 +1,14 @@
 """Runs of the training script in processes of their own, and what they recorded."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -173,5 +174,10 @@ def run(folder, model, *, expect_failure=False, **settings):
 
 
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to the launcher and to its workers, which torchrun starts in sessions of their own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=TIMEOUT)
     process.wait()
