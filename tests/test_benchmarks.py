@@ -200,9 +200,10 @@ def test_a_buffer_that_a_pass_holds_shows_in_its_peak_and_not_in_what_it_keeps()
 
 
 def test_an_earlier_high_water_mark_does_not_count():
-    torch.ones(128 * MIB, dtype=torch.uint8)
-    memory = score_memory.measure_memory(lambda: torch.ones(32 * MIB, dtype=torch.uint8), torch.device("cpu"))
-    assert memory.peak - memory.before == pytest.approx(32 * MIB, abs=4 * MIB)
+    # Above 32 MiB malloc always asks the kernel; below, it may hand out what earlier tests in this process gave back.
+    torch.ones(256 * MIB, dtype=torch.uint8)
+    memory = score_memory.measure_memory(lambda: torch.ones(96 * MIB, dtype=torch.uint8), torch.device("cpu"))
+    assert memory.peak - memory.before == pytest.approx(96 * MIB, abs=4 * MIB)
 
 
 def test_memory_ratios_are_those_of_median_increments():
