@@ -1,7 +1,7 @@
 """What the scoring pass costs on a GPU at the shapes of Qwen3-4B and -8B: time and peak memory beside training's.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --device cpu --shape tiny --sequence_lengths 32 --output /tmp/gpu.json
+    python -m benchmarks.gpu --device cpu --shape tiny --sequence_lengths 32 --output runs/gpu.json
 
 Weights are random, bfloat16 on a GPU (float32 on a CPU, where the numbers mean nothing and only the command is tried);
 adapters are in the same precision, as under ZeRO-3, without autocast. Attention is SDPA, the micro-batch has no padding and its
