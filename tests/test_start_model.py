@@ -85,6 +85,40 @@ def test_the_wanted_fraction_of_supervised_answers_is_off_by_one_to_nine():
     assert supervised_set(solved, wrong_answers=0.0, seed=0)["completion"][:] == solved["solution"][:]
 
 
+def test_wrong_words_and_lists_differ_from_the_right_ones_in_one_character_of_the_same_kind():
+    solutions = ["noen", "['75.0', '9.0']", "-4.7"] * 50
+    prompts = Dataset.from_dict({"prompt": [""] * len(solutions), "solution": solutions})
+
+    for right, wrong in zip(solutions, supervised_set(prompts, 1.0, seed=0)["completion"], strict=True):
+        (index,) = [i for i, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1]]
+        assert right[index].isalnum()
+        assert (right[index].isdecimal(), right[index].isalpha()) == (wrong[index].isdecimal(), wrong[index].isalpha())
+
+
+def test_letters_can_be_kept_apart():
+    tokenizer = build_tokenizer(["Spell this word backward: neon"] * 8, letters_apart=True)
+
+    assert tokenizer.tokenize("neon") == list("neon")
+
+
+@pytest.mark.slow
+def test_another_task_and_size_are_taught_from_the_command_line(tmp_path):
+    task = ["--task", "spell_backward", "--task_params", '{"min_word_len": 3, "max_word_len": 4}', "--letters_apart"]
+    size = ["--hidden_size", "64", "--num_hidden_layers", "1"]
+    options = [token for key, value in (QUICK | ANY_ACCURACY).items() for token in (f"--{key}", str(value))]
+
+    record = main(["--output_dir", str(tmp_path / "m"), *task, *size, *options])
+
+    assert record["settings"]["task_params"] == {"min_word_len": 3, "max_word_len": 4}
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "m").config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (64, 1, 1)
+
+
+def test_a_width_without_whole_heads_is_refused():
+    with pytest.raises(ValueError, match=r"`hidden_size` is 96.*multiple of 64"):
+        StartModelArguments(hidden_size=96)
+
+
 @pytest.mark.slow
 def test_the_supervised_problems_do_not_hold_the_held_out_ones(monkeypatch, tmp_path):
     seen = []

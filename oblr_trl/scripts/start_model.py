@@ -1,4 +1,4 @@
-"""Make the model that the tiny-Qwen3 recipes start from: a small Qwen3, taught to add by TRL's `SFTTrainer` from sloppy data.
+"""Make the model that the tiny-Qwen3 recipes start from: a small Qwen3, taught a task by TRL's `SFTTrainer` from sloppy data.
 
 No hub is needed: the tokenizer is built here too. As in a pretrained model, the right answers are known but not preferred
 enough: a fixed part of the supervised answers is off by a little, so that sampled answers are right about as often as the
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import random
 import shutil
+import string
 import sys
 import tempfile
 import time
@@ -20,12 +21,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.tasks import decode_entry, make_task
+from oblr_trl.tiny_model import build_model, build_tokenizer
 
 TASK = "chain_sum"
 # Three one-digit terms: skill grows steadily with training, where longer numbers are learnt all at once.
@@ -33,7 +34,6 @@ TASK_PARAMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 # Its own draw of problems. There are only 4000, so reinforcement learning meets them again; the recipes' held-out ones
 # are new to both.
 SFT_SEED = 2_000_000_000
-PRINTABLE_ASCII = [chr(code) for code in range(32, 127)] + ["\n"]
 RECORD = "start_model.json"
 
 
@@ -45,10 +45,24 @@ class StartModelArguments:
     Args:
         output_dir (`str`, *optional*, defaults to `".cache/tiny-Qwen3-chain_sum"`):
             Directory of the model, its tokenizer and `start_model.json`, the record of settings and accuracy.
+        task (`str`, *optional*, defaults to `"chain_sum"`):
+            reasoning-gym task that it is taught.
+        task_params (`dict` or `str`, *optional*):
+            Parameters of the task; on the command line a JSON object. Defaults to three one-digit terms.
+        letters_apart (`bool`, *optional*, defaults to `False`):
+            Whether the tokenizer keeps letters apart, as it does digits: for tasks about spelling.
+        vocab_size (`int`, *optional*, defaults to `192`):
+            Largest vocabulary of the tokenizer.
+        hidden_size (`int`, *optional*, defaults to `128`):
+            Width of the model, a multiple of 64.
+        num_hidden_layers (`int`, *optional*, defaults to `4`):
+            Depth of the model.
+        max_completion_length (`int`, *optional*, defaults to `8`):
+            Tokens sampled at most where the accuracy is measured.
         max_steps (`int`, *optional*, defaults to `700`):
             Number of supervised steps.
         wrong_answers (`float`, *optional*, defaults to `0.3`):
-            Fraction of supervised answers that are off, by 1 to 9.
+            Fraction of supervised answers that are off: numbers by 1 to 9, others by one character.
         batch_size (`int`, *optional*, defaults to `64`):
             Problems per step.
         learning_rate (`float`, *optional*, defaults to `1e-3`):
@@ -64,6 +78,15 @@ class StartModelArguments:
     """
 
     output_dir: str = field(default=".cache/tiny-Qwen3-chain_sum", metadata={"help": "Directory of the model."})
+    task: str = field(default=TASK, metadata={"help": "reasoning-gym task that it is taught."})
+    task_params: dict | str | None = field(
+        default=None, metadata={"help": "Parameters of the task, a JSON object. Defaults to three one-digit terms."}
+    )
+    letters_apart: bool = field(default=False, metadata={"help": "Whether the tokenizer keeps letters apart."})
+    vocab_size: int = field(default=192, metadata={"help": "Largest vocabulary of the tokenizer."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model, a multiple of 64."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Depth of the model."})
+    max_completion_length: int = field(default=8, metadata={"help": "Tokens sampled at most."})
     max_steps: int = field(default=700, metadata={"help": "Number of supervised steps."})
     wrong_answers: float = field(default=0.3, metadata={"help": "Fraction of supervised answers that are off."})
     batch_size: int = field(default=64, metadata={"help": "Problems per step."})
@@ -73,81 +96,48 @@ class StartModelArguments:
     min_accuracy: float = field(default=0.3, metadata={"help": "Lowest acceptable accuracy."})
     max_accuracy: float = field(default=0.6, metadata={"help": "Highest acceptable accuracy."})
 
-
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """
-    Build a byte-pair tokenizer over printable ASCII that keeps every digit apart and pads on the left.
-
-    Args:
-        texts (`list[str]`):
-            Texts to learn the merges from: the words of the task's question become one token each.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[0-9]"), "isolated"),
-            pre_tokenizers.Split(" ", "merged_with_next"),
-        ]
-    )
-    tokenizer.decoder = decoders.Fuse()
-    special_tokens = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=192, special_tokens=special_tokens, initial_alphabet=PRINTABLE_ASCII, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        truncation_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 of at most a million parameters; heads of 32, the least that vLLM's attention takes."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+    def __post_init__(self):
+        if self.task_params is None:
+            self.task_params = TASK_PARAMS.copy() if self.task == TASK else {}
+        self.task_params = DataArguments(task=self.task, task_params=self.task_params).task_params
+        if self.hidden_size < 64 or self.hidden_size % 64:
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size}, but attention has one key head for every 64: set a multiple of 64."
+            )
 
 
 def supervised_set(prompts: Dataset, wrong_answers: float, seed: int) -> Dataset:
-    """Prompts with answers as `completion`, a fraction of which is off by 1 to 9 in either direction."""
+    """Prompts with answers as `completion`, a fraction of which is off: numbers by 1 to 9, others in one letter or digit."""
     generator = random.Random(seed)
 
     def completion(solution: str) -> str:
-        if generator.random() >= wrong_answers:
-            return solution
-        return str(int(solution) + generator.choice((-1, 1)) * generator.randint(1, 9))
+        return solution if generator.random() >= wrong_answers else _wrong(solution, generator)
 
     completions = [completion(solution) for solution in prompts["solution"]]
     return Dataset.from_dict({"prompt": prompts["prompt"], "completion": completions})
 
 
+def _wrong(solution: str, generator: random.Random) -> str:
+    if solution.lstrip("-").isdecimal():
+        return str(int(solution) + generator.choice((-1, 1)) * generator.randint(1, 9))
+    position = generator.choice([i for i, character in enumerate(solution) if character.isalnum()])
+    alphabet = string.digits if solution[position].isdecimal() else string.ascii_lowercase
+    character = generator.choice(alphabet.replace(solution[position], ""))
+    return solution[:position] + character + solution[position + 1 :]
+
+
 @torch.no_grad()
-def sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, problems: Dataset) -> float:
+def sampled_accuracy(
+    model: Any, tokenizer: PreTrainedTokenizerFast, problems: Dataset, args: StartModelArguments
+) -> float:
     """Fraction of problems that one completion, sampled at temperature 1, answers correctly."""
-    task = make_task(TASK, TASK_PARAMS, size=1, seed=0)
+    assert not isinstance(args.task_params, str)
+    task = make_task(args.task, args.task_params, size=1, seed=0)
     model.eval()
     batch = tokenizer(list(problems["prompt"]), return_tensors="pt", padding=True, return_token_type_ids=False)
-    ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
+    ids = model.generate(
+        **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_completion_length
+    )
     answers = tokenizer.batch_decode(ids[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
     entries = [decode_entry(entry) for entry in problems["entry"]]
     return sum(task.score_answer(*pair) >= 1 for pair in zip(answers, entries, strict=True)) / len(entries)
@@ -157,14 +147,16 @@ def train_model(args: StartModelArguments, output_dir: Path) -> float:
     """Train the start model, save it with its tokenizer in `output_dir`, and return its held-out accuracy."""
     prompts = load_prompts(
         DataArguments(
-            task=TASK,
-            task_params=TASK_PARAMS,
+            task=args.task,
+            task_params=args.task_params,
             train_size=args.max_steps * args.batch_size,
             train_seed=SFT_SEED,
             test_size=args.test_size,
         )
     )
-    tokenizer = build_tokenizer(prompts["train"]["prompt"][:1024])
+    tokenizer = build_tokenizer(
+        prompts["train"]["prompt"][:1024], vocab_size=args.vocab_size, letters_apart=args.letters_apart
+    )
     set_seed(args.seed)
     # One thread: faster for a model of this size, and the weights do not depend on the machine's number of cores.
     torch.set_num_threads(1)
@@ -187,14 +179,14 @@ def train_model(args: StartModelArguments, output_dir: Path) -> float:
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=build_model(tokenizer),
+        model=build_model(tokenizer, hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers),
         args=sft_args,
         train_dataset=supervised_set(prompts["train"], args.wrong_answers, args.seed),
         processing_class=tokenizer,
     )
     trainer.train()
     model: Any = trainer.model
-    accuracy = sampled_accuracy(model, tokenizer, prompts["test"])
+    accuracy = sampled_accuracy(model, tokenizer, prompts["test"], args)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return accuracy
@@ -219,7 +211,6 @@ def make_start_model(args: StartModelArguments) -> dict[str, Any]:
     """
     target = Path(args.output_dir)
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "output_dir"}
-    settings |= {"task": TASK, "task_params": TASK_PARAMS}
     if (target / RECORD).is_file():
         record = json.loads((target / RECORD).read_text())
         if record["settings"] == settings:
