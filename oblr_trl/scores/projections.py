@@ -89,21 +89,26 @@ class Projections:
         add = self._add_flat if name in self._widths else self.add_dense
         add(sketch, name, values.flatten(1))
 
-    def _add_flat(self, sketch: Tensor, name: str, values: Tensor) -> None:
-        """Add `values` (B, n) at the parameter's place, wrapping around."""
-        start, remaining = self._offsets[name], values
-        while remaining.size(1):
-            part = remaining[:, : self.sketch_dim - start]
-            sketch[:, start : start + part.size(1)] += part
-            remaining = remaining[:, part.size(1) :]
-            start = 0
-
     def add_dense(self, sketch: Tensor, name: str, values: Tensor) -> None:
         """Add a dense per-sequence gradient (B, n) to `sketch` (B, k) with independent signs, in place: exact in norm where
         n <= k, else a count sketch."""
-        self._add_flat(
-            sketch, name, values.to(sketch.dtype) * self._sign(name, "dense", values.size(1)).to(sketch.dtype)
-        )
+        self._add_flat(sketch, name, values.to(sketch.dtype), self._sign(name, "dense", values.size(1)))
+
+    def _add_flat(self, sketch: Tensor, name: str, values: Tensor, signs: Tensor | None = None) -> None:
+        """Add `values` (B, n), times `signs` (n,) where given, at the parameter's place, wrapping around."""
+        start, done = self._offsets[name], 0
+        if signs is not None:
+            signs = signs.to(sketch.dtype)
+        while done < values.size(1):
+            part = values[:, done : done + self.sketch_dim - start]
+            place = sketch[:, start : start + part.size(1)]
+            if signs is None:
+                place += part
+            else:
+                # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
+                place.addcmul_(part, signs[done : done + part.size(1)])
+            done += part.size(1)
+            start = 0
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
