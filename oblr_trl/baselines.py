@@ -7,6 +7,7 @@ as total minus own), so that a leave-one-out baseline does not depend on its own
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,33 +112,52 @@ def gradient_weighted_baseline(
         `ValueError`: If shapes differ, if `prior_strength` is negative or `nan`, or if a weight of a scored completion is
         negative or not finite.
     """
-    _check_shapes(rewards, weights)
     if not prior_strength >= 0:
         raise ValueError(f"`prior_strength` must be at least 0 (it counts completions), got {prior_strength}.")
-    scorable = ~rewards.isnan()
-    w = torch.where(scorable, weights, 0.0).double()
-    if not bool((w.isfinite() & (w >= 0)).all()):
-        raise ValueError(
-            "`weights` must be finite and non-negative wherever the reward is not nan. A nan or infinite weight means that "
-            "the model's log-probabilities of that completion are not finite; look for overflow in the model."
-        )
-    r = torch.where(scorable, rewards, 0.0).double()
+    return _BaselineSums.of(rewards, weights, leave_one_out).baseline(prior_strength).to(rewards.dtype)
 
-    sum_over = _sum_of_others if leave_one_out else _sum_of_all
-    weight, weighted_reward = sum_over(w), sum_over(w * r)
-    if prior_strength > 0:
+
+class _BaselineSums(NamedTuple):
+    """What the gradient-weighted baseline is made of at every prior strength, so that a grid of them costs little more than one."""
+
+    weight: Tensor  # (N, G)
+    weighted_reward: Tensor  # (N, G)
+    prior_weight: Tensor  # (N, 1), per completion of the other groups
+    prior_weighted_reward: Tensor  # (N, 1)
+    plain_mean: Tensor  # (N, G); nan where nothing else was scored
+
+    @classmethod
+    def of(cls, rewards: Tensor, weights: Tensor, leave_one_out: bool) -> "_BaselineSums":
+        _check_shapes(rewards, weights)
+        scorable = ~rewards.isnan()
+        w = torch.where(scorable, weights, 0.0).double()
+        if not bool((w.isfinite() & (w >= 0)).all()):
+            raise ValueError(
+                "`weights` must be finite and non-negative wherever the reward is not nan. A nan or infinite weight means that "
+                "the model's log-probabilities of that completion are not finite; look for overflow in the model."
+            )
+        r = torch.where(scorable, rewards, 0.0).double()
+        sum_over = _sum_of_others if leave_one_out else _sum_of_all
         count = _sum_of_others(scorable.double().sum(dim=1), dim=0).clamp(min=1).unsqueeze(1)  # (N, 1)
-        prior_weight = _sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / count
-        prior_weighted_reward = _sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / count
+        return cls(
+            sum_over(w),
+            sum_over(w * r),
+            _sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / count,
+            _sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / count,
+            sum_over(r) / sum_over(scorable.double()),
+        )
+
+    def baseline(self, prior_strength: float) -> Tensor:
+        """The baseline in float64, `(N, G)`."""
+        weight, weighted_reward = self.weight, self.weighted_reward
         if math.isinf(prior_strength):
-            has_prior = prior_weight > 0
-            weight = torch.where(has_prior, prior_weight, weight)
-            weighted_reward = torch.where(has_prior, prior_weighted_reward, weighted_reward)
-        else:
-            weight = weight + prior_strength * prior_weight
-            weighted_reward = weighted_reward + prior_strength * prior_weighted_reward
-    plain_mean = sum_over(r) / sum_over(scorable.double())  # nan where nothing else was scored
-    return torch.where(weight > 0, weighted_reward / weight, plain_mean).to(rewards.dtype)
+            has_prior = self.prior_weight > 0
+            weight = torch.where(has_prior, self.prior_weight, weight)
+            weighted_reward = torch.where(has_prior, self.prior_weighted_reward, weighted_reward)
+        elif prior_strength > 0:
+            weight = weight + prior_strength * self.prior_weight
+            weighted_reward = weighted_reward + prior_strength * self.prior_weighted_reward
+        return torch.where(weight > 0, weighted_reward / weight, self.plain_mean)
 
 
 def gradient_variance(rewards: Tensor, weights: Tensor, baselines: Tensor) -> float:
@@ -207,15 +227,8 @@ class AutomaticPriorStrength:
         scale = weights[~rewards.isnan()].double().mean().item()
         if not scale > 0:
             return
-        variances = [
-            gradient_variance(
-                rewards,
-                weights,
-                gradient_weighted_baseline(rewards, weights, leave_one_out=leave_one_out, prior_strength=strength),
-            )
-            / scale
-            for strength in self.grid
-        ]
+        sums = _BaselineSums.of(rewards, weights, leave_one_out)
+        variances = [gradient_variance(rewards, weights, sums.baseline(strength)) / scale for strength in self.grid]
         if any(math.isnan(variance) for variance in variances):
             return
         # All grid points share their history, so the bias of starting at zero cannot change which is least.

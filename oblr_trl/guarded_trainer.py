@@ -62,7 +62,7 @@ class GuardedGRPOTrainer(GRPOTrainer):
 
     def _beyond_vocabulary(self, token_ids: list[list[int]], what: str) -> ValueError | None:
         """An embedding look-up out of range is an unclear error on a CPU and the end of the process on a GPU."""
-        size = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        size = self.model.config.get_text_config().vocab_size
         highest = max((max(ids) for ids in token_ids if len(ids)), default=0)
         lowest = min((min(ids) for ids in token_ids if len(ids)), default=0)
         if highest < size and lowest >= 0:
