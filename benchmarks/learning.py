@@ -53,7 +53,7 @@ class LearningArguments:
         sgd_rates (`list[float]`, *optional*): Learning rates of SGD.
         tuning_seeds (`int`, *optional*, defaults to `1`): Runs at every rate.
         evaluation_seeds (`int`, *optional*, defaults to `5`): Runs at the best rate.
-        num_steps (`int`, *optional*, defaults to `60`): Optimizer steps of a run.
+        num_steps (`int`, *optional*, defaults to `40`): Optimizer steps of a run.
         num_prompts (`int`, *optional*, defaults to `16`): Prompts per step.
         num_generations (`int`, *optional*, defaults to `4`): Completions per prompt.
         eval_steps (`int`, *optional*, defaults to `10`): Steps between evaluations.
@@ -71,15 +71,15 @@ class LearningArguments:
         default_factory=lambda: ["chain_sum"], metadata={"help": "Those that are trained with SGD too."}
     )
     adamw_rates: list[float] = field(
-        default_factory=lambda: [4e-5, 1.3e-4, 4e-4, 1.3e-3, 4e-3, 1.3e-2],
+        default_factory=lambda: [6.5e-5, 1.3e-4, 2.6e-4, 5.2e-4, 1e-3, 2.1e-3],
         metadata={"help": "Learning rates of AdamW."},
     )
     sgd_rates: list[float] = field(
-        default_factory=lambda: [0.05, 0.15, 0.5, 1.5, 5.0], metadata={"help": "Learning rates of SGD."}
+        default_factory=lambda: [0.05, 0.15, 0.5, 1.5], metadata={"help": "Learning rates of SGD."}
     )
     tuning_seeds: int = field(default=1, metadata={"help": "Runs at every rate."})
     evaluation_seeds: int = field(default=5, metadata={"help": "Runs at the best rate."})
-    num_steps: int = field(default=60, metadata={"help": "Optimizer steps of a run."})
+    num_steps: int = field(default=40, metadata={"help": "Optimizer steps of a run."})
     num_prompts: int = field(default=16, metadata={"help": "Prompts per step."})
     num_generations: int = field(default=4, metadata={"help": "Completions per prompt."})
     eval_steps: int = field(default=10, metadata={"help": "Steps between evaluations."})

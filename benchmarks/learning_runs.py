@@ -41,7 +41,6 @@ class Method:
 _BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
 METHODS = {
     "oblrpo": Method("oblrpo"),
-    "oblrpo_lm_head": Method("oblrpo", {"score_scope": "lm_head"}),
     "baseline_only": Method("oblrpo", _BASELINE_ONLY),
     "snr_only": Method("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "snr"}),
     "grpo": Method("grpo"),
@@ -67,7 +66,7 @@ class RunSpec:
         method (`str`): A key of `METHODS` or `CONTROLS`.
         learning_rate (`float`): Rate before any multiplier; constant otherwise.
         seed (`int`): Seed of the training prompts, of their order and of the rollouts.
-        num_steps (`int`, *optional*, defaults to `60`): Optimizer steps.
+        num_steps (`int`, *optional*, defaults to `40`): Optimizer steps.
         num_prompts (`int`, *optional*, defaults to `16`): Prompts per step.
         num_generations (`int`, *optional*, defaults to `4`): Completions per prompt.
         eval_steps (`int`, *optional*, defaults to `10`): Steps between evaluations.
@@ -80,7 +79,7 @@ class RunSpec:
     method: str
     learning_rate: float
     seed: int
-    num_steps: int = 60
+    num_steps: int = 40
     num_prompts: int = 16
     num_generations: int = 4
     eval_steps: int = 10

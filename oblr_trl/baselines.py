@@ -198,7 +198,7 @@ class AutomaticPriorStrength:
         decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving average, in [0, 1): about `1 / (1 - decay)` batches are remembered.
         initial (`float`, *optional*, defaults to `16.0`):
-            Strength used before the first batch has been seen; the better fixed one of `benchmarks.start_model_variance`.
+            Strength used before the first batch has been seen; the better fixed one of `benchmarks.variance`.
         grid (`Sequence[float]`, *optional*):
             Candidate strengths, ascending.
     """

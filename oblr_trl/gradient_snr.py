@@ -77,7 +77,7 @@ def snr_ratio(signal: float, noise: float, num_prompts: float) -> float:
 
 
 class GradientSNR:
-    """
+    r"""
     Smooths signal and noise separately and forms the ratio afterwards.
 
     The signal of a single batch is often negative, so a mean of ratios would be biased; a ratio of means is not clamped
@@ -107,8 +107,8 @@ class GradientSNR:
         return self._noise / self._weight if self._weight else math.nan
 
     def ratio(self, num_prompts: float) -> float:
-        """[`snr_ratio`] of the smoothed signal and noise."""
-        return snr_ratio(self.signal, self.noise, num_prompts)
+        """[`snr_ratio`] of the smoothed signal, held back while batches are few, and noise; `nan` before the first batch."""
+        return snr_ratio(self._weight * self.signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. A batch without an estimate (`nan`: fewer than two prompts) changes nothing."""

@@ -47,9 +47,10 @@ class OBLRPOConfig(GRPOConfig):
         lr_adaptation (`str`, *optional*, defaults to `"snr"`):
             `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone.
-        snr_ema_decay (`float`, *optional*, defaults to `0.8`):
+        snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
-            estimated signal is often negative when it is weak. 0.8 remembers about five batches.
+            estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
+            factor back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_factor (`float`, *optional*, defaults to `0.05`):
             Least factor on the learning rate, in [0, `snr_max_factor`]. Above 0, a run whose signal drowns in noise goes on
             slowly instead of standing still. 0 is the paper.
@@ -122,7 +123,7 @@ class OBLRPOConfig(GRPOConfig):
         },
     )
     snr_ema_decay: float = field(
-        default=0.8, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
+        default=0.9, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
     )
     snr_min_factor: float = field(
         default=0.05, metadata={"help": "Least factor on the learning rate. 0 is the paper."}

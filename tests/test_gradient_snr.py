@@ -78,7 +78,25 @@ def test_the_average_is_bias_corrected_and_clamps_only_at_the_end():
     snr.update(GradientMoments(-1.0, 4.0))
     # weights 1/3 and 2/3: signal (4 - 2) / 3, noise (1 + 8) / 3
     assert (snr.signal, snr.noise) == pytest.approx((2 / 3, 3.0))
-    assert snr.ratio(2) == pytest.approx((2 / 3) / (2 / 3 + 1.5))
+    # of which 1 - 0.5^2 has been seen: signal 0.75 x 2/3
+    assert snr.ratio(2) == pytest.approx(0.5 / (0.5 + 1.5))
+
+
+def test_the_ratio_starts_low_and_forgets_its_start():
+    snr = GradientSNR(decay=0.9)
+    ratios = []
+    for _ in range(400):
+        snr.update(GradientMoments(3.0, 8.0))
+        ratios.append(snr.ratio(8))
+    assert ratios[0] == pytest.approx(0.3 / (0.3 + 1))
+    assert ratios == sorted(ratios)
+    assert ratios[-1] == pytest.approx(3 / (3 + 1))
+
+
+def test_without_decay_the_start_is_not_held_back():
+    snr = GradientSNR(decay=0.0)
+    snr.update(GradientMoments(3.0, 8.0))
+    assert snr.ratio(8) == pytest.approx(3 / (3 + 1))
 
 
 def test_a_batch_without_estimate_changes_nothing_and_the_state_is_plain():

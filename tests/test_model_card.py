@@ -40,7 +40,7 @@ def test_a_checkpoint_comes_with_a_card_that_names_every_setting(tmp_path):
         "Score scope": "`all`",
         "Scores": "`sketch`: norms of sketches of length 4096",
         "Learning-rate adaptation": "`snr`: schedule x rho, rho clamped to [0.05, 1]; signal and noise smoothed with EMA "
-        "decay 0.8",
+        "decay 0.9",
         "Initial learning rate": "0.001",  # not the last step's, which the schedule and rho have lowered
         "Optimizer": "`AdamW`",
         "Loss": "`dr_grpo`, reward scaling `none`, KL coefficient 0",

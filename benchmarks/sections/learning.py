@@ -13,7 +13,6 @@ RESULT = "learning.json"
 TITLE = "Does it learn faster, and when does it collapse?"
 LABELS = {
     "oblrpo": "OBLR-PO",
-    "oblrpo_lm_head": "OBLR-PO, `lm_head`",
     "baseline_only": "its baseline alone",
     "snr_only": "its rate alone (RLOO + SNR)",
     "grpo": "GRPO (TRL's defaults)",
