@@ -14,9 +14,10 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
-demo demo-seeds ablation bench-variance: export OMP_NUM_THREADS ?= 1
+demo demo-seeds notebooks ablation study bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks bench bench-memory bench-gpu bench-variance ablation clean
+.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks results report study bench bench-vllm \
+	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -45,7 +46,8 @@ demo-seeds: install  ## The demo's two methods with three seeds each; writes ben
 		$(LAUNCH) --config $(RECIPES)/$$method/$(TASK) --seed $$seed --output_dir runs/seeds/$$method/seed-$$seed || exit 1; \
 	done; done
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
-		--output runs/seeds/compare.png --json benchmarks/results/demo_seeds.json
+		--output runs/seeds/compare.png --json runs/seeds/compare.json
+	$(BIN)/python -m benchmarks.record runs/seeds/compare.json benchmarks/results/demo_seeds.json
 
 test: install  ## Run the tests (about 4 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
@@ -71,12 +73,26 @@ quality: install  ## Lint, formatting, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-notebooks: install  ## Execute the notebooks
-	@if compgen -G 'notebooks/*.ipynb' > /dev/null; then $(BIN)/python -m pytest --nbmake notebooks; \
-	else echo 'There are no notebooks yet.'; fi
+notebooks: install  ## Execute the notebooks (about 7 minutes)
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
-bench: install  ## Measure the cost of the scoring pass; wants an idle machine
+results: demo-seeds study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that the README shows (hours)
+
+report: install  ## Write the README's results and figures from benchmarks/results
+	$(BIN)/python -m benchmarks.report
+
+study: install  ## The learning study: methods x learning rates x seeds x tasks (hours)
+	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.learning
+
+bench: install  ## Measure the cost of whole training steps and of the scoring pass; wants an idle machine
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.score_pass
+
+bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps that generate with vLLM; wants an idle machine
+	$(VENV_VLLM)/bin/python -m benchmarks.cost --vllm
 
 bench-memory: install  ## Measure the peak memory of the scoring pass against training's
 	$(BIN)/python -m benchmarks.score_memory
@@ -84,13 +100,18 @@ bench-memory: install  ## Measure the peak memory of the scoring pass against tr
 bench-gpu: install  ## Measure time and memory of the scoring pass at 4B and 8B; needs a GPU
 	$(BIN)/python -m benchmarks.gpu
 
+bench-variance: install  ## Measure the gradient's variance under each baseline, and how faithful sketches and scopes are
+	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.variance
+	$(BIN)/python -m benchmarks.fidelity
+
+bench-snr: install  ## Measure how right rho is
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m benchmarks.snr
+
 ablation: install  ## The demo's ablation, 36 combinations x 3 seeds (hours)
 	$(BIN)/python -m oblr_trl.scripts.start_model
 	$(BIN)/python -m oblr_trl.scripts.sweep --config recipes/ablation/chain_sum.yaml
-
-bench-variance: install  ## Measure the gradient's variance under each baseline, on the start model
-	$(BIN)/python -m oblr_trl.scripts.start_model
-	$(BIN)/python -m benchmarks.start_model_variance
 
 clean:  ## Remove what the targets made, but not .venv
 	rm -rf build dist runs .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info

@@ -37,7 +37,7 @@ def lag_errors(path: Mapping[int, GradientMoments], decay: float, num_prompts: i
     errors = []
     for moments in interpolated(path):
         snr.update(moments)
-        errors.append(snr.ratio(num_prompts) / snr_ratio(*moments, num_prompts) - 1)
+        errors.append(snr_ratio(snr.signal, snr.noise, num_prompts) / snr_ratio(*moments, num_prompts) - 1)
     return errors
 
 

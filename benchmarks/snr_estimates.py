@@ -49,7 +49,7 @@ class SNREstimate(Protocol):
 
 
 class SeparateGradientSNR:
-    """The package's [`GradientSNR`]: signal from the pairs within each batch, then a moving average."""
+    """The package's [`GradientSNR`], without the holding back at the start: signal from the pairs within each batch, averaged."""
 
     def __init__(self, decay: float) -> None:
         self._snr = GradientSNR(decay=decay)
@@ -57,7 +57,7 @@ class SeparateGradientSNR:
     def add(self, batch: BatchEstimate, num_prompts: int) -> float:
         """Take in a batch and return rho."""
         self._snr.update(batch.moments)
-        return self._snr.ratio(num_prompts)
+        return snr_ratio(self._snr.signal, self._snr.noise, num_prompts)
 
 
 class PooledGradientSNR:

@@ -19,7 +19,7 @@ BatchStreams = dict[int, list[list[BatchEstimate]]]
 TOLERANCE = 0.1
 # "rho within 10 % of the true one at 64 prompts or more", with the default of the trainer.
 LEAST_PROMPTS = 64
-DEFAULT_DECAY = 0.8
+DEFAULT_DECAY = 0.9
 
 
 def error_summary(ratios: Sequence[float], true: float) -> dict[str, float] | None:

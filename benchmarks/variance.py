@@ -1,167 +1,192 @@
-r"""Variance of the policy gradient under any baseline, from inner products of scores alone: no gradient is held.
+"""Variance and bias of the policy gradient under every baseline, relative to RLOO's, on every policy of the studies.
 
-Differs from [`~oblr_trl.baselines.gradient_variance`], which is the objective that b* minimises and looks at one completion
-at a time: here the per-prompt gradients themselves are compared, so whatever a baseline does to correlations counts.
+    python -m benchmarks.policies
+    python -m benchmarks.variance
 
-The estimator. A pool holds M completions of each of P prompts. A random *partition* divides them into K = M / G disjoint
-groups of G, and batch a takes the a-th group of each of its N prompts. Disjoint groups are independent samples, so for any
-baseline the sample variance of the gradients \\( g_{n,a} = \frac{1}{G} \sum_i (r_i - b_i) s_i \\) over a,
-
-$$
-V_n = \frac{1}{K - 1} \sum_a \| g_{n,a} - \bar g_n \|^2,
-$$
-
-is an unbiased estimate of the variance that fresh completions of prompt n would give (at fixed prompts: the
-prior of a batch counts as noise through its completions). Sub-samples that overlap would not do: a pool's own scores do not
-sum to zero, so each baseline would have another mean over one pool, though all share it over the population. All baselines
-see the same partitions, and no completion occurs twice in the stream of batches that an automatic prior learns from.
-
-Shapes: P prompts, M completions of each, K groups of G completions, N prompts per batch.
+Every seed draws its own held-out prompts and completions. Gradients are those of all parameters; the baselines see what the
+trainer would see. How variance and bias are estimated is said in `benchmarks/gradient_variance.py`. What is finished is kept
+below `runs/variance`, so an interrupted study goes on where it stopped.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
+from trl import TrlParser
 
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch
+from benchmarks.completion_pool import build_pool, oracle_difference
+from benchmarks.gradient_variance import RLOO, Measurement, Method, Pool, describe_weights, measure_methods
+from benchmarks.policies import POLICIES
+from benchmarks.policy_pools import LoadedPolicy, kept, load_policy, policy_identity, sample_with_rewards
+from benchmarks.record import machine, write_record
+from benchmarks.variance_summary import summarise, table
+
+DEFAULT = "gradient-weighted, all, prior automatic"
+_PRIORS = {"0": 0.0, "4": 4.0, "16": 16.0, "automatic": None}
+METHODS = (
+    RLOO,
+    Method("none", "none"),
+    Method("group mean (GRPO)", "group_mean", unbiased=False),
+    Method("group mean x G/(G-1)", "rescaled_group_mean"),
+    Method("length-weighted (OPO)", "length_weighted"),
+    Method("logit-energy-weighted, prior 0", "gradient_weighted", "logit_energy"),
+    Method("logit-energy-weighted, prior automatic", "gradient_weighted", "logit_energy", None),
+    Method("mean, prior automatic", "gradient_weighted", "equal", None),
+    *(
+        Method(f"gradient-weighted, {weights}, prior {name}", "gradient_weighted", weights, strength)
+        for weights in ("exact", "all", "last_k", "lm_head")
+        for name, strength in _PRIORS.items()
+    ),
+    Method("oracle b* (whole pool)", "oracle", "exact", unbiased=False),
+)
+# Above it fewer prompts are drawn: the time of a pool grows with the parameters.
+_LARGE = 5_000_000
+# Completions of every pool whose gradients are compared with the oracle's.
+_NUM_CHECKED = 8
 
 
 @dataclass
-class Pool:
+class VarianceArguments:
     """
-    Completions, their rewards and what is needed of their scores.
+    Settings of the study.
 
     Args:
-        rewards (`torch.Tensor` of shape `(P, M)`): Rewards.
-        lengths (`torch.Tensor` of shape `(P, M)`): Completion tokens.
-        grams (`torch.Tensor` of shape `(P, M, M)`): Inner products of the scores of each prompt's completions.
-        weights (`dict[str, torch.Tensor]`): Squared score norms `(P, M)` by their source, e.g. `"exact"` and `"sketch"`.
+        policies (`list[str]`, *optional*): Names of policies; all of them if not given.
+        num_seeds (`int`, *optional*, defaults to `3`): Independent draws of prompts, completions and projections.
+        num_prompts (`int`, *optional*, defaults to `32`): Prompts of a pool.
+        num_prompts_large (`int`, *optional*, defaults to `16`): The same for policies of more than 5 million parameters.
+        num_completions (`int`, *optional*, defaults to `32`): Completions of every prompt.
+        prompts_per_batch (`int`, *optional*, defaults to `16`): Prompts that a batch, and so a prior, is made of.
+        num_generations (`list[int]`, *optional*, defaults to `[2, 4, 8, 16]`): Group sizes G, ascending.
+        groups_per_prompt (`int`, *optional*, defaults to `16`): Groups of every prompt, over all partitions.
+        sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch, the trainer's default.
+        kept (`str`, *optional*, defaults to `"runs/variance"`): Where pools and measurements are kept.
+        output (`str`, *optional*, defaults to `"benchmarks/results/variance.json"`): Where the numbers go.
     """
 
-    rewards: Tensor
-    lengths: Tensor
-    grams: Tensor
-    weights: dict[str, Tensor]
-
-    def take(self, prompts: Tensor, order: Tensor) -> "Pool":
-        """The pool rearranged: `prompts` is a permutation of the prompts, `order` (P, M) one of the completions of each."""
-        prompts = prompts.unsqueeze(1)  # (P, 1)
-        return Pool(
-            self.rewards[prompts, order],
-            self.lengths[prompts, order],
-            self.grams[prompts.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)],
-            {name: weights[prompts, order] for name, weights in self.weights.items()},
-        )
-
-
-@dataclass(frozen=True)
-class Method:
-    """
-    A baseline and where its weights come from.
-
-    Args:
-        label (`str`): Name in tables.
-        baseline (`str`): As [`BaselineEstimator`] names it, or `"oracle"`: b* of the prompt's whole pool.
-        weights (`str`): Source of the weights, a key of [`Pool`]'s, or `"equal"`.
-        prior_strength (`float`, *optional*, defaults to `0.0`): Prior strength; `None` is the automatic one.
-    """
-
-    label: str
-    baseline: str
-    weights: str = "equal"
-    prior_strength: float | None = 0.0
-
-
-def group_gradient_grams(grams: Tensor, advantages: Tensor) -> Tensor:
-    r"""
-    Inner products \\( \langle g_{n,a}, g_{n,b} \rangle \\) of the gradients of one prompt's groups.
-
-    Args:
-        grams (`torch.Tensor` of shape `(P, M, M)`): Inner products of scores, completions in the order of the groups.
-        advantages (`torch.Tensor` of shape `(P, K, G)`): r - b, with K G = M.
-
-    Returns:
-        `torch.Tensor` of shape `(P, K, K)`.
-    """
-    num_prompts, num_groups, group_size = advantages.shape
-    blocks = grams.view(num_prompts, num_groups, group_size, num_groups, group_size)
-    return torch.einsum("pag,pagbh,pbh->pab", advantages, blocks, advantages) / group_size**2
-
-
-def within_prompt_variances(gradient_grams: Tensor) -> Tensor:
-    r"""\\( V_n \\), the sample variance of each prompt's K group gradients, `(P,)`, from their Gram matrices `(P, K, K)`."""
-    num_groups = gradient_grams.size(1)
-    squares = gradient_grams.diagonal(dim1=1, dim2=2).sum(dim=1)
-    return (squares - gradient_grams.sum(dim=(1, 2)) / num_groups) / (num_groups - 1)
-
-
-def stream_advantages(pool: Pool, method: Method, *, num_generations: int, num_prompts: int) -> Tensor:
-    """
-    Advantages r - b of a whole pool, taken batch by batch as the trainer takes them; the automatic prior strength of a batch
-    comes from the batches before it.
-
-    Args:
-        pool ([`Pool`]): Completions in the order of the groups.
-        method ([`Method`]): The baseline.
-        num_generations (`int`): Group size G; must divide M.
-        num_prompts (`int`): Prompts per batch N; must divide P.
-
-    Returns:
-        `torch.Tensor` of shape `(P, K, G)`. The group mean's are scaled by G / (G - 1), which gives them the mean gradient of
-        the others (and makes them RLOO's).
-    """
-    rewards = pool.rewards.unflatten(1, (-1, num_generations))  # (P, K, G)
-    if method.baseline == "oracle":
-        weights = pool.weights[method.weights]
-        return rewards - ((weights * pool.rewards).sum(dim=1) / weights.sum(dim=1)).view(-1, 1, 1)
-    lengths = pool.lengths.view_as(rewards)
-    weights = (torch.ones_like(pool.rewards) if method.weights == "equal" else pool.weights[method.weights]).view_as(
-        rewards
+    policies: list[str] = field(
+        default_factory=lambda: list(POLICIES), metadata={"help": "Names of policies; all of them if not given."}
     )
-    estimator = BaselineEstimator(method.baseline, leave_one_out=True, prior_strength=method.prior_strength)
-    advantages = torch.empty_like(rewards)
-    for group in range(rewards.size(1)):
-        for prompts in torch.arange(rewards.size(0)).split(num_prompts):
-            batch = GroupedBatch(rewards[prompts, group], lengths[prompts, group], weights[prompts, group])
-            advantages[prompts, group] = batch.rewards - estimator(batch)
-    if method.baseline == "group_mean":
-        advantages *= num_generations / (num_generations - 1)
-    return advantages
+    num_seeds: int = field(default=3, metadata={"help": "Independent draws of prompts, completions and projections."})
+    num_prompts: int = field(default=32, metadata={"help": "Prompts of a pool."})
+    num_prompts_large: int = field(
+        default=16, metadata={"help": "The same for policies of more than 5 million parameters."}
+    )
+    num_completions: int = field(default=32, metadata={"help": "Completions of every prompt."})
+    prompts_per_batch: int = field(default=16, metadata={"help": "Prompts that a batch, and so a prior, is made of."})
+    num_generations: list[int] = field(
+        default_factory=lambda: [2, 4, 8, 16], metadata={"help": "Group sizes, ascending."}
+    )
+    groups_per_prompt: int = field(default=16, metadata={"help": "Groups of every prompt, over all partitions."})
+    sketch_dim: int = field(default=4096, metadata={"help": "Length of a sketch."})
+    kept: str = field(default="runs/variance", metadata={"help": "Where pools and measurements are kept."})
+    output: str = field(default="benchmarks/results/variance.json", metadata={"help": "Where the numbers go."})
+
+    def __post_init__(self) -> None:
+        for name in self.policies:
+            if name not in POLICIES:
+                raise ValueError(f"`policies` has {name!r}, which there is not. Choose from: {', '.join(POLICIES)}.")
+        for field_name in ("num_prompts", "num_prompts_large"):
+            if getattr(self, field_name) % self.prompts_per_batch:
+                raise ValueError(
+                    f"`{field_name}` is {getattr(self, field_name)}, which is not a multiple of `prompts_per_batch` "
+                    f"{self.prompts_per_batch}: a prompt would be left over. Change one of them."
+                )
+        if len(self.num_generations) < 2 or sorted(set(self.num_generations)) != self.num_generations:
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}: give at least two group sizes, ascending, because RLOO's "
+                "variance is interpolated between them."
+            )
+        for group_size in self.num_generations:
+            if self.num_completions % group_size or self.num_completions < 2 * group_size:
+                raise ValueError(
+                    f"`num_completions` is {self.num_completions}, which is not two or more groups of {group_size} "
+                    "completions (`num_generations`), as a variance needs: change one of them."
+                )
 
 
-def mean_variances(
-    pool: Pool,
-    methods: Sequence[Method],
-    *,
-    num_generations: int,
-    num_prompts: int,
-    num_partitions: int,
-    generator: torch.Generator,
-    on_partition: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """
-    Mean of \\( V_n \\) over prompts and random partitions, by the method's label.
+def measure_policy(args: VarianceArguments, name: str, seed: int) -> dict[str, Any]:
+    """Draw one pool of a policy and measure every method on it, or read what is kept of both."""
+    policy = load_policy(name)
+    num_prompts = args.num_prompts_large if policy.num_parameters > _LARGE else args.num_prompts
+    settings: dict[str, Any] = {"policy": policy_identity(name), "seed": seed, "num_prompts": num_prompts}
+    settings |= {"num_completions": args.num_completions, "sketch_dim": args.sketch_dim}
+    pool, difference = kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
+    settings = settings | {"methods": [asdict(method) for method in METHODS], "groups": args.groups_per_prompt}
+    settings |= {"prompts_per_batch": args.prompts_per_batch, "num_generations": args.num_generations}
+    measured = kept(Path(args.kept) / f"{name}-{seed}.measured.pt", settings, lambda: _measure_pool(args, pool, seed))
+    return {
+        "policy": name,
+        "seed": seed,
+        "task": policy.settings.task,
+        "reward": policy.settings.reward,
+        "num_parameters": policy.num_parameters,
+        "num_prompts": num_prompts,
+        "mean_reward": pool.rewards.mean().item(),
+        "accuracy": (pool.rewards >= 1).double().mean().item(),
+        "fraction_of_prompts_with_equal_rewards": (pool.rewards.std(dim=1) == 0).double().mean().item(),
+        "mean_length": pool.lengths.mean().item(),
+        "difference_from_oracle": difference,
+        "weights": describe_weights(pool),
+        "measured": measured,
+    }
 
-    Args:
-        pool ([`Pool`]): The completions.
-        methods (`Sequence[Method]`): What to compare; all see the same partitions.
-        num_generations (`int`): Group size G; must divide M, at least twice.
-        num_prompts (`int`): Prompts per batch N; must divide P.
-        num_partitions (`int`): Random partitions; each begins a new stream of batches.
-        generator (`torch.Generator`): Source of the partitions.
-        on_partition (`Callable`, *optional*): Called after every partition.
-    """
-    totals = dict.fromkeys([method.label for method in methods], 0.0)
-    for _ in range(num_partitions):
-        # The companions of a prompt in its batches change from partition to partition too.
-        prompts = torch.randperm(pool.rewards.size(0), generator=generator)
-        order = torch.rand(pool.rewards.shape, generator=generator).argsort(dim=1)
-        shuffled = pool.take(prompts, order)
-        for method in methods:
-            advantages = stream_advantages(shuffled, method, num_generations=num_generations, num_prompts=num_prompts)
-            grams = group_gradient_grams(shuffled.grams, advantages)
-            totals[method.label] += within_prompt_variances(grams).mean().item() / num_partitions
-        on_partition()
-    return totals
+
+def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> tuple[Pool, float]:
+    counts = {key: settings[key] for key in ("num_prompts", "num_completions", "seed")}
+    completions, rewards = sample_with_rewards(policy, **counts)
+    pool = build_pool(policy.model, completions, rewards, sketch_dim=settings["sketch_dim"], seed=settings["seed"])
+    return pool, oracle_difference(policy.model, completions, _NUM_CHECKED)
+
+
+def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every method's figures as plain numbers, by group size and label."""
+    measured = {}
+    for group_size in args.num_generations:
+        measurements = measure_methods(
+            pool,
+            METHODS,
+            num_generations=group_size,
+            num_prompts=args.prompts_per_batch,
+            num_partitions=max(args.groups_per_prompt * group_size // args.num_completions, 1),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        measured[str(group_size)] = {label: _plain(measurement) for label, measurement in measurements.items()}
+    return measured
+
+
+def _plain(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "variance": measurement.variance.mean().item(),
+        "squared_signal": measurement.squared_signal.mean().item(),
+        "squared_bias": measurement.squared_bias.tolist(),
+        "objective": measurement.objective,
+    }
+
+
+def make_parser() -> TrlParser:
+    """Parser of the command line; a misspelt key fails."""
+    return TrlParser([VarianceArguments])
+
+
+def main(args: VarianceArguments) -> None:
+    """Measure, print and write."""
+    started = machine()
+    results = []
+    with tqdm(total=len(args.policies) * args.num_seeds, desc="pools measured") as progress:
+        for name in args.policies:
+            for seed in range(args.num_seeds):
+                progress.set_postfix_str(f"{name}, seed {seed}")
+                results.append(measure_policy(args, name, seed))
+                progress.update()
+    summary = summarise(results, METHODS, default=DEFAULT)
+    print(table(summary))
+    write_record(args.output, args, started, summary)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # tiny matrices: more threads only contend
+    (arguments,) = make_parser().parse_args_and_config()
+    main(arguments)

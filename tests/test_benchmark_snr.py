@@ -265,7 +265,7 @@ def test_errors_are_relative_to_the_truth_and_bias_is_not_spread():
 
 def entry(num_prompts, error, bias):
     summary = {"bias": bias, "typical_error": abs(bias), "within_tolerance": 0.5}
-    smoothed = {name: {"0.8": summary if num_prompts < 256 else None} for name in ESTIMATORS}
+    smoothed = {name: {section._DECAY: summary if num_prompts < 256 else None} for name in ESTIMATORS}
     return {
         "num_prompts": num_prompts,
         "ratio_of_means": {"relative_error": error},

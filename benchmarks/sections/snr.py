@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 RESULT = "snr.json"
 TITLE = "Is rho right?"
-_DECAY = "0.8"
+_DECAY = "0.9"
 _UNKNOWN = "n/a"
 
 
@@ -23,8 +23,8 @@ def markdown(record: dict[str, Any]) -> str:
         "one batch: bias",
         "one batch: typical error",
         "signal below 0",
-        "EMA 0.8: bias",
-        "EMA 0.8: typical error",
+        f"EMA {_DECAY}: bias",
+        f"EMA {_DECAY}: typical error",
         "95 % interval holds",
     )
     rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
