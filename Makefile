@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds notebooks ablation study bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks results report study bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks notebooks-write results report study bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -76,6 +76,10 @@ quality: install  ## Lint, formatting, types, import layers
 notebooks: install  ## Execute the notebooks (about 7 minutes)
 	$(BIN)/python -m oblr_trl.scripts.start_model
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+notebooks-write: install  ## Execute the notebooks and keep their outputs
+	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python notebooks/execute.py
 
 results: demo-seeds study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that the README shows (hours)
 

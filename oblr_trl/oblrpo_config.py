@@ -191,6 +191,14 @@ class OBLRPOConfig(GRPOConfig):
             _refuse("baseline_prior_strength", strength, "only 'gradient_weighted' has a prior", "leave it unset")
         if strength is not None and not strength >= 0:
             _refuse("baseline_prior_strength", strength, "it counts completions", "use a number of at least 0")
+        if self.baseline == "gradient_weighted" and strength != 0 and self.scale_rewards == "group":
+            _refuse(
+                "scale_rewards",
+                "group",
+                "a baseline with a prior is not the mean of a group of equal rewards, whose standard deviation of 0 would divide "
+                "the difference: advantages would have no bound",
+                "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
+            )
         if (self.score_scope == "last_k") != (self.score_last_k is not None):
             _refuse(
                 "score_last_k",

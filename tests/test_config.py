@@ -83,6 +83,8 @@ def test_the_document_marks_exactly_the_options_that_are_refused():
         ({"baseline": "leave_one_out", "baseline_prior_strength": 1.0}, "only 'gradient_weighted' has a prior"),
         ({"baseline_prior_strength": -1.0}, "cannot honour baseline_prior_strength=-1.0"),
         ({"baseline_prior_strength": math.nan}, "cannot honour baseline_prior_strength=nan"),
+        ({"scale_rewards": "group"}, "cannot honour scale_rewards='group'"),
+        ({"scale_rewards": True, "baseline_prior_strength": 4.0}, "cannot honour scale_rewards='group'"),
         ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),

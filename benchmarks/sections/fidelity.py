@@ -33,6 +33,20 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
+def summary(record: dict[str, Any]) -> str:
+    """Sketch sizes, and where `lm_head` fails."""
+    return "\n".join(
+        [
+            f"`python -m benchmarks.fidelity`, scope `all` against exact scores: median over {len(record['cases'])} cases (worst). "
+            "Rank correlations and errors of every scope and case: [docs/results.md](docs/results.md).",
+            "",
+            *_sizes_table(record),
+            "",
+            _failures(record, _shown_size(record)),
+        ]
+    )
+
+
 def _shown_size(record: dict[str, Any]) -> str:
     """The trainer's default where it was measured, else the longest sketch."""
     sizes = [str(size) for size in record["settings"]["sketch_dims"]]

@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.snr_summary import verdict
+
 RESULT = "snr.json"
 TITLE = "Is rho right?"
 _DECAY = "0.9"
@@ -73,28 +75,28 @@ def _mean_of(summaries: list[dict[str, float] | None], key: str, form: str) -> s
 
 
 def _conclusion(record: dict[str, Any]) -> str:
-    verdict = record["verdict"]
+    found = verdict(record["policies"])
     sketch = [abs(error) for policy in record["policies"] for error in policy["sketch_error_of_signal"]]
 
     def said(key: str, form: Callable[[dict[str, float]], str]) -> str:
-        return _UNKNOWN if verdict[key] is None else form(verdict[key])
+        return _UNKNOWN if found[key] is None else form(found[key])
 
-    at_least = f"At {verdict['least_prompts']} prompts or more"
+    at_least = f"At {found['least_prompts']} prompts or more"
     single = said(
         "single_batch",
         lambda s: (
-            f"one batch is biased by {s['worst_bias']:+.1%} at worst but lies within {verdict['tolerance']:.0%} of the true rho "
+            f"one batch is biased by {s['worst_bias']:+.1%} at worst but lies within {found['tolerance']:.0%} of the true rho "
             f"only {s['mean_within_tolerance']:.0%} of the time (typical error up to {s['worst_typical_error']:.0%})"
         ),
     )
     smoothed = said(
         "separate",
         lambda s: (
-            f"the default moving average is within {verdict['tolerance']:.0%} {s['mean_within_tolerance']:.0%} of the time "
+            f"the default moving average is within {found['tolerance']:.0%} {s['mean_within_tolerance']:.0%} of the time "
             f"(typical error up to {s['worst_typical_error']:.0%}) on a policy that stands still"
         ),
     )
-    worst = verdict["ratio_of_means_worst"]
+    worst = found["ratio_of_means_worst"]
     off = _UNKNOWN if worst is None else f"{worst:+.1%}"
     text = f"{at_least}, rho from the mean signal and noise is off by {off} at worst; {single}; {smoothed}. "
     text += f"The sketch alone changes the true signal by {mean(sketch):.1%} on average. "

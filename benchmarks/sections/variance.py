@@ -1,6 +1,7 @@
 """What `python -m benchmarks.variance` measured: the gradient's variance under every baseline, relative to RLOO's."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -10,6 +11,19 @@ TITLE = "Variance of the gradient"
 # Above two standard errors one estimate in twenty lies by chance.
 _NUM_ERRORS = 2.0
 _ROUNDING = 1e-12
+# What the README shows of the baselines.
+_SHOWN = (
+    "RLOO (mean of the others)",
+    "none",
+    "length-weighted (OPO)",
+    "logit-energy-weighted, prior automatic",
+    "mean, prior automatic",
+    "gradient-weighted, all, prior 0",
+    "gradient-weighted, all, prior automatic",
+    "gradient-weighted, last_k, prior automatic",
+    "gradient-weighted, lm_head, prior automatic",
+    "oracle b* (whole pool)",
+)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -42,17 +56,38 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
+def summary(record: dict[str, Any]) -> str:
+    """The baselines that a user chooses among, and the targets."""
+    settings = record["settings"]
+    shown = [label for label in _SHOWN if label in record["over_policies"]]
+    return "\n".join(
+        [
+            f"`make bench-variance`: within-prompt variance of the full gradient relative to RLOO's, median / worst of "
+            f"{len(record['policies'])} policies, {settings['num_seeds']} seeds each; below 1 is a gain. Every baseline, every policy, "
+            "spread and bias: [docs/results.md](docs/results.md).",
+            "",
+            *_methods_table(record, shown),
+            "",
+            _targets(record),
+            "",
+            _reason(record),
+        ]
+    )
+
+
 def _sizes(record: dict[str, Any]) -> list[str]:
     return [str(size) for size in record["settings"]["num_generations"]]
 
 
-def _methods_table(record: dict[str, Any]) -> list[str]:
+def _methods_table(record: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
     sizes = _sizes(record)
     rows = [
         "| baseline | " + " | ".join(f"G = {size}" for size in sizes) + " |",
         "|---|" + "---|" * len(sizes),
     ]
     for label, by_size in record["over_policies"].items():
+        if shown is not None and label not in shown:
+            continue
         name = f"{label} (biased)" if label in record["biased"] else label
         cells = [f"{by_size[size]['median']:.2f} / {by_size[size]['worst']:.2f}" for size in sizes]
         if label == record["default"]:

@@ -1,0 +1,100 @@
+"""What the trainer's table of numbers in a notebook is not: curves of chosen metrics, redrawn while the run goes on."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from transformers import TrainerCallback
+
+from oblr_trl import run_logs
+from oblr_trl.run_figure import COLOURS, GREY, STYLE
+from oblr_trl.run_summary import smooth
+
+PANEL_INCHES = (3.3, 2.5)
+DPI = 90
+# Values that one point of the bold line averages; the faint line has them as logged.
+SMOOTHING = 5
+
+
+class LivePlot(TrainerCallback):
+    """
+    Draws metrics in the notebook while the trainer runs, one panel each, and leaves the last picture in the output.
+
+    Pass it as `callbacks=[LivePlot()]`. A metric that has not been logged has an empty panel. Needs matplotlib and IPython;
+    only the main process draws.
+
+    Args:
+        metrics (`Sequence[str]`, *optional*):
+            Names as logged. Defaults to reward, rho and the variance relative to RLOO's.
+        every (`int`, *optional*, defaults to `5`):
+            Logging events between two pictures.
+
+    Raises:
+        `ValueError`: If there is no metric, or `every` is below 1.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = (run_logs.REWARD, run_logs.RHO, run_logs.VARIANCE_VS_LEAVE_ONE_OUT),
+        *,
+        every: int = 5,
+    ) -> None:
+        if not metrics:
+            raise ValueError("`metrics` is empty: name at least one, for example 'reward'.")
+        if every < 1:
+            raise ValueError(f"`every` counts logging events, got {every}: use at least 1.")
+        self.metrics = tuple(metrics)
+        self.every = every
+        self._num_logs = 0
+        self._display: Any = None
+
+    def on_log(self, args, state, control, **kwargs):
+        self._num_logs += 1
+        if state.is_world_process_zero and self._num_logs % self.every == 0:
+            self._show(state.log_history)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            self._show(state.log_history)
+        self._display = None  # another training gets a picture of its own
+
+    def _show(self, rows: Sequence[dict[str, Any]]) -> None:
+        from IPython.display import Image, display
+
+        image = Image(data=draw_metrics(rows, self.metrics))
+        if self._display is None:
+            self._display = display(image, display_id=True)
+        else:
+            self._display.update(image)
+
+
+def draw_metrics(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> bytes:
+    """
+    One panel per metric over the optimizer steps, as PNG.
+
+    Args:
+        rows (`Sequence[dict[str, Any]]`):
+            `trainer.state.log_history`.
+        metrics (`Sequence[str]`):
+            Names as logged.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_INCHES[0] * len(metrics), PANEL_INCHES[1]), dpi=DPI)
+        FigureCanvasAgg(figure)
+        figure.set_layout_engine("constrained")
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            points = {row["step"]: row[metric] for row in rows if run_logs.is_finite_number(row.get(metric))}
+            axes.set_title(metric, fontsize=10)
+            axes.set_xlabel("optimizer step")
+            if not points:
+                axes.text(0.5, 0.5, "not logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
+                continue
+            axes.plot(list(points), list(points.values()), color=COLOURS[0], alpha=0.3, linewidth=1)
+            axes.plot(list(points), smooth(list(points.values()), SMOOTHING), color=COLOURS[0], linewidth=2)
+        stream = BytesIO()
+        figure.savefig(stream, format="png")
+    return stream.getvalue()

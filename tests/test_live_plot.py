@@ -1,0 +1,68 @@
+"""The live plot: how often it draws, that it replaces its picture, and what is in it."""
+
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.figure import Figure
+
+from oblr_trl.live_plot import LivePlot, draw_metrics
+
+ROWS = [{"step": step, "reward": 0.1 * step, "gradient_snr/ratio": None} for step in range(1, 8)]
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """What the notebook would have shown, as (display number, PNG)."""
+    shown = []
+
+    def display(image, display_id):
+        number = len({number for number, _ in shown})
+        shown.append((number, image.data))
+        return SimpleNamespace(update=lambda image: shown.append((number, image.data)))
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return shown
+
+
+def log(plot, num_rows, *, main_process=True):
+    for i in range(num_rows):
+        plot.on_log(None, SimpleNamespace(is_world_process_zero=main_process, log_history=ROWS[: i + 1]), None)
+    plot.on_train_end(None, SimpleNamespace(is_world_process_zero=main_process, log_history=ROWS[:num_rows]), None)
+
+
+def test_one_picture_is_replaced_every_few_logs_and_at_the_end(pictures):
+    plot = LivePlot(every=3)
+    log(plot, 7)
+    assert [number for number, _ in pictures] == [0, 0, 0]  # after 3 and 6 logs, and at the end
+    assert len({png for _, png in pictures}) == 3
+    log(plot, 1)
+    assert pictures[-1][0] == 1  # another training
+
+
+def test_only_the_main_process_draws(pictures):
+    log(LivePlot(every=1), 3, main_process=False)
+    assert pictures == []
+
+
+def test_a_panel_holds_the_values_as_logged_and_an_undefined_metric_none(monkeypatch):
+    figures = []
+    original = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or original(self, *args, **kwargs)
+    )
+
+    png = draw_metrics(ROWS, ["reward", "gradient_snr/ratio"])
+
+    assert png.startswith(b"\x89PNG")
+    reward, rho = figures[0].axes
+    assert list(reward.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(reward.lines[0].get_ydata()) == [row["reward"] for row in ROWS]
+    assert [text.get_text() for text in rho.texts] == ["not logged yet"]
+    assert not rho.lines
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="`metrics` is empty"):
+        LivePlot([])
+    with pytest.raises(ValueError, match="`every` counts logging events, got 0"):
+        LivePlot(every=0)

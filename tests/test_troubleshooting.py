@@ -1,0 +1,211 @@
+"""Every failure of `docs/troubleshooting.md` that a small run or a formula can show, and the page against the code."""
+
+import dataclasses
+import random
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
+from oblr_trl.baselines import PRIOR_STRENGTH_GRID, AutomaticPriorStrength, gradient_variance
+from oblr_trl.diagnosis import diagnose
+from tests.test_trainer import METRICS
+from tests.tiny_models import digit_reward, logged, train
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+# Logged by TRL, the last one only with vLLM.
+TRL_METRICS = {"reward", "frac_reward_zero_std", "clip_ratio/region_mean", "grad_norm", "step_time"}
+VLLM_METRICS = {"sampling/sampling_logp_difference/mean"}
+
+
+def run(output_dir, **options):
+    return train(OBLRPOTrainer, OBLRPOConfig, output_dir, **options)
+
+
+def names(trainer):
+    return [finding.name for finding in diagnose(trainer.state.log_history)]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("healthy"), max_steps=12)
+
+
+def test_a_healthy_run_learns_and_shows_no_failure(healthy):
+    rewards = logged(healthy, "reward")
+    assert sum(rewards[4:]) / 8 > sum(rewards[:4]) / 4
+    assert set(names(healthy)) <= {"Slow scoring pass"}  # which it is on a model of this size
+
+
+def test_rewards_at_random_take_the_learning_rate_to_its_floor(tmp_path):
+    draw = random.Random(0)
+    trainer = run(
+        tmp_path,
+        reward=lambda completions, **kwargs: [float(draw.random() < 0.5) for _ in completions],
+        per_device_train_batch_size=64,
+        num_generations=2,
+        max_steps=12,
+    )
+    assert "Learning-rate collapse" in names(trainer)
+    assert sum(multiplier == pytest.approx(0.05) for multiplier in logged(trainer, "lr_multiplier")[-6:]) >= 4
+
+
+@pytest.mark.parametrize("prior_strength", PRIOR_STRENGTH_GRID)
+def test_a_baseline_lies_between_the_least_and_the_greatest_reward(prior_strength):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        rewards = torch.randn(6, 4, generator=generator, dtype=torch.float64) * 100
+        weights = (
+            torch.randn(6, 4, generator=generator, dtype=torch.float64).mul(6).exp()
+        )  # over 20 orders of magnitude
+        baselines = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)
+        assert rewards.min() - 1e-9 <= baselines.min() <= baselines.max() <= rewards.max() + 1e-9
+
+
+def test_an_outlier_among_the_rewards_moves_the_baseline_of_every_prompt(tmp_path, healthy):
+    num_scored = 0
+
+    def with_timeouts(completions, **kwargs):
+        nonlocal num_scored
+        rewards = digit_reward(completions)
+        for i in range(len(rewards)):
+            num_scored += 1
+            if num_scored % 130 == 0:  # the last but one of every fifth batch of 32
+                rewards[i] = -100.0
+        return rewards
+
+    trainer = run(tmp_path / "penalty", reward=with_timeouts, max_steps=12)
+
+    shifts = logged(trainer, "baseline/shift")
+    assert shifts[4] > 10 * max(logged(healthy, "baseline/shift"))
+    assert max(shifts[5:8]) < 0.2 * shifts[4]  # the batches after it know nothing of it
+    assert logged(trainer, "gradient_snr/noise")[4] > 10 * logged(trainer, "gradient_snr/noise")[3]
+    assert "Exploding baseline" in names(trainer)
+
+
+def test_an_unscorable_completion_in_its_place_is_left_out(tmp_path):
+    def with_none(completions, **kwargs):
+        return [None if i == 7 else reward for i, reward in enumerate(digit_reward(completions))]
+
+    assert "Exploding baseline" not in names(run(tmp_path, reward=with_none, max_steps=8))
+
+
+def test_group_scaling_with_a_prior_would_have_no_bound(tmp_path):
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])  # equal within every group, not within the batch
+    weights = torch.ones_like(rewards)
+    deviation = rewards.std(dim=1, keepdim=True) + 1e-4  # as TRL scales
+    with_prior = (rewards - gradient_weighted_baseline(rewards, weights, prior_strength=16.0)) / deviation
+    without = (rewards - gradient_weighted_baseline(rewards, weights)) / deviation
+    # b = (3 * 1 + 16 * 0) / 19 in the first group: 16 / 19 is divided by 1e-4.
+    assert with_prior[0].tolist() == pytest.approx([1e4 * 16 / 19] * 4, rel=1e-4)
+    assert without.abs().max() == 0
+
+    with pytest.raises(ValueError, match="cannot honour scale_rewards='group'"):
+        run(tmp_path, max_steps=1, scale_rewards="group")
+
+
+def test_weights_that_say_nothing_of_the_rewards_make_a_noisy_baseline_without_a_prior():
+    generator = torch.Generator().manual_seed(0)
+    automatic = AutomaticPriorStrength()
+    plain = paper = ours = 0.0
+    for _ in range(200):
+        rewards = (torch.rand(16, 4, generator=generator) < 0.5).double()
+        weights = torch.randn(16, 4, generator=generator, dtype=torch.float64).mul(2).exp()
+        plain += gradient_variance(rewards, weights, leave_one_out_baseline(rewards))
+        paper += gradient_variance(rewards, weights, gradient_weighted_baseline(rewards, weights))
+        baselines = gradient_weighted_baseline(rewards, weights, prior_strength=automatic.value)
+        ours += gradient_variance(rewards, weights, baselines)
+        automatic.update(rewards, weights)
+    # Var(r - b) is p (1 - p) (1 + sum w^2 / (sum w)^2): 4 / 3 for three equal weights, nearly 2 where one carries all.
+    assert 1.15 < paper / plain < 1.5
+    assert ours / plain < 0.9
+
+
+def expected_gradient(baseline):
+    """Exact expectation over all pairs of completions of a policy with three of them; scores are e_a - p."""
+    probs = torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)
+    rewards = torch.tensor([0.2, 1.0, 0.0], dtype=torch.float64)
+    scores = torch.eye(3, dtype=torch.float64) - probs
+    total = torch.zeros(3, dtype=torch.float64)
+    for pair in product(range(3), repeat=2):
+        actions = list(pair)
+        r, s = rewards[actions], scores[actions]
+        b = baseline(r.unsqueeze(0), s.square().sum(-1).unsqueeze(0)).squeeze(0)
+        total += probs[actions].prod() * ((r - b).unsqueeze(1) * s).mean(dim=0)
+    return total, (probs * rewards) @ scores
+
+
+def test_a_baseline_that_sees_its_own_completion_is_biased():
+    honest, truth = expected_gradient(lambda r, w: gradient_weighted_baseline(r, w))
+    biased, _ = expected_gradient(lambda r, w: gradient_weighted_baseline(r, w, leave_one_out=False))
+
+    assert torch.allclose(honest, truth, atol=1e-12)
+    # Less than the half that the plain mean of two leaves, and in another direction.
+    assert biased.norm() < 0.45 * truth.norm()
+    assert torch.cosine_similarity(biased, truth, dim=0) < 0.999
+
+
+def test_the_group_mean_shows_itself_by_a_constant_ratio(tmp_path):
+    trainer = run(tmp_path, baseline="group_mean", max_steps=5)
+    assert logged(trainer, "variance_ratio/leave_one_out") == pytest.approx([(7 / 8) ** 2] * 5)
+    assert "A baseline that sees its own completion" in names(trainer)
+
+
+def test_equal_rewards_give_no_gradient_at_all(tmp_path):
+    trainer = run(tmp_path, reward=lambda completions, **kwargs: [0.0] * len(completions), max_steps=5)
+    assert logged(trainer, "frac_reward_zero_std") == [1.0] * 5
+    assert logged(trainer, "grad_norm") == [0.0] * 5
+    assert "Zero-variance groups" in names(trainer)
+
+
+def test_many_steps_on_one_batch_leave_the_clipping_range(tmp_path, healthy):
+    trainer = run(tmp_path, num_iterations=4, learning_rate=5e-3, lr_adaptation="none", max_steps=8)
+    assert logged(healthy, "clip_ratio/region_mean") == [0.0] * 12
+    assert logged(trainer, "clip_ratio/region_mean")[0] == 0.0
+    assert "Off-policy drift" in names(trainer)
+
+
+def test_the_page_names_only_metrics_that_are_logged(healthy):
+    rows = {name for row in healthy.state.log_history for name in row}
+    assert set(METRICS) | TRL_METRICS <= rows
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", PAGE)) | set(re.findall(r"`(\w+)`", PAGE)) & TRL_METRICS
+    assert named <= rows | VLLM_METRICS
+    assert len(named) > 10
+
+
+def test_the_page_names_only_options_that_exist():
+    fields = {field.name for field in dataclasses.fields(OBLRPOConfig)}
+    metrics = set(METRICS) | TRL_METRICS
+    values = {"lm_head"}
+    words = set(re.findall(r"`([a-z]+_\w+)(?:=[^`]*)?`", PAGE))
+    assert {word for word in words if not word.startswith("test_")} <= fields | metrics | values
+    assert {"snr_min_factor", "baseline_prior_strength", "score_scope"} <= words
+
+
+def test_links_and_anchors_of_the_page_exist():
+    headings = re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", PAGE)
+    assert len(links) > 20
+    for text, target in links:
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+            continue
+        path = ROOT / "docs" / target
+        assert path.is_file(), target
+        if text.startswith("`test_"):
+            assert f"def {text.strip('`')}(" in path.read_text(), text
+
+
+def test_every_failure_has_its_section_a_row_and_a_reproduction():
+    found_in_code = set(re.findall(r'Finding\(\s*"([^"]+)"', (ROOT / "oblr_trl" / "diagnosis.py").read_text()))
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+    rows = re.findall(r"^\| \[(.+?)\]", PAGE, flags=re.MULTILINE)
+    assert found_in_code <= set(sections)
+    assert rows == list(sections)
+    for name, text in sections.items():
+        assert "../tests/" in text or "../notebooks/" in text, name
