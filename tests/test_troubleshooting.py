@@ -95,7 +95,9 @@ def test_an_unscorable_completion_in_its_place_is_left_out(tmp_path):
 
 
 def test_group_scaling_with_a_prior_would_have_no_bound(tmp_path):
-    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])  # equal within every group, not within the batch
+    rewards = torch.tensor(
+        [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    )  # equal within every group, not within the batch
     weights = torch.ones_like(rewards)
     deviation = rewards.std(dim=1, keepdim=True) + 1e-4  # as TRL scales
     with_prior = (rewards - gradient_weighted_baseline(rewards, weights, prior_strength=16.0)) / deviation
