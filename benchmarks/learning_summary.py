@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.learning_runs import CONTROLS, METHODS
 
 OURS = "oblrpo"
+HALF = "baseline_only"
 # The best of these, in the evaluation itself, is the rival: choosing it afterwards is in its favour.
 RIVALS = ("grpo", "dr_grpo", "rloo")
 # A run collapsed if it ends below this fraction of the accuracy that it started from.
@@ -158,7 +159,12 @@ def _comparisons(evaluated: dict[str, list[Run]], measures: dict[str, Callable[[
     for method in evaluated:
         if method != OURS:
             paired[method] = {name: paired_difference(values(OURS, name), values(method, name)) for name in measures}
-    return {"rival": rivals, "ours_minus": paired}
+    comparisons: dict[str, Any] = {"rival": rivals, "ours_minus": paired}
+    if HALF in evaluated:
+        comparisons["half_minus_rival"] = {
+            name: paired_difference(values(HALF, name), values(rivals[name], name)) for name in measures
+        }
+    return comparisons
 
 
 def _at_rate(runs: Sequence[Run], rate: float) -> list[Run]:

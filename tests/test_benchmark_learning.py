@@ -84,10 +84,10 @@ def test_a_run_collapses_below_half_of_its_start():
     assert not learning_summary.collapsed(finished(accuracies=(0.4, 0.1, 0.2)))
 
 
-def summary_of_four_methods():
+def summary_of_five_methods():
     tuning = [
         finished(method, rate, 100, accuracies=(0.4, 0.4, last))
-        for method in ("oblrpo", "grpo", "rloo", "dr_grpo")
+        for method in ("oblrpo", "baseline_only", "grpo", "rloo", "dr_grpo")
         for rate, last in ((0.1, 0.5), (0.2, 0.8), (0.3, 0.1 if method == "grpo" else 0.3))
     ]
     evaluation = [
@@ -95,6 +95,7 @@ def summary_of_four_methods():
         for seed in (0, 1)
         for method, middle, seconds in (
             ("oblrpo", 0.6, (0.0, 2.0, 4.0)),
+            ("baseline_only", 0.4, (0.0, 2.0, 4.0)),
             ("grpo", 0.5, (0.0, 1.0, 2.0)),
             ("rloo", 0.4, (0.0, 1.0, 3.0)),
             ("dr_grpo", 0.3, (0.0, 1.0, 3.0)),
@@ -106,14 +107,15 @@ def summary_of_four_methods():
 
 
 def test_the_summary_finds_best_rate_rival_collapse_and_equal_time():
-    part = summary_of_four_methods()["adamw"]["p"]
-    assert part["best_rate"] == dict.fromkeys(("oblrpo", "grpo", "rloo", "dr_grpo"), 0.2)
+    part = summary_of_five_methods()["adamw"]["p"]
+    assert part["best_rate"] == dict.fromkeys(("oblrpo", "baseline_only", "grpo", "rloo", "dr_grpo"), 0.2)
     assert part["at_edge"] == []
     assert [cell["collapsed"] for cell in part["tuning"]["grpo"].values()] == [0, 0, 1]
     assert part["rival"]["area"] == "grpo"
     # Curves differ by 0.1 in the middle of two steps: half of it in the mean, on every seed.
     assert part["ours_minus"]["rival"]["area"]["mean"] == pytest.approx(0.05)
     assert part["ours_minus"]["constant_average"]["area"]["high"] == pytest.approx(-0.05)
+    assert part["half_minus_rival"]["area"]["mean"] == pytest.approx(-0.05)
     # GRPO is the fastest method (controls do not count): 2 s, where OBLR-PO's seeds have gone from 0.4 to 0.6 and 0.7.
     assert part["equal_time_seconds"] == 2
     assert part["evaluation"]["oblrpo"]["area_equal_time"]["mean"] == pytest.approx((0.5 + 0.55) / 2)
@@ -130,7 +132,7 @@ def test_the_section_says_what_the_record_holds():
             "evaluation_seeds": 2,
             "test_size": 8,
         },
-        "summary": summary_of_four_methods(),
+        "summary": summary_of_five_methods(),
     }
     text = section.markdown(record)
     assert (
@@ -140,13 +142,18 @@ def test_the_section_says_what_the_record_holds():
     assert "Against the control: constant average rate (area, AdamW): above zero on 0 of 1 tasks, below on 1" in text
     assert "| GRPO (TRL's defaults) | 0 of 1 (0.50) | 0 of 1 (0.80) | 1 of 1 (0.10) |" in text
     assert "does not: nowhere on the grid" in text
+    assert "its baseline alone, at a constant rate (AdamW, equal rollouts): above zero on 0 of 1 tasks, below on 1" in text
+    # Areas of 0.4, 0.4, last: 0.4 + (last - 0.4) / 4, at the three rates 0.425, 0.5 and 0.375 or 0.325.
+    grid = section.summary(record)
+    assert "| OBLR-PO | 0.433 |" in grid
+    assert "| GRPO (TRL's defaults) | 0.417 |" in grid
     record["summary"]["adamw"]["p"]["ours_minus"]["rival"]["area"]["low"] = -0.01
     assert "RLOO lies above zero on 0 of 1 tasks, below on 0" in section.markdown(record)
     collapsing = record["summary"]["adamw"]["p"]["tuning"]["oblrpo"]["0.2"]
     collapsing["collapsed"] = 1
     assert "does not: p at 0.2" in section.markdown(record)
     axes = section.figure(record).axes
-    assert [len(axis.lines) for axis in axes] == [5, 5]  # four methods and the start accuracy
+    assert [len(axis.lines) for axis in axes] == [6, 6]  # five methods and the start accuracy
     assert axes[0].get_xlabel() == "learning rate"
     assert axes[1].get_xlabel() == "step"
 

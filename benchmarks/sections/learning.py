@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,10 +44,58 @@ def markdown(record: dict[str, Any]) -> str:
         "the processor seconds of training, until the fastest method has made its steps. Intervals are percentile bootstraps over "
         f"{settings['evaluation_seeds']} paired seeds; with so few they are too narrow rather than too wide.",
         " ".join(_verdicts(record)),
+        _grid_table(record),
         *(_table(part, policy, optimizer) for policy, optimizer, part in _parts(record)),
         _collapse_table(record),
     ]
     return "\n\n".join(paragraphs)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The verdicts, areas at the best rate and over the whole grid."""
+    settings = record["settings"]
+    paragraphs = [
+        f"`make study`: {settings['num_steps']} steps of {settings['num_prompts']} prompts x {settings['num_generations']} "
+        f"completions, each method at its own best learning rate of one grid (chosen with {settings['tuning_seeds']} other "
+        f"seed{'s' if settings['tuning_seeds'] > 1 else ''}), {settings['evaluation_seeds']} seeds. *Area* is the mean held-out "
+        "accuracy over the steps. Final accuracies, equal time, collapse by rate and every difference with its interval: "
+        "[docs/results.md](docs/results.md).",
+        _best_table(record),
+        _grid_table(record),
+        " ".join(_verdicts(record)),
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _best_table(record: dict[str, Any]) -> str:
+    parts = list(_parts(record))
+    lines = [
+        "| area at the best rate | " + " | ".join(f"{policy}, {OPTIMIZERS[name]}" for policy, name, _ in parts) + " |",
+        "|---" * (len(parts) + 1) + "|",
+    ]
+    for method, label in LABELS.items():
+        cells = [part["evaluation"].get(method) for _, _, part in parts]
+        if any(cells):
+            row = ["" if cell is None else _spread(cell["area"]) for cell in cells]
+            lines.append(f"| {label} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _grid_table(record: dict[str, Any]) -> str:
+    """What is left of the area if the learning rate was not tuned: its mean over the grid."""
+    parts = list(_parts(record))
+    lines = [
+        "| area, mean over the grid of rates | "
+        + " | ".join(f"{policy}, {OPTIMIZERS[name]}" for policy, name, _ in parts)
+        + " |",
+        "|---" * (len(parts) + 1) + "|",
+    ]
+    for method, label in LABELS.items():
+        rows = [part["tuning"].get(method) for _, _, part in parts]
+        if any(rows):
+            means = ["" if row is None else f"{mean(cell['area'] for cell in row.values()):.3f}" for row in rows]
+            lines.append(f"| {label} | {' | '.join(means)} |")
+    return "\n".join(lines)
 
 
 def _parts(record: dict[str, Any]) -> Iterator[tuple[str, str, Part]]:
@@ -64,6 +113,8 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
                 f"{name}, {kind}: the interval of OBLR-PO minus the best of GRPO, Dr. GRPO and RLOO lies "
                 f"{_count(parts, 'rival', measure)}."
             )
+        halves = [part["half_minus_rival"]["area"] for part in parts]
+        yield f"The same for its baseline alone, at a constant rate ({name}, equal rollouts): {_tally(halves)}."
         for control in CONTROLS:
             yield f"Against the {LABELS[control]} (area, {name}): {_count(parts, control, 'area')}."
     for optimizer, policies in record["summary"].items():
@@ -84,10 +135,13 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _count(parts: list[Part], other: str, measure: str) -> str:
-    intervals = [part["ours_minus"][other][measure] for part in parts]
+    return _tally([part["ours_minus"][other][measure] for part in parts])
+
+
+def _tally(intervals: list[dict[str, float]]) -> str:
     above = sum(interval["low"] > 0 for interval in intervals)
     below = sum(interval["high"] < 0 for interval in intervals)
-    return f"above zero on {above} of {len(parts)} tasks, below on {below}"
+    return f"above zero on {above} of {len(intervals)} tasks, below on {below}"
 
 
 def _collapses_where_grpo_does_not(part: Part) -> list[str]:
