@@ -40,14 +40,13 @@ demo: install  ## Train OBLR-PO and its GRPO control on the CPU and compare them
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
 		--output $(RUNS)/compare.png --json $(RUNS)/compare.json
 
-demo-seeds: install  ## The demo's two methods with three seeds each; writes benchmarks/results/demo_seeds.json
+demo-seeds: install  ## The demo's two methods with three seeds each; writes runs/seeds/compare.json
 	$(BIN)/python -m oblr_trl.scripts.start_model
 	for seed in 0 1 2; do for method in oblrpo grpo; do \
 		$(LAUNCH) --config $(RECIPES)/$$method/$(TASK) --seed $$seed --output_dir runs/seeds/$$method/seed-$$seed || exit 1; \
 	done; done
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
 		--output runs/seeds/compare.png --json runs/seeds/compare.json
-	$(BIN)/python -m benchmarks.record runs/seeds/compare.json benchmarks/results/demo_seeds.json
 
 test: install  ## Run the tests (about 4 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
@@ -81,7 +80,7 @@ notebooks-write: install  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m oblr_trl.scripts.start_model
 	$(BIN)/python notebooks/execute.py
 
-results: demo-seeds study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that the README shows (hours)
+results: study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that the README shows (hours)
 
 report: install  ## Write the README's results and figures from benchmarks/results
 	$(BIN)/python -m benchmarks.report

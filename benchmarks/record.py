@@ -1,15 +1,9 @@
-"""What every benchmark's JSON says about where it was measured, without a host name or a path.
-
-    python -m benchmarks.record runs/seeds/compare.json benchmarks/results/demo_seeds.json
-
-adds it to a file that another command has written just before.
-"""
+"""What every benchmark's JSON says about where it was measured, without a host name or a path."""
 
 import json
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -69,14 +63,3 @@ def _git(*arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Copy a JSON object from the first path to the second, with the machine added."""
-    source, target = sys.argv[1:] if argv is None else argv
-    record = {"machine": machine()} | json.loads(Path(source).read_text())
-    Path(target).write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

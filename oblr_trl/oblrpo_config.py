@@ -65,8 +65,8 @@ class OBLRPOConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"dr_grpo"` instead of `"dapo"`: the paper's objective sums over tokens and divides by a
     >   constant.
     > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
-    > - `learning_rate`: Defaults to `5e-6` instead of `1e-6`: the SNR factor averages 0.16 to 0.17 over the demo's seeds
-    >   (`benchmarks/results/demo_seeds.json`), which brings the average step back to GRPO's.
+    > - `learning_rate`: Defaults to `5e-6` instead of `1e-6`: the SNR factor averages about 0.15 in the demo (`make demo`
+    >   prints it), which brings the average step back to GRPO's.
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate, before the SNR factor."})
