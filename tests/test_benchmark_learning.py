@@ -142,7 +142,10 @@ def test_the_section_says_what_the_record_holds():
     assert "Against the control: constant average rate (area, AdamW): above zero on 0 of 1 tasks, below on 1" in text
     assert "| GRPO (TRL's defaults) | 0 of 1 (0.50) | 0 of 1 (0.80) | 1 of 1 (0.10) |" in text
     assert "does not: nowhere on the grid" in text
-    assert "its baseline alone, at a constant rate (AdamW, equal rollouts): above zero on 0 of 1 tasks, below on 1" in text
+    assert (
+        "its baseline alone, at a constant rate (AdamW, equal rollouts): above zero on 0 of 1 tasks, below on 1"
+        in text
+    )
     # Areas of 0.4, 0.4, last: 0.4 + (last - 0.4) / 4, at the three rates 0.425, 0.5 and 0.375 or 0.325.
     grid = section.summary(record)
     assert "| OBLR-PO | 0.433 |" in grid
