@@ -14,6 +14,11 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parent
 
 
+def is_progress(output: nbformat.NotebookNode) -> bool:
+    """Whether this is the trainer's table with its bar and elapsed times, whose numbers the log has too."""
+    return "<progress" in output.get("data", {}).get("text/html", "")
+
+
 def execute(path: Path) -> None:
     """Run all cells in a fresh kernel, from the notebook's own directory, and write code and outputs back."""
     notebook = nbformat.read(path, as_version=4)
@@ -23,6 +28,8 @@ def execute(path: Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata = {}
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     nbformat.write(notebook, path)

@@ -75,10 +75,11 @@ def test_outputs_hold_no_error_no_warning_and_no_path_of_a_machine(path):
     assert not re.findall(r"\w*Warning\b", json.dumps(outputs(path)))
 
 
-def test_metadata_hold_nothing_that_changes_from_run_to_run(path):
+def test_nothing_that_changes_from_run_to_run_is_kept(path):
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec"}
     assert not [cell.metadata for cell in notebook.cells if cell.metadata]
+    assert "<progress" not in json.dumps(outputs(path))  # a table with elapsed times
 
 
 def test_it_uses_the_package_and_defines_nothing_that_the_package_has(path):
