@@ -195,8 +195,7 @@ class OBLRPOConfig(GRPOConfig):
             _refuse(
                 "scale_rewards",
                 "group",
-                "a baseline with a prior is not the mean of a group of equal rewards, whose standard deviation of 0 would divide "
-                "the difference: advantages would have no bound",
+                "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
                 "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
             )
         if (self.score_scope == "last_k") != (self.score_last_k is not None):
@@ -219,7 +218,6 @@ class OBLRPOConfig(GRPOConfig):
                 f"it must lie between 0 and snr_max_factor ({self.snr_max_factor})",
                 "lower it, or raise snr_max_factor",
             )
-
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             _refuse("reward_timeout", self.reward_timeout, "it is a time in seconds", "use a positive number, or None")
 
