@@ -39,7 +39,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "one_process": {
         "plan": {
             "full": FAST,
-            "snr": {"learning_rate": 0.05},
+            "snr": {"learning_rate": 0.5, "snr_min_factor": 1e-6},
             "lora": FAST | LORA,
             "stale": FAST | {"faults": {"sync": False}},
         },

