@@ -65,7 +65,7 @@ class OBLRPOConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"dr_grpo"` instead of `"dapo"`: the paper's objective sums over tokens and divides by a
     >   constant.
     > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
-    > - `learning_rate`: Defaults to `5e-6` instead of `1e-6`: the SNR factor averages about 0.15 in the demo (`make demo`
+    > - `learning_rate`: Defaults to `5e-6` instead of `1e-6`: the SNR factor averages about 0.2 in the demo (`make demo`
     >   prints it), which brings the average step back to GRPO's.
     """
 
