@@ -155,6 +155,13 @@ class OBLRPOConfig(GRPOConfig):
         return self.baseline == "gradient_weighted" or self.lr_adaptation == "snr"
 
     @property
+    def prompts_per_step(self) -> float:
+        """N: prompts that one optimizer step averages, over all processes."""
+        assert self.num_generations is not None  # set by the parent
+        rows = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        return rows / self.num_generations
+
+    @property
     def corrects_tokens(self) -> bool:
         """Whether vLLM's importance ratio differs from token to token."""
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
