@@ -28,18 +28,32 @@ def read_recipe(argv: list[str]) -> dict[str, Any]:
         `ValueError`: a file that does not exist or holds no `key: value` lines.
     """
     path = flag_value(argv, "config")
-    if path is None:
-        return {}
+    return {} if path is None else read_recipe_file(path, flag="--config")
+
+
+def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
+    """
+    The keys of a recipe.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        flag (`str`):
+            What named it, for errors.
+
+    Raises:
+        `ValueError`: a file that does not exist or holds no `key: value` lines.
+    """
     if not Path(path).is_file():
         raise ValueError(
-            f"`--config` names {path!r}, but there is no such file (looked for from the working directory)."
+            f"`{flag}` names {str(path)!r}, but there is no such file (looked for from the working directory)."
         )
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path!r} is not YAML: {error}. Correct that line.") from error
+        raise ValueError(f"The recipe {str(path)!r} is not YAML: {error}. Correct that line.") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}.")
+        raise ValueError(f"The recipe {str(path)!r} must hold `key: value` lines, got {type(recipe).__name__}.")
     return recipe
 
 

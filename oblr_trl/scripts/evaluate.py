@@ -2,6 +2,7 @@
 
     python -m oblr_trl.scripts.evaluate --config recipes/evaluation/math.yaml --model_name_or_path Qwen/Qwen3-4B-Base
 
+A trained model is asked as its recipe asked it, with the same prompts, stop tokens and length, by `--like RECIPE`.
 A killed evaluation continues where it was when the same command is given again. Any key of the recipe can be given on the
 command line too, a misspelt one fails and names the nearest. All data are read and checked before the model is loaded. Several
 evaluated models are compared by `python -m oblr_trl.scripts.compare LABEL=DIR LABEL=DIR`.
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trl import TrlParser
 
 from oblr_trl.evaluation.arguments import EvaluationArguments
 from oblr_trl.evaluation.benchmarks import ProblemSet, load_problems, parse_benchmarks
-from oblr_trl.evaluation.generation import choose_backend
+from oblr_trl.evaluation.generation import check_adapter, choose_backend
 from oblr_trl.evaluation.records import (
     RESULTS_JSON,
     RESULTS_MARKDOWN,
@@ -30,6 +32,7 @@ from oblr_trl.evaluation.records import (
 )
 from oblr_trl.evaluation.results import format_results, summarize_all
 from oblr_trl.evaluation.run import Answers, ModelAnswers, RecordedAnswers, evaluate_benchmark
+from oblr_trl.evaluation.training import training_prompt_settings
 from oblr_trl.recipe_files import check_keys, command_line, given_keys, known_keys, read_recipe
 
 # What decides over completions and grades, beside model and problems; a resumed evaluation may change the other keys.
@@ -42,11 +45,19 @@ MODEL_SETTINGS = (
     "top_p",
     "top_k",
     "max_new_tokens",
+    "stop_token_ids",
     "batch_size",
     "seed",
     "vllm_tensor_parallel_size",
 )
-PROMPT_SETTINGS = ("prompt_template", "conversational", "system_prompt", "unparsable_answers", "answer_format")
+PROMPT_SETTINGS = (
+    "prompt_template",
+    "conversational",
+    "system_prompt",
+    "chat_template_kwargs",
+    "unparsable_answers",
+    "answer_format",
+)
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
@@ -59,6 +70,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
         settings = _settings(args, PROMPT_SETTINGS) | {"completions": _file_fingerprint(Path(args.completions_file))}
     else:
         backend = choose_backend(args.backend)
+        check_adapter(args, backend)
         answers = ModelAnswers(args, backend, problem_sets)
         settings = _settings(args, (*MODEL_SETTINGS, *PROMPT_SETTINGS))
         settings |= {"backend": backend, "weights": weights_fingerprint(name)}
@@ -158,7 +170,11 @@ def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
     parser = make_parser()
     check_keys(given_keys(tokens, read_recipe(tokens)), known_keys(parser))
     (args,) = parser.parse_args_and_config(tokens)
-    return args
+    if args.like is None:
+        return args
+    given = [key.replace("-", "_") for key in given_keys(tokens, {})]
+    settings = training_prompt_settings(args.like)
+    return replace(args, **{name: value for name, value in settings.items() if name not in given})
 
 
 if __name__ == "__main__":
