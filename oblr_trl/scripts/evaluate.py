@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from oblr_trl.evaluation.arguments import EvaluationArguments
 from oblr_trl.evaluation.benchmarks import ProblemSet, load_problems, parse_benchmarks
 from oblr_trl.evaluation.generation import check_adapter, choose_backend
@@ -33,7 +31,16 @@ from oblr_trl.evaluation.records import (
 from oblr_trl.evaluation.results import format_results, summarize_all
 from oblr_trl.evaluation.run import Answers, ModelAnswers, RecordedAnswers, evaluate_benchmark
 from oblr_trl.evaluation.training import training_prompt_settings
-from oblr_trl.recipe_files import check_keys, command_line, given_keys, known_keys, read_recipe
+from oblr_trl.recipe_files import (
+    RecipeParser,
+    check_keys,
+    command_line,
+    given_keys,
+    known_keys,
+    parse_or_exit,
+    read_recipe,
+)
+from oblr_trl.sources import check_model
 
 # What decides over completions and grades, beside model and problems; a resumed evaluation may change the other keys.
 MODEL_SETTINGS = (
@@ -132,10 +139,7 @@ def _check_source(args: EvaluationArguments) -> str:
         return args.completions_file
     assert args.model_name_or_path is not None
     name = args.model_name_or_path = os.path.expanduser(args.model_name_or_path)
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise ValueError(
-            f"`model_name_or_path` is {name!r}, but there is no such directory: give a hub id or a model's."
-        )
+    check_model(name, revision=args.model_revision)
     return name
 
 
@@ -153,10 +157,14 @@ def _file_fingerprint(path: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Parser of the evaluation script."""
-    dataclass_types: list[Any] = [EvaluationArguments]
-    return TrlParser(dataclass_types, prog="python -m oblr_trl.scripts.evaluate", allow_abbrev=False)
+    return RecipeParser(
+        [EvaluationArguments],
+        module="oblr_trl.scripts.evaluate",
+        description="Evaluate a model on benchmarks with verifiable answers: avg@k and pass@k with intervals.",
+        example="--config recipes/evaluation/gsm8k.yaml --model_name_or_path Qwen/Qwen3-0.6B-Base",
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
@@ -178,4 +186,4 @@ def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(parse_or_exit(parse, "evaluate"))
