@@ -163,6 +163,20 @@ def test_a_gpu_recipe_takes_one_step_of_128_prompts_of_8_completions_for_each_ge
     assert f"= {128 * 8} = 128 prompts x 8" in header
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
+    text = path.read_text()
+    (gpus,) = {int(n) for n in re.findall(r"x (\d+) GPUs = 1024", text)} or {1}
+
+    args = parse(["--config", str(path), *ON_CPU])[1]
+
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
+    prompts, rest = divmod(rows, args.num_generations)
+    assert rest == 0
+    assert prompts >= 16  # below which the SNR is noise
+    assert f"{prompts} prompts x {args.num_generations}" in text
+
+
 @pytest.mark.parametrize("path", GPU_RECIPES, ids=name_of)
 def test_the_launch_line_of_a_gpu_recipe_names_the_recipe_and_an_accelerate_config(path):
     header = split_recipe(path)[0]
