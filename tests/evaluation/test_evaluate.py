@@ -211,6 +211,8 @@ def test_an_adapter_is_evaluated_with_its_model_or_refused_with_the_command_that
         ("--batch_size", "8", r"`batch_size` was 4 when .* is 8 now.*set it back, or set another `output_dir`"),
         ("--seed", "3", r"`seed` was 0 .* is 3 now"),
         ("--num_completions", "3", r"`benchmarks.gsm8k.num_completions` was 2 .* is 3 now"),
+        ("--stop_token_ids", "5", r"`stop_token_ids` was None .* is \[5\] now"),
+        ("--chat_template_kwargs", '{"a": 1}', r"`chat_template_kwargs` was None .* is {'a': 1} now"),
         ("--answer_format", "latex", r"`answer_format` was 'any' .* is 'latex' now"),
         ("--prompt_template", "{prompt}", r"`prompt_template` was .* is '{prompt}' now"),
         ("--files", None, r"`benchmarks.gsm8k.problems` was '\w+' .* is '\w+' now"),

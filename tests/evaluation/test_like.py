@@ -19,7 +19,8 @@ MATH_4B = ROOT / "recipes" / "Qwen3-4B-Base" / "oblrpo" / "config_math.yaml"
 GSM8K_LORA = ROOT / "recipes" / "Qwen3-1.7B-Base" / "oblrpo" / "config_gsm8k_lora.yaml"
 CHAIN_SUM = ROOT / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml"
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
-THINKING_TEMPLATE = recipe_stand_ins.CHAT_TEMPLATE + "{% if enable_thinking %}think {% endif %}assistant: "
+THINKING_TEMPLATE = recipe_stand_ins.CHAT_TEMPLATE + "{% if enable_thinking %}think {% endif %}"
+THINKING_TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @pytest.fixture(scope="module")
