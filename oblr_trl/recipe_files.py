@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,13 +66,13 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
     The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`.
 
     Raises:
-        `ValueError`: `--config` without a file.
+        `ValueError`: `--config` without a file, or nothing at all.
     """
     tokens = sys.argv[1:] if argv is None else argv
     tokens = [part for token in tokens for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+    for token, following in pairwise([*(tokens or ["--config"]), ""]):
         if token == "--config" and (not following or following.startswith("--")):
-            raise ValueError("`--config` is given without a recipe: write `--config FILE.yaml`.")
+            raise ValueError("No recipe is given: write `--config FILE.yaml`. `--help` shows an example.")
     return tokens
 
 
