@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data import CANDIDATES_PER_PROMPT, DataArguments
+from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.rewards import RewardArguments, load_rewards
 from oblr_trl.scripts import start_model
 from oblr_trl.scripts.train import main, make_parser, parse
@@ -173,7 +174,7 @@ def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
     prompts, rest = divmod(rows, args.num_generations)
     assert rest == 0
-    assert prompts >= 16  # below which the SNR is noise
+    assert prompts >= MIN_PROMPTS
     assert f"{prompts} prompts x {args.num_generations}" in text
 
 
