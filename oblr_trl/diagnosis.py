@@ -141,7 +141,7 @@ def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
 def _collapse(rows: Rows) -> tuple[str, str] | None:
     at_rate = f", at learning rates of up to {max(_values(rows, run_logs.LEARNING_RATE, 1), default=math.nan):.2g}"
     for metric in (*run_logs.EVALUATIONS, run_logs.REWARD):
-        few = MIN_VALUES if metric == run_logs.REWARD else 1  # an evaluation is of many prompts
+        few = MIN_VALUES - 1 if metric == run_logs.REWARD else 1  # an evaluation is of many prompts
         values = _values(rows, metric, few + 1)
         if not values:
             continue

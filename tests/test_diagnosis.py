@@ -132,8 +132,9 @@ def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large
 
 
 def test_a_few_steps_are_enough_to_see_a_policy_lost():
-    assert names(log(4, reward=[0.5] + [0.05] * 3)) == []
-    assert names(log(5, reward=[0.5] + [0.05] * 4)) == ["Policy collapse"]
+    assert names(log(3, reward=[0.5] + [0.05] * 2, frac_reward_zero_std=1.0)) == []
+    # As soon as any consequence can be seen, so that none of them is warned of first.
+    assert names(log(4, reward=[0.5] + [0.05] * 3, frac_reward_zero_std=1.0)) == ["Policy collapse"]
 
 
 @pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])
@@ -157,6 +158,7 @@ def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty():
     # One right completion, once, or groups of equal rewards that differ from one another, are a difficulty.
     hard = log(reward=[0.0] * 11 + [0.01], reward_std=[0.0] * 11 + [0.1], frac_reward_zero_std=0.99)
     assert names(hard) == ["Zero-variance groups"]
+    assert names(log(reward=[0.0, 1.0] * 6, reward_std=0.0, frac_reward_zero_std=1.0)) == ["Zero-variance groups"]
 
 
 def test_a_reward_function_that_never_varies_is_named_among_others_that_do():
