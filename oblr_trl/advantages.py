@@ -18,6 +18,7 @@ from oblr_trl.baselines import (
     leave_one_out_baseline,
     length_weighted_baseline,
 )
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients
 
 Baseline = Literal["gradient_weighted", "group_mean", "leave_one_out", "length_weighted"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -32,11 +33,13 @@ class GroupedBatch:
         rewards (`torch.Tensor` of shape `(N, G)`): Rewards; `nan` where a completion could not be scored.
         lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
         weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
+        sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
     """
 
     rewards: Tensor
     lengths: Tensor
     weights: Tensor | None = None
+    sketches: Tensor | None = None
 
 
 class BaselineEstimator:
@@ -78,7 +81,7 @@ class BaselineEstimator:
             batch.rewards, batch.weights, leave_one_out=self.leave_one_out, prior_strength=self.prior_strength
         )
         if self.automatic is not None:
-            self.automatic.update(batch.rewards, batch.weights, leave_one_out=self.leave_one_out)
+            self.automatic.update(batch.rewards, batch.weights)
         return baselines
 
 
@@ -88,23 +91,29 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
 
     `baseline/mean` (reward units); `baseline/shift`, the mean of abs(b - group mean); and, where the scoring pass ran,
     `baseline/effective_group_size` \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and
-    `variance_ratio/*`, [`gradient_variance`] of the baseline in use over that of another one (below 1 is a gain). The
-    group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of it;
-    the fair comparison at small G is `variance_ratio/leave_one_out`.
+    `variance_ratio/*`, the variance of one completion's gradient under the baseline in use over that under another one (below
+    1 is a gain): [`gradient_variance`], a second moment, less the squared norm of the mean gradient, estimated from the same
+    batch. The group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of
+    it; the fair comparison at small G is `variance_ratio/leave_one_out`.
     """
-    rewards, weights = batch.rewards, batch.weights
+    rewards, weights, sketches = batch.rewards, batch.weights, batch.sketches
     group_means = group_mean_baseline(rewards)
     used = ~rewards.isnan()
     metrics = {
         "baseline/mean": baselines[used].nanmean().item(),
         "baseline/shift": (baselines - group_means)[used].abs().nanmean().item(),
     }
-    if weights is None:
+    if weights is None or sketches is None:
         return metrics
     scored = torch.where(used, weights, 0.0).double()
     effective = scored.sum(dim=1).square() / scored.square().sum(dim=1)
     norms = weights[used].double().sqrt()
-    variance = gradient_variance(rewards, weights, baselines)
+
+    def variance(baseline: Tensor) -> float:
+        signal = gradient_moments(per_prompt_gradients(sketches, rewards - baseline)).signal
+        return max(gradient_variance(rewards, weights, baseline) - signal, 0.0)
+
+    own = variance(baselines)
     others = {
         "group_mean": group_means,
         "leave_one_out": leave_one_out_baseline(rewards),
@@ -114,10 +123,7 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
         "baseline/effective_group_size": effective.nanmean().item(),
         "score/norm/mean": norms.mean().item(),
         "score/norm/max": norms.max().item() if norms.numel() else math.nan,
-        **{
-            f"variance_ratio/{name}": _ratio(variance, gradient_variance(rewards, weights, other))
-            for name, other in others.items()
-        },
+        **{f"variance_ratio/{name}": _ratio(own, variance(other)) for name, other in others.items()},
     }
 
 

@@ -221,13 +221,15 @@ class AutomaticPriorStrength:
             return self.initial
         return self.grid[min(range(len(self.grid)), key=self._variances.__getitem__)]
 
-    def update(self, rewards: Tensor, weights: Tensor, *, leave_one_out: bool = True) -> None:
-        """Score every strength of the grid on a batch whose baseline has been taken already. A batch that carries no
-        information (no scored completion, or no weight) changes nothing."""
-        scale = weights[~rewards.isnan()].double().mean().item()
-        if not scale > 0:
+    def update(self, rewards: Tensor, weights: Tensor) -> None:
+        """Score every strength of the grid on a batch whose baseline has been taken already; always leave-one-out, because
+        a baseline that sees its own reward makes any prior look harmful. A batch that carries no information (no scored
+        completion, no weight, or rewards that are all equal) changes nothing."""
+        scored = ~rewards.isnan()
+        scale = weights[scored].double().mean().item()
+        if not scale > 0 or rewards[scored].min() == rewards[scored].max():
             return
-        sums = _BaselineSums.of(rewards, weights, leave_one_out)
+        sums = _BaselineSums.of(rewards, weights, leave_one_out=True)
         variances = [gradient_variance(rewards, weights, sums.baseline(strength)) / scale for strength in self.grid]
         if any(math.isnan(variance) for variance in variances):
             return

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Fewer prompts per step make rho mostly noise: with 64 its typical error is already 25 % (`benchmarks.snr`).
+MIN_PROMPTS = 16
+
 
 class GradientMoments(NamedTuple):
     r"""
@@ -111,8 +114,9 @@ class GradientSNR:
         return snr_ratio(self._weight * self.signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
-        """Take in one batch. A batch without an estimate (`nan`: fewer than two prompts) changes nothing."""
-        if math.isnan(moments.signal) or math.isnan(moments.noise):
+        """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are
+        all zero, as equal rewards make them."""
+        if math.isnan(moments.signal) or math.isnan(moments.noise) or moments == (0.0, 0.0):
             return
         self._signal = self.decay * self._signal + (1 - self.decay) * moments.signal
         self._noise = self.decay * self._noise + (1 - self.decay) * moments.noise
@@ -144,17 +148,28 @@ class StepGradientSNR:
         self._gradients: list[Tensor] = []
         self._before = snr.state_dict()
 
-    def add(self, per_prompt_gradients: Tensor, *, step: int, steps_per_batch: float = 1.0) -> float:
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that have entered the step so far."""
+        return sum(gradients.size(0) for gradients in self._gradients)
+
+    @property
+    def num_batches(self) -> int:
+        """Generation batches that have entered the step so far."""
+        return len(self._gradients)
+
+    def add(self, per_prompt_gradients: Tensor, *, step: int, sampling_variance: float = 0.0) -> float:
         r"""
         Take in a generation batch and return \\( \rho \\) of the optimizer step `step`.
 
         Args:
             per_prompt_gradients (`torch.Tensor` of shape `(num_prompts, k)`):
-                Gradients of the batch's prompts.
+                Gradients of the batch's prompts, in the unit that the loss gives them.
             step (`int`):
                 Index of the optimizer step at hand.
-            steps_per_batch (`float`, *optional*, defaults to `1.0`):
-                Optimizer steps that share one generation batch, if more than one do.
+            sampling_variance (`float`, *optional*, defaults to `0.0`):
+                [`sampling_variance`] where several optimizer steps share the generation batch. It counts as noise, so that
+                `noise / N` is the variance of one step's gradient.
 
         Returns:
             `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate.
@@ -162,10 +177,44 @@ class StepGradientSNR:
         if step != self._step:
             self._step, self._gradients, self._before = step, [], self.snr.state_dict()
         self._gradients.append(per_prompt_gradients)
-        pooled = torch.cat(self._gradients)
+        signal, noise = gradient_moments(torch.cat(self._gradients))
         self.snr.load_state_dict(self._before)
-        self.snr.update(gradient_moments(pooled))
-        return self.snr.ratio(pooled.size(0) / steps_per_batch) if pooled.size(0) else math.nan
+        self.snr.update(GradientMoments(signal, noise + self.num_prompts * sampling_variance))
+        return self.snr.ratio(self.num_prompts) if self.num_prompts else math.nan
+
+
+def sampling_variance(sketches: Tensor, advantages: Tensor, num_steps: float) -> float:
+    r"""
+    What drawing the completions of one optimizer step from a generation batch adds to the variance of the step's gradient.
+
+    A batch of n completions is shuffled and cut into S steps, so that a step averages n / S of the \\( y_i = A_i z_i \\), drawn
+    without replacement, over all prompts:
+
+    $$
+    \mathrm{tr\,Var}(\hat g_\text{step}) = \frac{\mathrm{tr}\,H}{N} + \frac{S - 1}{n}\,\sigma^2, \qquad
+    \sigma^2 = \frac{1}{n - 1} \sum_i \|y_i - \bar y\|^2
+    $$
+
+    the second term of which is returned (law of total variance; the first is that of the whole batch's gradient). One step per
+    batch adds nothing. Several processes shuffle their own rows only, which makes the term smaller by the spread of their means.
+
+    Args:
+        sketches (`torch.Tensor` of shape `(num_groups, num_generations, k)`):
+            Score sketches.
+        advantages (`torch.Tensor` of shape `(num_groups, num_generations)`):
+            Advantages; `nan` where a completion was not scored.
+        num_steps (`float`):
+            S, the optimizer steps that share the batch, at least 1.
+
+    Returns:
+        `float`: The added variance, in units of a squared gradient; 0 for fewer than two scored completions.
+    """
+    scorable = ~advantages.isnan()
+    n = int(scorable.sum())
+    if num_steps <= 1 or n < 2:
+        return 0.0
+    gradients = (advantages[scorable].unsqueeze(1) * sketches[scorable]).double()  # (n, k)
+    return (num_steps - 1) / n * gradients.var(dim=0).sum().item()
 
 
 def per_prompt_gradients(sketches: Tensor, advantages: Tensor) -> Tensor:

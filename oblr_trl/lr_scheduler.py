@@ -1,9 +1,11 @@
 """A learning-rate scheduler around the user's own one: scheduled rate x clamped rho of the batch at hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 
 class SNRScheduler(LRScheduler):
@@ -13,16 +15,19 @@ class SNRScheduler(LRScheduler):
     \\( \eta_t = \eta_0(t)\, \rho_t \\) with \\( \rho_t = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\)
     ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The
     rate is written into the optimizer's parameter groups as soon as [`set_ratio`][SNRScheduler.set_ratio] is called, so
-    call it before the backward pass of the step that shall use it. Before the first call the factor is `max_factor`;
-    `min_factor=max_factor=1` is the wrapped schedule.
+    call it before the backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the
+    multiplier is `min_factor`; `min_factor=max_factor=1` is the wrapped schedule. A rate that somebody else writes into a
+    parameter group (a callback in `on_step_begin`) takes the place of the scheduled one, as it does without this scheduler:
+    until the next step, and multiplied. Whatever an optimizer derives from the rate is multiplied with it, AdamW's decoupled
+    weight decay (rate x decay) among it.
 
     Args:
         scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
             Schedule to wrap. It keeps seeing its own, unmultiplied rates, so recursive schedules work as well.
         min_factor (`float`, *optional*, defaults to `0.0`):
-            Least factor, at least 0.
+            Minimum multiplier, at least 0.
         max_factor (`float`, *optional*, defaults to `1.0`):
-            Greatest factor, at least `min_factor`.
+            Maximum multiplier, at least `min_factor`.
     """
 
     def __init__(self, scheduler: LRScheduler, *, min_factor: float = 0.0, max_factor: float = 1.0) -> None:
@@ -36,9 +41,8 @@ class SNRScheduler(LRScheduler):
         self.optimizer = scheduler.optimizer
         self.min_factor = min_factor
         self.max_factor = max_factor
-        self.multiplier = max_factor
-        self._scheduled_lrs = [float(lr) for lr in self.get_last_lr()]
-        self._write_lrs()
+        self.multiplier = min_factor
+        self.take_scheduled_lrs()
 
     @property
     def last_epoch(self) -> int:  # type: ignore[override]
@@ -51,24 +55,27 @@ class SNRScheduler(LRScheduler):
         return self.scheduler.base_lrs
 
     def set_ratio(self, ratio: float) -> float:
-        """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the factor in use."""
+        """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
+        self._take_foreign_lrs()
         self.multiplier = min(max(ratio, self.min_factor), self.max_factor)
         self._write_lrs()
         return self.multiplier
 
-    def step(self, epoch: int | None = None) -> None:
-        """Advance the wrapped schedule by one optimizer step; the factor stays until the next batch sets it."""
-        self._write_lrs(multiplier=1.0)
-        if epoch is None:
-            self.scheduler.step()
-        else:
-            self.scheduler.step(epoch)
-        self._scheduled_lrs = [float(lr) for lr in self.get_last_lr()]
+    def step(self) -> None:  # type: ignore[override]
+        """Advance the wrapped schedule by one optimizer step; the multiplier stays until the next batch sets it."""
+        self._take_foreign_lrs()
+        _write(self.optimizer, self._scheduled_lrs)
+        self.scheduler.step()
+        self.take_scheduled_lrs()
+
+    def take_scheduled_lrs(self) -> None:
+        """Multiply the rates that the wrapped schedule has just written."""
+        self._scheduled_lrs = _lrs(self.optimizer)
         self._write_lrs()
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Learning rates in use, one per parameter group."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return list(_lrs(self.optimizer))
 
     def get_lr(self) -> list[float | Tensor]:
         """Learning rates in use, one per parameter group."""
@@ -104,12 +111,88 @@ class SNRScheduler(LRScheduler):
         self._scheduled_lrs = list(state_dict["scheduled_lrs"])
         self._write_lrs()
 
-    def _write_lrs(self, multiplier: float | None = None) -> None:
-        factor = self.multiplier if multiplier is None else multiplier
-        for group, lr in zip(self.optimizer.param_groups, self._scheduled_lrs, strict=True):
-            if isinstance(
-                group["lr"], Tensor
-            ):  # capturable optimizers read the rate from a tensor that must stay the same
-                group["lr"].fill_(lr * factor)
-            else:
-                group["lr"] = lr * factor
+    def _take_foreign_lrs(self) -> None:
+        now = _lrs(self.optimizer)
+        changes = zip(now, self._written_lrs, self._scheduled_lrs, strict=True)
+        self._scheduled_lrs = [scheduled if lr == written else lr for lr, written, scheduled in changes]
+
+    def _write_lrs(self) -> None:
+        _write(self.optimizer, [lr * self.multiplier for lr in self._scheduled_lrs])
+        self._written_lrs = _lrs(self.optimizer)
+
+
+def check_steerable(optimizer: Optimizer) -> None:
+    """Raise a `ValueError` for an optimizer that does not step by the rates of its parameter groups."""
+    if not all("lr" in group and not group.get("relative_step") for group in optimizer.param_groups):
+        raise ValueError(
+            "The SNR learning rate needs an optimizer that steps by the `lr` of its parameter groups; this one has none, or "
+            "ignores it (Adafactor with `relative_step=True`). Remedy: pass another one in `optimizers` (Adafactor with "
+            "`relative_step=False`), or set lr_adaptation='none'."
+        )
+
+
+def check_wrappable(scheduler: Any) -> None:
+    """Raise a `ValueError` for what is no schedule of steps."""
+    # torch counts `ReduceLROnPlateau` among its schedulers, but it is stepped with a metric.
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            f"The SNR learning rate cannot wrap a `{type(scheduler).__name__}`. Remedy: remove the scheduler from "
+            "`optimizers` or from the DeepSpeed configuration and set `lr_scheduler_type`, or set lr_adaptation='none'."
+        )
+
+
+def initial_lrs(optimizer: Optimizer) -> list[float]:
+    """Rates that the optimizer's schedule starts from, one per parameter group."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:
+    """
+    Let a schedule whose state was loaded, at the step where it is, go on from this run's initial rates instead of the saved ones.
+
+    Args:
+        scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]): The schedule, wrapped or not.
+        wanted (`Sequence[float]`): Initial rates of this run, one per parameter group.
+
+    Returns:
+        `list[float]`: The initial rates that the state came with.
+
+    Raises:
+        `ValueError`: If they differ and the schedule is not a function of the step, as those of `lr_scheduler_type` are.
+    """
+    inner = scheduler.scheduler if isinstance(scheduler, SNRScheduler) else scheduler
+    if not isinstance(inner, LRScheduler):
+        return list(wanted)
+    # The groups may have been loaded already when `wanted` was read; a schedule's own rates come with its state.
+    loaded = [float(lr) for lr in inner.base_lrs] if isinstance(inner, LambdaLR) else initial_lrs(inner.optimizer)
+    if loaded == list(wanted):
+        return loaded
+    if not isinstance(inner, LambdaLR):
+        raise ValueError(
+            f"The checkpoint was written with initial learning rates {loaded}, this run has {list(wanted)}, and a "
+            f"`{type(inner).__name__}` cannot go on from others. Remedy: keep the rate, use one of `lr_scheduler_type`, or start "
+            "a new run from the checkpoint's weights."
+        )
+    inner.base_lrs = list(wanted)
+    for group, lr in zip(inner.optimizer.param_groups, wanted, strict=True):
+        group["initial_lr"] = lr
+    multipliers = [function(inner.last_epoch) for function in inner.lr_lambdas]
+    inner._last_lr = [lr * multiplier for lr, multiplier in zip(wanted, multipliers, strict=True)]
+    _write(inner.optimizer, inner._last_lr)
+    if isinstance(scheduler, SNRScheduler):
+        scheduler.take_scheduled_lrs()
+    return loaded
+
+
+def _lrs(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _write(optimizer: Optimizer, lrs: Sequence[Any]) -> None:
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(
+            group["lr"], Tensor
+        ):  # capturable optimizers read the rate from a tensor that must stay the same
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -1,5 +1,6 @@
 """GRPOConfig with the options of OBLR-PO, and the refusal of inherited options that OBLR-PO cannot honour."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from transformers.trainer_utils import SchedulerType
@@ -7,11 +8,14 @@ from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from oblr_trl.advantages import BASELINES
+from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
 # Losses whose gradient is advantage x a token weight that is known before training, and those for which it is not.
 LINEAR_LOSS_TYPES = ("dr_grpo", "dapo", "grpo", "bnpo", "cispo", "luspo")
+# Of `lr_adaptation="snr"`, whose multiplier averages about 0.2 in the demo (`make demo` prints it): TRL's rate in effect.
+_SNR_LEARNING_RATE = 5e-6
 
 
 @dataclass
@@ -46,16 +50,17 @@ class OBLRPOConfig(GRPOConfig):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         lr_adaptation (`str`, *optional*, defaults to `"snr"`):
             `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
-            ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone.
+            ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
+            that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
             factor back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_factor (`float`, *optional*, defaults to `0.05`):
-            Least factor on the learning rate, in [0, `snr_max_factor`]. Above 0, a run whose signal drowns in noise goes on
-            slowly instead of standing still. 0 is the paper.
+            Minimum multiplier of the learning rate, in [0, `snr_max_factor`], and its value while rho is unknown. Above 0, a
+            run whose signal drowns in noise goes on slowly instead of standing still. 0 is the paper.
         snr_max_factor (`float`, *optional*, defaults to `1.0`):
-            Greatest factor on the learning rate.
+            Maximum multiplier of the learning rate.
         reward_timeout (`float`, *optional*):
             Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
             on all processes. If `None` (default), it may take for ever, as in TRL. Reward models are not limited.
@@ -65,11 +70,17 @@ class OBLRPOConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"dr_grpo"` instead of `"dapo"`: the paper's objective sums over tokens and divides by a
     >   constant.
     > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
-    > - `learning_rate`: Defaults to `5e-6` instead of `1e-6`: the SNR factor averages about 0.2 in the demo (`make demo`
-    >   prints it), which brings the average step back to GRPO's.
+    > - `learning_rate`: Defaults to `5e-6` with `lr_adaptation="snr"`: the multiplier averages about 0.2 in the demo (`make
+    >   demo` prints it), which brings the average step back to GRPO's. With `"none"` it is [`~trl.GRPOConfig`]'s own.
     """
 
-    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate, before the SNR factor."})
+    learning_rate: float = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "The initial learning rate, before the SNR multiplier. None: 5e-6 with lr_adaptation='snr', TRL's default "
+            "with 'none'."
+        },
+    )
     loss_type: str = field(
         default="dr_grpo",
         metadata={
@@ -126,15 +137,20 @@ class OBLRPOConfig(GRPOConfig):
         default=0.9, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
     )
     snr_min_factor: float = field(
-        default=0.05, metadata={"help": "Least factor on the learning rate. 0 is the paper."}
+        default=0.05,
+        metadata={
+            "help": "Minimum multiplier of the learning rate, and its value while rho is unknown. 0 is the paper."
+        },
     )
-    snr_max_factor: float = field(default=1.0, metadata={"help": "Greatest factor on the learning rate."})
+    snr_max_factor: float = field(default=1.0, metadata={"help": "Maximum multiplier of the learning rate."})
     reward_timeout: float | None = field(
         default=None,
         metadata={"help": "Longest time in seconds that a reward function may take for one batch. None: no limit."},
     )
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
         super().__post_init__()
         self._check_own_fields()
         if self.needs_scores:
@@ -148,6 +164,7 @@ class OBLRPOConfig(GRPOConfig):
             )
         if self.lr_adaptation == "snr":
             self._refuse_unsteerable_schedules()
+        self._check_prompts()
 
     @property
     def needs_scores(self) -> bool:
@@ -227,6 +244,40 @@ class OBLRPOConfig(GRPOConfig):
             )
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             _refuse("reward_timeout", self.reward_timeout, "it is a time in seconds", "use a positive number, or None")
+
+    def _check_prompts(self) -> None:
+        """The SNR compares the prompts of a step, and the prior the prompts of a generation batch."""
+        assert self.generation_batch_size is not None  # set by the parent
+        assert self.num_generations is not None
+        per_step, per_batch = self.prompts_per_step, self.generation_batch_size / self.num_generations
+        adapts = self.lr_adaptation == "snr"
+        has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
+        batch = (
+            f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {self.num_generations} completions (per_device_"
+            f"train_batch_size={self.per_device_train_batch_size} x {self.world_size} process(es) x gradient_accumulation_"
+            f"steps={self.gradient_accumulation_steps})"
+        )
+        remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
+        if adapts and max(per_step, per_batch) < 2:
+            _refuse(
+                "lr_adaptation",
+                "snr",
+                f"{batch}, and the noise of a gradient shows only between prompts",
+                f"{remedy}, or set lr_adaptation='none'",
+            )
+        if has_prior and per_batch < 2:
+            if self.baseline_prior_strength is not None:
+                _refuse(
+                    "baseline_prior_strength",
+                    self.baseline_prior_strength,
+                    f"a generation batch has {per_batch:g} prompt, and a prior comes from the other ones",
+                    "raise per_device_train_batch_size or steps_per_generation, or set it to 0",
+                )
+            warnings.warn(
+                f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
+            )
+        if adapts and max(per_step, per_batch) < MIN_PROMPTS:
+            warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
 
     def _refuse_unknown_token_weights(self) -> None:
         """The scoring pass must know, before training, what the loss will multiply each token's gradient by."""

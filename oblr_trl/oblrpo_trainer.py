@@ -1,6 +1,8 @@
 """GRPOTrainer whose advantages come from a gradient-weighted baseline and whose learning rate follows the gradient's SNR."""
 
+import logging
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -8,9 +10,15 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metrics, loss_token_weights
-from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients
+from oblr_trl.gradient_snr import (
+    MIN_PROMPTS,
+    GradientSNR,
+    StepGradientSNR,
+    per_prompt_gradients,
+    sampling_variance,
+)
 from oblr_trl.guarded_trainer import GuardedGRPOTrainer
-from oblr_trl.lr_scheduler import SNRScheduler
+from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.model_card import OBLRPO, complete_model_card, method_in_use
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.one_pass import ScoreOutput
@@ -18,8 +26,24 @@ from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scoring_model import FORWARD_KEYS, ScoringModel
 
+logger = logging.getLogger(__name__)
+
 # TRL's epsilon beside a standard deviation of rewards; it keeps groups of equal rewards from dividing by zero.
 _SCALE_EPSILON = 1e-4
+# Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
+_DIVIDED_BY_TOKENS = ("dapo", "cispo")
+# Options that the averages of signal and noise, or the strengths of the prior, are in the unit of.
+_AVERAGED_OPTIONS = (
+    "baseline_leave_one_out",
+    "score_scope",
+    "score_last_k",
+    "loss_type",
+    "importance_sampling_level",
+    "scale_rewards",
+    "reward_weights",
+    "temperature",
+    "num_generations",
+)
 
 
 class OBLRPOTrainer(GuardedGRPOTrainer):
@@ -33,13 +57,14 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate (and what happens when
     something fails, see [`~guarded_trainer.GuardedGRPOTrainer`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is
-    [`~trl.GRPOTrainer`], bit for bit. The constructor is the same; `args` is an [`OBLRPOConfig`].
+    [`~trl.GRPOTrainer`], bit for bit. The constructor is the same; `args` is an [`OBLRPOConfig`], which without `args` accumulates
+    gradients over 16 micro-batches: TRL's own batch defaults are one prompt per process, and the SNR needs several.
 
     Differences from the paper, each with the setting that restores it:
 
     - scores are random sketches, not full gradients (`score_method="exact"` gives exact norms to the baseline);
     - the baseline has a prior from the other prompts (`baseline_prior_strength=0`);
-    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and the factor has a floor (`snr_min_factor=0`);
+    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and the multiplier has a floor (`snr_min_factor=0`);
     - the score is that of the loss in use: completion and tool masks, vLLM's importance ratio and, for
       `loss_type="grpo"`, the division by length are part of it (`loss_type="dr_grpo"`, the default, is the plain sum);
     - a KL or entropy term (`beta`, `entropy_coef`), off by default, is not part of signal and noise.
@@ -54,7 +79,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     >>> trainer = OBLRPOTrainer(
     ...     model="Qwen/Qwen3-0.6B-Base",
     ...     reward_funcs=accuracy_reward,
-    ...     args=OBLRPOConfig("Qwen3-0.6B-OBLRPO"),
+    ...     args=OBLRPOConfig("Qwen3-0.6B-OBLRPO", gradient_accumulation_steps=32),  # 32 prompts x 8 per step on one GPU
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
     >>> trainer.train()
@@ -71,7 +96,8 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: OBLRPOConfig | None = None, *positional, **kwargs):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = OBLRPOConfig(f"{model_name.split('/')[-1]}-OBLRPO")
+            # TRL's default batch is one prompt per process, of which there is no SNR.
+            args = OBLRPOConfig(f"{model_name.split('/')[-1]}-OBLRPO", gradient_accumulation_steps=MIN_PROMPTS)
         if not isinstance(args, OBLRPOConfig):
             raise ValueError(
                 f"`args` must be an `OBLRPOConfig`, got a `{type(args).__name__}`. Replace the class name: every option of "
@@ -88,6 +114,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         self._old_logps_due = False
         self._rewards_per_func: Tensor | None = None
         self._step_snr = StepGradientSNR(self._gradient_snr)
+        self._rho = math.nan  # of the batch at hand
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
         if args.needs_scores:
@@ -175,26 +202,31 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:
         """Replace the parent's advantages by r - b, and set the learning rate of the step that will use them."""
         rewards = self._grouped_rewards()  # (N, G)
-        weights = None
+        weights = sketches = None
         if scores is not None:
             assert scores.sketches is not None
+            sketches = scores.sketches.view(*rewards.shape, -1)
             exact = scores.squared_norms
-            weights = (scores.sketches.square().sum(dim=1) if exact is None else exact).view_as(rewards)
+            weights = sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         lengths = self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards)
-        batch = GroupedBatch(rewards, lengths, weights)
+        batch = GroupedBatch(rewards, lengths, weights, sketches)
 
         prior_strength = self._baseline_estimator.prior_strength
         baselines = self._baseline_estimator(batch)
         self._log_train_metrics(baseline_metrics(batch, baselines) | {"baseline/prior_strength": prior_strength})
         if self.args.baseline == "group_mean":
             advantages = self.accelerator.gather(output["advantages"]).view_as(rewards)
-            advantages = advantages.masked_fill(rewards.isnan(), math.nan)
+            # Of equal rewards the parent's mean may differ by rounding.
+            dead = rewards.amin(dim=1, keepdim=True) == rewards.amax(dim=1, keepdim=True)
+            advantages = advantages.masked_fill(dead, 0.0).masked_fill(rewards.isnan(), math.nan)
         else:
             advantages = (rewards - baselines) / self._reward_scale(rewards)
             self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
-        if scores is not None:
-            assert scores.sketches is not None
-            self._adapt_learning_rate(scores.sketches.view(*rewards.shape, -1), advantages)
+        if sketches is not None:
+            unit = 1.0
+            if self.args.loss_type in _DIVIDED_BY_TOKENS:
+                unit = rewards.numel() / max(int(output["num_items_in_batch"]), 1)
+            self._adapt_learning_rate(sketches, unit * advantages)
 
     def _grouped_rewards(self) -> Tensor:
         """Weighted sum of the reward functions over all processes, `(N, G)`; `nan` where none of them applied."""
@@ -220,49 +252,84 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     def _adapt_learning_rate(self, sketches: Tensor, advantages: Tensor) -> None:
         assert self.args.steps_per_generation is not None  # set by the configuration
-        ratio = self._step_snr.add(
+        steps = (
+            self.args.steps_per_generation / self.args.gradient_accumulation_steps
+        )  # that share the batch, where > 1
+        self._rho = self._step_snr.add(
             per_prompt_gradients(sketches, advantages),
             step=self.state.global_step,
-            steps_per_batch=max(self.args.steps_per_generation / self.args.gradient_accumulation_steps, 1),
+            sampling_variance=sampling_variance(sketches, advantages, steps),
         )
+        num_prompts, num_batches = self._step_snr.num_prompts, self._step_snr.num_batches
+        if num_prompts < 2 and num_batches * steps >= 1:
+            warnings.warn(
+                "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
+                "multiplier stays as it was, `snr_min_factor` at the start. See for what the reward functions return None."
+            )
         metrics = {
             "gradient_snr/signal": self._gradient_snr.signal,
             "gradient_snr/noise": self._gradient_snr.noise,
-            "gradient_snr/ratio": ratio,
+            "gradient_snr/ratio": self._rho,
+            "gradient_snr/num_prompts": num_prompts,
         }
         if isinstance(self.lr_scheduler, SNRScheduler):
-            if not math.isnan(ratio):
-                self.lr_scheduler.set_ratio(ratio)
+            if not math.isnan(self._rho):
+                self.lr_scheduler.set_ratio(self._rho)
             metrics["lr_multiplier"] = self.lr_scheduler.multiplier
-        self._log_train_metrics(metrics)
+        # Of several batches of one step the last one's hold: the others were provisional.
+        self._log_train_metrics(metrics, replace=num_batches > 1)
 
-    def _log_train_metrics(self, metrics: dict[str, float]) -> None:
+    def _log_train_metrics(self, metrics: dict[str, float], *, replace: bool = False) -> None:
         for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
+            logged = self._metrics["train"][name]
+            if replace:
+                logged.pop()
+            logged.append(value)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._step_snr = StepGradientSNR(self._gradient_snr)
-        if self.args.lr_adaptation == "snr":
-            optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
-            if not all("lr" in group for group in optimizer_in_use.param_groups):
-                raise ValueError(
-                    "The SNR learning rate needs an optimizer whose parameter groups have an `lr`. Remedy: pass another one in "
-                    "`optimizers`, or set lr_adaptation='none'."
-                )
+        adapts = self.args.lr_adaptation == "snr"
+        optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
+        if adapts:
+            check_steerable(optimizer_in_use)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.lr_adaptation == "snr" and not isinstance(scheduler, SNRScheduler):
-            # torch counts `ReduceLROnPlateau` among its schedulers, but it is stepped with a metric.
-            steps_alone = not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            if not (isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and steps_alone):
-                raise ValueError(
-                    f"The SNR learning rate cannot wrap a `{type(scheduler).__name__}`. Remedy: remove the scheduler from "
-                    "`optimizers` or from the DeepSpeed configuration and set `lr_scheduler_type`, or set lr_adaptation='none'."
-                )
+        if adapts and not isinstance(scheduler, SNRScheduler):
+            check_wrappable(scheduler)
             self.lr_scheduler = SNRScheduler(
                 scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
             )
+            if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
+                self.lr_scheduler.set_ratio(self._rho)
+        self._initial_lrs = initial_lrs(optimizer_in_use)
+        if self.is_world_process_zero():
+            logger.warning(self._start_line())
         return self.lr_scheduler
+
+    def _start_line(self) -> str:
+        """What training is about to do, for a reader who kept the options of `GRPOTrainer`."""
+        args = self.args
+        rates = ", ".join(f"{lr:g}" for lr in sorted(set(self._initial_lrs)))
+        line = f"{args.prompts_per_step:g} prompts x {args.num_generations} completions per optimizer step, baseline "
+        line += f"{args.baseline!r}; learning rate: the schedule (from {rates})"
+        if args.lr_adaptation == "none":
+            return line + " alone, as in GRPOTrainer."
+        low, high = args.snr_min_factor, args.snr_max_factor
+        return (
+            f"{line} x rho, {low:g} to {high:g} times it and {low:g} while rho is unknown. A rate that was tuned without this "
+            "multiplier is therefore too small; `learning_rate` is logged as applied."
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            loaded = restore_initial_lrs(self.lr_scheduler, self._initial_lrs)
+            if loaded != self._initial_lrs and self.is_world_process_zero():
+                logger.warning(
+                    "The schedule goes on from initial learning rates %s instead of the checkpoint's %s.",
+                    self._initial_lrs,
+                    loaded,
+                )
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -272,14 +339,14 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     def _algorithm_state(self) -> dict[str, Any]:
         automatic = self._baseline_estimator.automatic
         return super()._algorithm_state() | {
-            "baseline": self.args.baseline,
-            "lr_adaptation": self.args.lr_adaptation,
+            **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
             "gradient_snr": self._gradient_snr.state_dict(),
             "prior_strength": None if automatic is None else automatic.state_dict(),
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        for name in ("baseline", "lr_adaptation"):
+        compared = _AVERAGED_OPTIONS if self.args.needs_scores else ()
+        for name in ("baseline", "lr_adaptation", *compared):
             if state.get(name) != getattr(self.args, name):
                 raise ValueError(
                     f"The checkpoint was written with {name}={state.get(name)!r} but this run has "

@@ -217,3 +217,22 @@ def test_batches_without_information_leave_the_automatic_strength_alone():
     automatic.update(torch.full((2, 2), NAN), torch.ones(2, 2))
     automatic.update(torch.ones(2, 2), torch.zeros(2, 2))
     assert automatic.state_dict() == before
+
+
+def test_a_batch_of_equal_rewards_leaves_the_automatic_strength_alone():
+    """Every strength has the variance 0 on it: a tie, which would go to the first of the grid."""
+    automatic = AutomaticPriorStrength()
+    automatic.update(torch.tensor([[1.0, 1.0], [1.0, NAN]]), torch.tensor([[0.3, 2.0], [5.0, 1.0]]))
+    assert automatic.value == 16.0
+    assert automatic.state_dict() == AutomaticPriorStrength().state_dict()
+
+
+def test_the_automatic_strength_does_not_depend_on_the_unit_of_a_batchs_weights():
+    """Score norms drift by orders of magnitude; each batch counts alike."""
+    generator = torch.Generator().manual_seed(2)
+    plain, scaled = AutomaticPriorStrength(), AutomaticPriorStrength()
+    for unit in (1.0, 1e4, 1e-3):
+        rewards, weights = heavy_tailed_batch(generator)
+        plain.update(rewards, weights)
+        scaled.update(rewards, unit * weights)
+    assert scaled.state_dict()["variances"] == pytest.approx(plain.state_dict()["variances"], rel=1e-5)

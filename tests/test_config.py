@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "inherited_options.md"
 
 
 def config(tmp_path, **options):
-    return OBLRPOConfig(str(tmp_path), **({"use_cpu": True, "bf16": False, "report_to": "none"} | options))
+    defaults = {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 128}
+    return OBLRPOConfig(str(tmp_path), **(defaults | options))
 
 
 # Inherited option -> settings under which it is refused.
@@ -118,3 +120,49 @@ def test_every_own_field_has_help_and_a_docstring_entry():
         if field.name not in inherited:
             assert field.metadata["help"]
             assert f"        {field.name} (`" in OBLRPOConfig.__doc__
+
+
+def test_the_default_rate_is_trls_where_nothing_multiplies_it(tmp_path):
+    assert config(tmp_path).learning_rate == 5e-6
+    assert config(tmp_path, lr_adaptation="none").learning_rate == GRPOConfig(str(tmp_path), bf16=False).learning_rate
+    assert config(tmp_path, lr_adaptation="none", learning_rate=3e-6).learning_rate == 3e-6
+
+
+# Prompts per step: TRL's batch defaults are 8 completions, one prompt, on one process.
+def test_one_prompt_per_step_is_refused_where_two_are_needed(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"lr_adaptation='snr': an optimizer step has 1 prompt x 8 .* Remedy: raise grad"
+    ):
+        config(tmp_path, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=r"baseline_prior_strength=4.0: a generation batch has 1 prompt,"):
+        config(tmp_path, per_device_train_batch_size=8, lr_adaptation="none", baseline_prior_strength=4.0)
+    with pytest.warns(UserWarning, match="The baseline has no prior"):
+        config(tmp_path, per_device_train_batch_size=8, lr_adaptation="none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_adaptation": "none", "baseline_prior_strength": 0.0},
+        {"lr_adaptation": "none", "baseline": "leave_one_out"},
+        {"lr_adaptation": "none", "baseline": "group_mean"},
+    ],
+)
+def test_one_prompt_per_step_is_enough_for_what_looks_at_one_prompt(tmp_path, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert config(tmp_path, per_device_train_batch_size=8, **options).prompts_per_step == 1
+
+
+@pytest.mark.parametrize("num_prompts", [2, 8, 15])
+def test_few_prompts_per_step_are_warned_of(tmp_path, num_prompts):
+    with pytest.warns(UserWarning, match=f"rho will be mostly noise: an optimizer step has {num_prompts} prompts x 8"):
+        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=num_prompts)
+
+
+def test_sixteen_prompts_per_step_are_not_warned_of(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16)
+        # Two steps of 8 prompts share a batch of 16, from which rho is estimated.
+        config(tmp_path, per_device_train_batch_size=64, steps_per_generation=2)

@@ -11,6 +11,7 @@ from oblr_trl.gradient_snr import (
     StepGradientSNR,
     gradient_moments,
     per_prompt_gradients,
+    sampling_variance,
     snr_ratio,
 )
 
@@ -135,12 +136,71 @@ def test_batches_of_one_step_are_pooled_and_counted_once():
     assert parts.snr.state_dict() == pytest.approx(whole.snr.state_dict())
 
 
-def test_a_batch_for_several_steps_is_shared_among_them():
-    gradients = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) + 1
-    moments = gradient_moments(gradients)
-    shared = StepGradientSNR(GradientSNR()).add(gradients, step=0, steps_per_batch=3)
-    # each step averages 12 / 3 prompts
-    assert shared == pytest.approx(snr_ratio(*moments, 4))
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_the_variance_of_a_step_that_draws_its_completions_from_the_batch(num_steps):
+    """Against many batches, shuffled and cut as TRL does: the variance of the first step's gradient, and rho from it."""
+    generator = torch.Generator().manual_seed(0)
+    num_prompts, group_size, k = 4, 4, 3
+    n = num_prompts * group_size
+    mean = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)
+
+    def batch():
+        prompts = 0.5 * torch.randn(num_prompts, 1, k, generator=generator, dtype=torch.float64)
+        return mean + prompts + torch.randn(num_prompts, group_size, k, generator=generator, dtype=torch.float64)
+
+    ones = torch.ones(num_prompts, group_size, dtype=torch.float64)
+    steps, estimates, noises = [], [], []
+    for _ in range(8000):
+        sketches = batch()
+        order = torch.randperm(n, generator=generator)[: n // num_steps]
+        steps.append(sketches.flatten(0, 1)[order].mean(dim=0))
+        added = sampling_variance(sketches, ones, num_steps)
+        step = StepGradientSNR(GradientSNR())
+        step.add(per_prompt_gradients(sketches, ones), step=0, sampling_variance=added)
+        estimates.append(step.snr.noise / num_prompts)
+        noises.append(gradient_moments(per_prompt_gradients(sketches, ones)).noise / num_prompts)
+    true = torch.stack(steps).var(dim=0).sum().item()
+    # By hand: 3 axes x (0.25 + 1 / 4) / 4 between batches, and (S - 1) / 16 x the variance of all completions, 3 x (1 + about 0.25 x 12/15)
+    assert true == pytest.approx(0.375 + (num_steps - 1) / 16 * 3 * (1 + 0.25 * 12 / 15), rel=0.04)
+    assert sum(estimates) / len(estimates) == pytest.approx(true, rel=0.04)
+    assert sum(noises) / len(noises) == pytest.approx(0.375, rel=0.04)  # which alone would be too little
+    expected = mean.square().sum().item()
+    assert expected / (expected + sum(estimates) / len(estimates)) < expected / (expected + 0.375)
+
+
+def test_one_step_per_batch_draws_nothing_and_unscored_completions_stay_out():
+    sketches = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    assert sampling_variance(sketches, advantages, 1) == 0
+    assert sampling_variance(sketches, advantages, 0.5) == 0
+    advantages[0] = math.nan
+    expected = sampling_variance(sketches[1:], advantages[1:], 2)
+    assert sampling_variance(sketches, advantages, 2) == pytest.approx(expected)
+    assert expected > 0
+    assert sampling_variance(sketches, torch.full((3, 4), math.nan), 2) == 0
+
+
+def test_equal_rewards_use_up_nothing_of_the_averages_start():
+    """A batch of zero gradients says nothing; groups of zeros among others are real samples."""
+    snr = GradientSNR(decay=0.9)
+    steps = StepGradientSNR(snr)
+    assert math.isnan(steps.add(torch.zeros(4, 3), step=0))
+    assert snr.state_dict() == GradientSNR(decay=0.9).state_dict()
+    gradients = torch.ones(4, 3) + torch.eye(4, 3)
+    gradients[3] = 0
+    steps.add(gradients, step=1)
+    before = snr.state_dict()
+    assert steps.snr.signal == pytest.approx(gradient_moments(gradients).signal)
+    steps.add(torch.zeros(4, 3), step=2)
+    assert snr.state_dict() == before
+    # Pooled with another batch of the same step they count: 8 prompts, 4 of them zero.
+    steps.add(gradients, step=3)
+    steps.add(torch.zeros(4, 3), step=3)
+    pooled = torch.cat([gradients, torch.zeros(4, 3)])
+    assert snr.signal == pytest.approx(
+        (0.9 * gradient_moments(gradients).signal + gradient_moments(pooled).signal) / 1.9
+    )
+    assert (steps.num_prompts, steps.num_batches) == (8, 2)
 
 
 def test_a_step_without_prompts_has_no_ratio():

@@ -3,8 +3,9 @@ import io
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LRScheduler
+from transformers.optimization import Adafactor
 
-from oblr_trl.lr_scheduler import SNRScheduler
+from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, initial_lrs, restore_initial_lrs
 
 SCHEDULES = {
     "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
@@ -37,9 +38,19 @@ def test_the_rate_is_the_schedule_times_the_clamped_ratio_of_the_same_step(sched
         assert wrapped.last_epoch == plain.last_epoch
 
 
-def test_without_a_ratio_a_unit_factor_is_the_wrapped_schedule():
+def test_while_the_ratio_is_unknown_the_multiplier_is_the_minimum():
     opt = optimizer()
-    scheduler = SNRScheduler(SCHEDULES["lambda"](opt))
+    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_factor=0.05)
+    assert scheduler.multiplier == 0.05
+    assert rates(opt) == pytest.approx([0.005, 0.001])
+    opt.step()
+    scheduler.step()
+    assert rates(opt) == pytest.approx([0.0025, 0.0005])
+
+
+def test_a_unit_multiplier_is_the_wrapped_schedule():
+    opt = optimizer()
+    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_factor=1.0)
     assert rates(opt) == [0.1, 0.02]
     opt.step()
     scheduler.step()
@@ -74,6 +85,81 @@ def test_a_resumed_scheduler_equals_an_uninterrupted_one(schedule):
     assert second.multiplier == 0.2
     assert rates(second_optimizer) == rates(first_optimizer)
     assert run(second_optimizer, second, ratios[2:]) == whole[2:]
+
+
+def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one_until_the_next_step():
+    plain_optimizer, wrapped_optimizer = optimizer(), optimizer()
+    plain = SCHEDULES["lambda"](plain_optimizer)
+    wrapped = SNRScheduler(SCHEDULES["lambda"](wrapped_optimizer), min_factor=0.05)
+    for step, ratio in enumerate((0.5, 0.4, 0.3)):
+        for opt in (plain_optimizer, wrapped_optimizer):
+            if step == 1:  # as a callback does in `on_step_begin`
+                opt.param_groups[1]["lr"] = 0.7
+        wrapped.set_ratio(ratio)
+        wrapped.set_ratio(ratio)  # a second batch of the step does not multiply it again
+        assert rates(wrapped_optimizer) == pytest.approx([ratio * lr for lr in rates(plain_optimizer)])
+        for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
+            opt.step()
+            scheduler.step()
+    assert rates(wrapped_optimizer) == pytest.approx([0.3 * lr for lr in rates(plain_optimizer)])
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda scheduler: scheduler, lambda scheduler: SNRScheduler(scheduler, min_factor=0.5)]
+)
+def test_a_restored_schedule_goes_on_from_other_initial_rates(wrap):
+    opt = optimizer()
+    saved = wrap(SCHEDULES["lambda"](opt))
+    for _ in range(2):
+        opt.step()
+        saved.step()
+    other = optimizer((0.3, 0.04))
+    restored = wrap(SCHEDULES["lambda"](other))
+    wanted = initial_lrs(other)
+    other.load_state_dict(opt.state_dict())
+    restored.load_state_dict(saved.state_dict())
+    assert restore_initial_lrs(restored, wanted) == [0.1, 0.02]
+    multiplier = 0.5 if isinstance(restored, SNRScheduler) else 1.0
+    assert rates(other) == pytest.approx([multiplier * 0.3 / 3, multiplier * 0.04 / 3])  # 1 / (1 + 2 steps)
+    assert initial_lrs(other) == wanted
+    other.step()
+    restored.step()
+    assert rates(other) == pytest.approx([multiplier * 0.3 / 4, multiplier * 0.04 / 4])
+    assert restore_initial_lrs(restored, wanted) == wanted
+
+
+def test_a_schedule_that_depends_on_its_past_cannot_go_on_from_another_rate():
+    opt, other = optimizer(), optimizer((0.3, 0.02))
+    saved, restored = (SNRScheduler(SCHEDULES["exponential"](o)) for o in (opt, other))
+    wanted = initial_lrs(other)
+    other.load_state_dict(opt.state_dict())
+    restored.load_state_dict(saved.state_dict())
+    assert restore_initial_lrs(restored, initial_lrs(opt)) == [0.1, 0.02]
+    with pytest.raises(ValueError, match=r"\[0.1, 0.02\], this run has \[0.3, 0.02\], and a `ExponentialLR`"):
+        restore_initial_lrs(restored, wanted)
+
+
+def test_an_optimizer_that_ignores_its_rate_is_refused():
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    check_steerable(Adafactor(parameters, lr=1e-3, relative_step=False))
+    with pytest.raises(ValueError, match="relative_step=False"):
+        check_steerable(Adafactor(parameters, relative_step=True))
+
+
+def test_restoring_the_scheduler_alone_writes_its_rates():
+    first_optimizer, second_optimizer = optimizer(), optimizer()
+    first, second = (
+        SNRScheduler(SCHEDULES["lambda"](o), min_factor=0.05) for o in (first_optimizer, second_optimizer)
+    )
+    first.set_ratio(0.4)
+    first_optimizer.step()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert (
+        rates(second_optimizer) == rates(first_optimizer) == pytest.approx([0.02, 0.004])
+    )  # 0.4 / (1 + 1) of 0.1, 0.02
+    second.set_ratio(0.4)  # the restored rates are its own, not somebody else's
+    assert rates(second_optimizer) == rates(first_optimizer)
 
 
 def test_tensor_rates_are_written_in_place():

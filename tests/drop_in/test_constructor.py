@@ -44,3 +44,5 @@ def test_the_shortest_script_needs_neither_a_configuration_nor_more_than_two_nam
     )
     assert type(trainer.args) is CONFIGS[trainer_class]
     assert trainer.args.output_dir == f"tiny-model-{'GRPO' if trainer_class is GRPOTrainer else 'OBLRPO'}"
+    if trainer_class is not GRPOTrainer:  # TRL's default batch would be one prompt, of which there is no SNR
+        assert trainer.args.prompts_per_step == 16

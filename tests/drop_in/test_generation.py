@@ -66,5 +66,6 @@ def test_continuous_batching_generates(tmp_path, trainer_class):
 @both_trainers
 @pytest.mark.filterwarnings("ignore:`use_transformers_paged` is deprecated")
 def test_the_older_name_of_continuous_batching_still_switches_it_on(tmp_path, trainer_class):
-    args = CONFIGS[trainer_class](str(tmp_path), use_cpu=True, bf16=False, use_transformers_paged=True)
+    options = {"use_cpu": True, "bf16": False, "gradient_accumulation_steps": 2}
+    args = CONFIGS[trainer_class](str(tmp_path), use_transformers_paged=True, **options)
     assert args.use_transformers_continuous_batching

@@ -1,0 +1,205 @@
+"""The learning rate that the trainer applies: start, several batches or steps, callbacks, a second `train`, resuming."""
+
+import logging
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
+from tests.test_trainer import Recording, RecordingSGD, oracle_scores, some_unscorable
+from tests.tiny_models import digit_reward, logged, tiny_model, train
+
+PAPER = {"snr_ema_decay": 0.0, "snr_min_factor": 0.0}
+# Two generation batches of 4 prompts in every optimizer step.
+POOLED = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+# Two optimizer steps on every generation batch of 4 prompts.
+SHARED = {"per_device_train_batch_size": 16, "steps_per_generation": 2}
+
+
+def test_the_logged_multiplier_is_the_applied_one_where_a_step_has_several_batches(tmp_path):
+    model = tiny_model(num_layers=2)
+    optimizer = RecordingSGD(model.parameters(), lr=0.05)
+    options = {"optimizers": (optimizer, None), "lr_scheduler_type": "constant", **POOLED}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
+    multipliers = logged(trainer, "lr_multiplier")
+    assert optimizer.used == pytest.approx([0.05 * multiplier for multiplier in multipliers], rel=1e-9)
+    assert [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/ratio")] == multipliers
+    assert logged(trainer, "gradient_snr/num_prompts") == [8, 8, 8]
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "dr_grpo"])
+def test_pooled_batches_count_as_the_loss_divides_them(tmp_path, loss_type):
+    """`dapo` and `cispo` divide by the tokens of a generation batch, so that one of short completions counts more."""
+    model = tiny_model("qwen3_untied", num_layers=2)
+    optimizer = RecordingSGD(model.parameters(), lr=0.05)
+    start = model.lm_head.weight.detach().clone()
+    trainer = train(
+        Recording,
+        OBLRPOConfig,
+        tmp_path,
+        model=model,
+        optimizers=(optimizer, None),
+        score_scope="lm_head",
+        loss_type=loss_type,
+        max_steps=1,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        **PAPER,
+        **POOLED,
+    )
+    pooled, tokens = [], []
+    for batch in trainer.batches:
+        advantages = batch["advantages"].view(-1, 8)
+        scores = oracle_scores(batch, "qwen3_untied", scope="lm_head").view(*advantages.shape, -1)
+        tokens.append(batch["completion_mask"].sum().item())
+        pooled.append(per_prompt_gradients(scores, advantages) / (tokens[-1] if loss_type != "dr_grpo" else 1.0))
+    assert tokens[0] != tokens[1]
+    gradients = torch.cat(pooled)
+    # That this is the gradient which was stepped along is seen from the step itself.
+    step = (model.lm_head.weight.detach() - start).flatten()
+    assert torch.cosine_similarity(step, gradients.mean(dim=0), dim=0) == pytest.approx(1.0, abs=1e-5)
+    expected = snr_ratio(*gradient_moments(gradients), gradients.size(0))
+    assert logged(trainer, "lr_multiplier") == pytest.approx([expected], rel=1e-4)
+
+
+def test_a_rate_set_by_a_callback_is_applied_multiplied(tmp_path):
+    class HalfWay(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.7
+
+    model = tiny_model(num_layers=2)
+    optimizer = RecordingSGD(model.parameters(), lr=0.05)
+    options = {"optimizers": (optimizer, None), "callbacks": [HalfWay()], "lr_scheduler_type": "constant"}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
+    multipliers = logged(trainer, "lr_multiplier")
+    assert optimizer.used == pytest.approx([lr * m for lr, m in zip((0.05, 0.7, 0.05), multipliers, strict=True)])
+
+
+def test_a_second_train_in_the_middle_of_a_rollout_keeps_its_multiplier(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, max_steps=1, lr_scheduler_type="constant", **PAPER, **SHARED)
+    (multiplier,) = logged(trainer, "lr_multiplier")
+    assert 0 < multiplier < 1
+    trainer.train()
+    assert len(trainer.batches) == 1  # the second half of the first call's rollouts
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-3 * multiplier])
+
+
+def test_while_no_two_prompts_can_be_scored_the_multiplier_is_the_minimum(tmp_path):
+    def first_group(completions, **kwargs):
+        return [reward if i < 8 else None for i, reward in enumerate(digit_reward(completions))]
+
+    with pytest.warns(UserWarning, match="fewer than two prompts of a step could be scored"):
+        trainer = train(Recording, OBLRPOConfig, tmp_path, reward=first_group)
+    assert all((batch["advantages"] != 0).any() for batch in trainer.batches)
+    assert logged(trainer, "lr_multiplier") == [0.05] * 3
+    assert logged(trainer, "gradient_snr/num_prompts") == [1] * 3
+
+
+def test_the_start_line_says_what_will_happen(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="oblr_trl"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "snr", max_steps=1)
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "none", max_steps=1, lr_adaptation="none")
+    snr, none = (record.message for record in caplog.records if "per optimizer step" in record.message)
+    assert "4 prompts x 8 completions per optimizer step" in snr
+    assert "(from 0.001) x rho, 0.05 to 1 times it and 0.05 while rho is unknown" in snr
+    assert none.endswith("(from 0.001) alone, as in GRPOTrainer.")
+
+
+@pytest.mark.parametrize("lr_adaptation", ["snr", "none"])
+def test_a_changed_learning_rate_holds_from_the_checkpoint_on(tmp_path, caplog, lr_adaptation):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_adaptation": lr_adaptation}
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    with caplog.at_level(logging.WARNING, logger="oblr_trl"):
+        resumed = train(
+            OBLRPOTrainer,
+            OBLRPOConfig,
+            tmp_path / "resumed",
+            **options,
+            learning_rate=1e-4,
+            resume_from_checkpoint=checkpoint,
+        )
+    before, after = logged(whole, "learning_rate"), logged(resumed, "learning_rate")
+    assert after[:2] == before[:2]
+    # Step 3 has the same batch at the same weights, hence the same multiplier: a tenth of the rate at the same place of the schedule.
+    assert after[2] == pytest.approx(before[2] / 10)
+    assert after[3] < after[2]
+    assert "initial learning rates [0.0001, 0.0001] instead of the checkpoint's [0.001, 0.001]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("score_scope", {"score_scope": "lm_head"}),
+        ("loss_type", {"loss_type": "grpo"}),
+        ("scale_rewards", {"scale_rewards": "batch"}),
+        ("temperature", {"temperature": 0.7}),
+        ("num_generations", {"num_generations": 4}),
+        ("baseline_leave_one_out", {"baseline_leave_one_out": False}),
+    ],
+)
+def test_averages_in_another_unit_are_not_resumed(tmp_path_factory, name, options):
+    folder = tmp_path_factory.getbasetemp() / "averages"
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    if not folder.exists():
+        train(OBLRPOTrainer, OBLRPOConfig, folder, **saving)
+    with pytest.raises(ValueError, match=f"written with {name}="):
+        train(
+            OBLRPOTrainer,
+            OBLRPOConfig,
+            folder.with_name("other"),
+            **saving,
+            **options,
+            resume_from_checkpoint=str(folder / "checkpoint-1"),
+        )
+
+
+def test_without_averages_the_loss_may_change_on_resume(tmp_path):
+    plain = {"baseline": "leave_one_out", "lr_adaptation": "none", "save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, **plain)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    changed = plain | {"loss_type": "dapo", "temperature": 0.9}
+    resumed = train(
+        OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", max_steps=2, **changed, resume_from_checkpoint=checkpoint
+    )
+    assert resumed.state.global_step == 2
+
+
+def test_the_snr_of_the_group_mean_leaves_missing_rewards_out(tmp_path):
+    def reward(completions, **kwargs):
+        return some_unscorable(completions)
+
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, reward=reward, baseline="group_mean", score_scope="lm_head", **PAPER
+    )
+    for batch, noise in zip(trainer.batches, logged(trainer, "gradient_snr/noise"), strict=True):
+        rewards = batch["rewards"]
+        advantages = batch["advantages"].view_as(rewards).masked_fill(rewards.isnan(), math.nan)
+        gradients = per_prompt_gradients(oracle_scores(batch, scope="lm_head").view(*rewards.shape, -1), advantages)
+        assert gradients.size(0) == 3  # the group without any reward is no prompt
+        assert noise == pytest.approx(gradient_moments(gradients).noise, rel=1e-3)
+
+
+class OnSecondProcess(OBLRPOTrainer):
+    """Writes advantages as the second of two processes would."""
+
+    def _write_advantages(self, output, advantages):
+        half = {"advantages": output["advantages"][16:]}
+        self.accelerator.state._shared_state["process_index"] = 1
+        try:
+            super()._write_advantages(half, advantages)
+        finally:
+            self.accelerator.state._shared_state["process_index"] = 0
+        self.written, self.all_advantages = half["advantages"], advantages
+        super()._write_advantages(output, advantages)
+
+
+def test_every_process_keeps_its_own_slice_of_the_advantages(tmp_path):
+    trainer = train(OnSecondProcess, OBLRPOConfig, tmp_path, max_steps=1)
+    assert torch.equal(trainer.written, trainer.all_advantages[16:])
+    assert not torch.equal(trainer.written, trainer.all_advantages[:16])
