@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from oblr_trl import run_logs
+from oblr_trl.gradient_snr import MIN_PROMPTS
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ MIN_VALUES = 4
 MIN_SETTLED_VALUES = 11
 # Learning runs have had 0.04 to 0.4; below this the estimated signal is not told from zero.
 MIN_RHO = 0.02
-# With fewer prompts the estimates of signal and noise are mostly noise themselves; below 2 there are none, nor a prior.
-MIN_PROMPTS = 16
 # What the multiplier of an ordinary run leaves of a GRPO user's rate.
 MIN_LEARNING_RATE = GRPOConfig.learning_rate / 5
 # A collapse takes the reward down from its best by this many of its standard deviations over completions.
@@ -175,7 +174,7 @@ def _few_prompts(rows: Rows) -> tuple[str, str] | None:
     needed = MIN_PROMPTS if _values(rows, run_logs.LR_MULTIPLIER) else 2
     if not prompts or median(prompts) >= needed:
         return None
-    return run_logs.NUM_PROMPTS, f"median {median(prompts):g}, of at least {needed} that are needed"
+    return run_logs.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
 
 
 def _tiny_learning_rate(rows: Rows) -> tuple[str, str] | None:

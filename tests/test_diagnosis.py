@@ -239,14 +239,22 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "oblr_trl.diagnosis"]
 
 
-@pytest.mark.parametrize(("trainer", "config"), [(OBLRPOTrainer, OBLRPOConfig), (GRPOTrainer, GRPOConfig)])
-def test_a_failure_is_warned_of_once_while_training_and_told_at_the_end(tmp_path, caplog, capsys, trainer, config):
+@pytest.mark.parametrize(
+    ("trainer", "config", "others"),
+    [(OBLRPOTrainer, OBLRPOConfig, ["Step 4: Too few prompts per step"]), (GRPOTrainer, GRPOConfig, [])],
+)
+def test_a_failure_is_warned_of_once_while_training_and_told_at_the_end(
+    tmp_path, caplog, capsys, trainer, config, others
+):
     def always_zero(completions, **kwargs):
         return [0.0] * len(completions)
 
     train(trainer, config, tmp_path, reward=always_zero, max_steps=6, callbacks=[DiagnosisCallback()])
     # Four values are the first that prove something.
-    (warning,) = warnings(caplog)
+    warning, *rest = warnings(caplog)
+    assert [
+        other.split("\n")[0] for other in rest
+    ] == others  # 32 completions are 4 prompts, of which GRPO says nothing
     assert warning.startswith("Step 4: Constant rewards\n  reward: 0 for every completion of 4 logged values\n")
     summary = capsys.readouterr().out.split(f"Diagnosis of {tmp_path}\n\n")[1]
     assert summary.startswith("Constant rewards\n  reward: 0 for every completion of 6 logged values\n  remedy: ")

@@ -25,10 +25,14 @@ def settings(text):
     return dict(rows[2:])
 
 
+def config(tmp_path, **options):
+    batch = {"gradient_accumulation_steps": 16}  # of one prompt each
+    return OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **(batch | options))
+
+
 def described(tmp_path, prior_strength=16.0, **options):
     """The settings in the card of a run that has not started."""
-    args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
-    return settings(training_details(args, None, prior_strength))
+    return settings(training_details(config(tmp_path, **options), None, prior_strength))
 
 
 def test_a_checkpoint_comes_with_a_card_that_names_every_setting(tmp_path):
@@ -136,8 +140,7 @@ def test_half_of_the_method_is_called_half(tmp_path):
         card = (tmp_path / "README.md").read_text()
         assert "This model was trained with OBLR-PO" in card
         assert expected in card
-    args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    assert "only" not in training_details(args, None, 16.0)
+    assert "only" not in training_details(config(tmp_path), None, 16.0)
 
 
 def test_every_choice_shows(tmp_path):

@@ -23,7 +23,6 @@ from oblr_trl.planning.activations import block_bytes_per_token
 from oblr_trl.planning.launch import read_backend
 from oblr_trl.planning.memory import base_parameter_bytes, optimizer_bytes, plan_vllm
 from oblr_trl.planning.optimizers import state_bytes
-from oblr_trl.planning.report import problems
 from oblr_trl.planning.scale import scale_document
 from oblr_trl.planning.scoring import gather_bytes, operations_per_token, projection_bytes, scoped_shapes
 from oblr_trl.planning.shapes import LINEAR_LAYERS, PUBLISHED_SHAPES
@@ -440,36 +439,35 @@ def test_the_prompt_length_that_is_assumed_is_no_reason_to_refuse_a_short_model(
     ("accumulation", "flags", "warned", "strict"),
     [
         (16, [], None, 0),
-        (15, [], "WARNING: 15 prompts per optimizer step, and below about 16 the SNR is mostly noise: raise", 0),
+        (15, [], "WARNING: rho will be mostly noise: an optimizer step has 15 prompts", 0),
         (15, ["--lr_adaptation", "none"], None, 0),
         (2, ["--lr_adaptation", "none"], None, 0),
-        (
-            1,
-            ["--lr_adaptation", "none"],
-            "WARNING: the baseline's prior needs 2 or more prompts per generation batch, got 1: raise",
-            1,
-        ),
+        (1, ["--lr_adaptation", "none"], "WARNING: The baseline has no prior: a generation batch has 1 prompt", 1),
         (1, ["--lr_adaptation", "none", "--baseline_prior_strength", "0"], None, 0),
         (1, ["--lr_adaptation", "none", "--baseline", "leave_one_out"], None, 0),
     ],
 )
-def test_prompts_per_step_are_held_against_what_needs_them(capsys, accumulation, flags, warned, strict):
+def test_prompts_per_step_are_held_against_what_needs_them(capsys, tmp_path, accumulation, flags, warned, strict):
+    record = tmp_path / "plan.json"
     batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(accumulation)]
-    arguments = ["--config", RECIPE, "--accelerate_config", ZERO3, *batch, *flags]
+    arguments = ["--config", RECIPE, "--accelerate_config", ZERO3, *batch, *flags, "--json", str(record)]
+    assert plan.main(arguments) == 0
     assert plan.main([*arguments, "--strict"]) == strict
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert [line.startswith(warned or "") for line in warnings] == ([True] if warned else [])
+    output = capsys.readouterr()
+    found = [line for line in output.out.splitlines() if line.startswith("WARNING")]
+    assert [line.startswith(warned or "") for line in found] == ([True, True] if warned else [])  # of two runs
+    assert [f"WARNING: {line}" for line in json.loads(record.read_text())["warnings"]] == found[:1]
+    assert "Warning" not in output.err
 
 
-def test_a_step_of_one_prompt_has_no_snr():
-    # 1 process x 8 sequences = 1 prompt of 8; two such batches make a step of 2 prompts.
-    for accumulation, expected in ((1, 1), (2, 0)):
-        schedule = Schedule(1, 8, accumulation, 1, 1, 8, False, True, False, adapts_rate=True)
-        setup = make_setup(schedule=schedule)
-        found = problems(setup, plan_memory(setup))
-        assert [line.startswith("the SNR needs 2 or more prompts per optimizer step, got 1") for line in found] == (
-            [True] * expected
-        )
+def test_a_step_of_one_prompt_is_refused_where_the_snr_needs_more(capsys):
+    batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--config", RECIPE, "--accelerate_config", ZERO3, *batch])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "plan: OBLR-PO cannot honour lr_adaptation='snr': an optimizer step has 1 prompt x 8 completions"
+    )
 
 
 def test_counting_as_on_other_machines_leaves_no_trace():

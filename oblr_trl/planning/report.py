@@ -1,15 +1,14 @@
 """The plan in words: tables of memory and rollouts, and what is wrong with them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from oblr_trl.diagnosis import MIN_PROMPTS
 from oblr_trl.planning.memory import PHASES, MemoryPlan, VLLMPlan, plan_vllm
 from oblr_trl.planning.optimizers import is_known_optimizer
 from oblr_trl.planning.setup import Setup
 
 GB = 1e9
-_MORE_PROMPTS = "raise gradient_accumulation_steps, or lower num_generations"
 _BACKENDS = {
     "none": "one process",
     "ddp": "DDP",
@@ -30,13 +29,6 @@ def problems(setup: Setup, plan: MemoryPlan) -> list[str]:
             f"({plan.gpu_memory / GB:.0f} GB less {plan.margin:.0%}). The biggest item is {biggest.name}, "
             f"{biggest.num_bytes / GB:.1f} GB: {biggest.remedy}."
         )
-    schedule = setup.schedule
-    for name, needed, num_prompts, unit in (
-        ("the SNR", schedule.adapts_rate, schedule.prompts_per_step, "optimizer step"),
-        ("the baseline's prior", schedule.has_prior, schedule.prompts_per_batch, "generation batch"),
-    ):
-        if needed and num_prompts < 2:
-            found.append(f"{name} needs 2 or more prompts per {unit}, got {num_prompts:g}: {_MORE_PROMPTS}.")
     longest = setup.shape.max_positions
     if setup.sequence_length > longest:
         found.append(
@@ -60,15 +52,6 @@ def problems(setup: Setup, plan: MemoryPlan) -> list[str]:
     return found
 
 
-def warnings(setup: Setup) -> list[str]:
-    """What runs as planned, but hardly as hoped."""
-    schedule = setup.schedule
-    if not schedule.adapts_rate or not 2 <= schedule.prompts_per_step < MIN_PROMPTS:
-        return []
-    few = f"{schedule.prompts_per_step:g} prompts per optimizer step"
-    return [f"{few}, and below about {MIN_PROMPTS} the SNR is mostly noise: {_MORE_PROMPTS}."]
-
-
 def notes(setup: Setup, plan: MemoryPlan) -> list[str]:
     """What the numbers rest on."""
     lines = [
@@ -84,15 +67,15 @@ def notes(setup: Setup, plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def format_plan(name: str, source: str, setup: Setup, plan: MemoryPlan) -> str:
-    """Everything, as text."""
+def format_plan(name: str, source: str, setup: Setup, plan: MemoryPlan, warned: Sequence[str] = ()) -> str:
+    """Everything, as text, with what the configuration `warned` of."""
     lines = [*_head(name, source, setup), "", *_memory_table(plan), ""]
     if setup.generation.mode == "colocate":
         lines += [*_vllm_table(plan_vllm(setup)), ""]
     lines += [*_rollouts(setup), ""]
     lines += [f"note: {line}" for line in notes(setup, plan)]
     found = problems(setup, plan)
-    lines += [f"WARNING: {line}" for line in [*warnings(setup), *found]]
+    lines += [f"WARNING: {line}" for line in [*warned, *found]]
     if not found:
         lines.append(
             f"fits: at most {plan.peak / GB:.1f} of {plan.gpu_memory / GB:.0f} GB, in phase `{plan.peak_phase}`."
@@ -154,7 +137,7 @@ def _rollouts(setup: Setup) -> list[str]:
     return [f"{label:<42}{value:>10}" for label, value in rows]
 
 
-def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan) -> dict[str, Any]:
+def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan, warned: Sequence[str] = ()) -> dict[str, Any]:
     """Everything, for JSON."""
     schedule = setup.schedule
     return {
@@ -168,7 +151,7 @@ def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan) -> dict[st
         "totals": {phase: plan.total(phase) for phase in PHASES},
         "fits": plan.fits,
         "problems": problems(setup, plan),
-        "warnings": warnings(setup),
+        "warnings": list(warned),
         "completions_per_step": schedule.completions_per_step,
         "prompts_per_step": schedule.prompts_per_step,
         "completions_per_batch": schedule.completions_per_batch,

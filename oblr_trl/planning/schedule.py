@@ -18,8 +18,6 @@ class Schedule:
         needs_old_logps (`bool`): Whether the old log-probabilities take a forward pass of their own.
         needs_scores (`bool`): Whether there is a scoring pass.
         scores_ride (`bool`): Whether the scoring pass takes the place of that forward pass.
-        adapts_rate (`bool`, *optional*, defaults to `False`): Whether the learning rate follows the SNR.
-        has_prior (`bool`, *optional*, defaults to `False`): Whether the baseline has a prior from the batch's other prompts.
     """
 
     num_processes: int
@@ -31,8 +29,6 @@ class Schedule:
     needs_old_logps: bool
     needs_scores: bool
     scores_ride: bool
-    adapts_rate: bool = False
-    has_prior: bool = False
 
     @property
     def completions_per_process(self) -> int:

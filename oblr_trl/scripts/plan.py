@@ -10,6 +10,7 @@ command line too. `--scale` prints `docs/scale.md` instead.
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,15 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         parser.error("--config RECIPE is needed (or --scale)")
     try:
-        name, source, setup = read_setup(arguments, recipe_flags)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            name, source, setup = read_setup(arguments, recipe_flags)
     except ValueError as error:
         parser.exit(2, f"plan: {error}\n")
+    # What the configuration warns of; not deprecations.
+    warned = [str(warning.message) for warning in caught if warning.category is UserWarning]
     plan = plan_memory(setup, arguments.margin)
-    sys.stdout.write(format_plan(name, source, setup, plan))
+    sys.stdout.write(format_plan(name, source, setup, plan, warned))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(as_record(name, source, setup, plan), indent=2) + "\n")
-    return 1 if arguments.strict and problems(setup, plan) else 0
+        arguments.json.write_text(json.dumps(as_record(name, source, setup, plan, warned), indent=2) + "\n")
+    has_no_prior = bool(warned) and setup.schedule.prompts_per_batch < 2
+    return 1 if arguments.strict and (problems(setup, plan) or has_no_prior) else 0
 
 
 def read_setup(arguments: argparse.Namespace, recipe_flags: list[str]) -> tuple[str, str, Setup]:
@@ -179,10 +185,6 @@ def _schedule(args: GRPOConfig, backend: Backend) -> Schedule:
         needs_old_logps=args.gradient_accumulation_steps % lasts != 0 or corrects,
         needs_scores=scores,
         scores_ride=isinstance(args, OBLRPOConfig) and scores and args.scores_ride,
-        adapts_rate=isinstance(args, OBLRPOConfig) and args.lr_adaptation == "snr",
-        has_prior=isinstance(args, OBLRPOConfig)
-        and args.baseline == "gradient_weighted"
-        and args.baseline_prior_strength != 0,
     )
 
 
