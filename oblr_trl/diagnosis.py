@@ -1,47 +1,52 @@
 """What a table of metrics leaves to the reader: which known failure a run's log shows, on what evidence, and what to do.
 
-Each signature is a section of `docs/troubleshooting.md`. No finding means that none of these was seen, not that all is well.
+The rules, each a section of `docs/troubleshooting.md`, are at the end. A callback applies them while a run trains, the script
+`diagnose` afterwards. No finding means that none of these failures was seen, not that all is well.
 """
 
+import logging
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from transformers import TrainerCallback
+from trl import GRPOConfig
 
 from oblr_trl import run_logs
+from oblr_trl.gradient_snr import MIN_PROMPTS
+
+logger = logging.getLogger(__name__)
 
 SHIFT = "baseline/shift"
-EFFECTIVE_GROUP_SIZE = "baseline/effective_group_size"
-PASS_TIME = "score/pass_time"
-# Of TRL.
+PASS_TIME, STEP_TIME = "score/pass_time", "step_time"
 REWARD_STD = "reward_std"
-ZERO_STD = "frac_reward_zero_std"
-CLIPPED = "clip_ratio/region_mean"
-LOGPS_DIFFERENCE = "sampling/sampling_logp_difference/mean"
-GRAD_NORM = "grad_norm"
-STEP_TIME = "step_time"
 
 # Fewer values of a metric are an anecdote.
 MIN_VALUES = 4
+# In the first ten batches the estimated signal is held back in every run: a small rate then means nothing.
+MIN_SETTLED_VALUES = 11
 # Learning runs have had 0.04 to 0.4; below this the estimated signal is not told from zero.
-LEAST_RHO = 0.02
-# The ratio of one batch is noisy around its mean: a mean this far above 1 is a baseline that costs.
-GREATEST_VARIANCE_RATIO = 1.05
+MIN_RHO = 0.02
+# What the multiplier of an ordinary run leaves of a GRPO user's rate.
+MIN_LEARNING_RATE = GRPOConfig.learning_rate / 5
+# A collapse takes the reward down from its best by this many of its standard deviations over completions.
+MAX_FALL_STDS = 0.5
+# A policy that is lost at once, too early for a best to fall from, never comes back to this share of where it started, although
+# that was so many standard deviations above: one batch is noisy, all of the later half is not.
+MAX_SHARE_LEFT, MAX_LOST_STDS = 0.5, 0.25
+MAX_ACCURACY_STD = 0.5
+# Equal rewards differ by less, in float32.
+ROUNDING = 1e-6
 # GRPO's shrinks the variance by ((G - 1) / G)^2, whatever the batch: any other baseline's ratio varies.
 CONSTANT_RATIO_SPREAD = 1e-4
-GREATEST_ZERO_STD = 0.5
-# Share of tokens outside of the clipping range; 0 on policy.
-GREATEST_CLIPPED = 0.05
-# In nats; bfloat16 alone makes about 0.01.
-GREATEST_LOGPS_DIFFERENCE = 0.1
-# A collapse takes the reward down by this many of its standard deviations over completions.
-GREATEST_REWARD_DROP = 0.5
 # Over the run's median; healthy runs have stayed below 4, but at shifts well within the rewards' deviation.
-GREATEST_PEAKS = {SHIFT: 3.0, GRAD_NORM: 10.0}
+MAX_PEAKS = {SHIFT: 3.0, "grad_norm": 10.0}
 # The pass is about half of a training step by arithmetic, and generation comes on top.
-GREATEST_PASS_SHARE = 0.5
+MAX_PASS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,168 +66,229 @@ class Finding:
     evidence: str
     remedy: str
 
+    def __str__(self) -> str:
+        return f"{self.name}\n  {self.metric}: {self.evidence}\n  remedy: {self.remedy}\n"
+
 
 Rows = Sequence[Mapping[str, Any]]
+# The metric and what was logged of it, or `None` where the failure is not seen.
+Rule = Callable[[Rows], tuple[str, str] | None]
 
 
 def diagnose(rows: Rows) -> list[Finding]:
     """
-    Looks for the failure signatures of `docs/troubleshooting.md` in a log.
-
-    Judged are the metrics' later halves (rewards and gradient norms: the whole run), each with at least 4 values; a metric
-    that was not logged is passed over.
+    Looks for the failures of `docs/troubleshooting.md` in a log.
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`, or the `rows` of a [`~run_logs.RunLog`].
+            `trainer.state.log_history`, or the `rows` of a [`~run_logs.RunLog`]. A metric that was logged fewer than 4 times
+            is passed over.
 
     Returns:
-        `list[Finding]`: what was found, a policy collapse by itself; empty if nothing was.
+        `list[Finding]`: what was found, empty if nothing was. Where the policy collapsed or all rewards are equal, other
+        symptoms are consequences and left out.
     """
-    collapse = _policy_collapse(rows)
-    if collapse is not None:  # what else such a log shows is its consequence
-        return [collapse]
-    return [finding for signature in SIGNATURES if (finding := signature(rows)) is not None]
+    findings = _apply(CAUSES, rows)
+    if any(finding.metric in (run_logs.REWARD, *run_logs.EVALUATIONS) for finding in findings):
+        return findings
+    return findings + _apply(SYMPTOMS, rows)
+
+
+def _apply(rules: Sequence[tuple[str, Rule, str]], rows: Rows) -> list[Finding]:
+    return [Finding(name, *found, remedy) for name, rule, remedy in rules if (found := rule(rows)) is not None]
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
     """The findings as text, one paragraph each."""
     if not findings:
         return "No known failure signature. That is no proof of health: compare the reward with a control.\n"
-    return "\n".join(
-        f"{finding.name}\n  {finding.metric}: {finding.evidence}\n  remedy: {finding.remedy}\n" for finding in findings
-    )
+    return "\n".join(map(str, findings))
 
 
-def _values(rows: Rows, metric: str) -> list[float]:
+class DiagnosisCallback(TrainerCallback):
+    """Warns of each failure that [`diagnose`] finds once, when the log first shows it, and prints all at the end."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        warms_up = state.global_step <= args.get_warmup_steps(state.max_steps)
+        for finding in diagnose(state.log_history):
+            if finding.name not in self._warned and not (warms_up and finding.metric == run_logs.LEARNING_RATE):
+                self._warned.add(finding.name)
+                logger.warning("Step %d: %s", state.global_step, finding)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            sys.stdout.write(f"\nDiagnosis of {args.output_dir}\n\n{format_findings(diagnose(state.log_history))}\n")
+
+
+def _values(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
     """The logged values in order; null and non-finite ones are left out."""
     values = [float(row[metric]) for row in rows if run_logs.is_finite_number(row.get(metric))]
-    return values if len(values) >= MIN_VALUES else []
+    return values if len(values) >= at_least else []
 
 
-def _recent(rows: Rows, metric: str) -> list[float]:
-    values = _values(rows, metric)
+def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
+    """The later half of the values, because a run's beginning proves nothing."""
+    values = _values(rows, metric, at_least)
     return values[len(values) // 2 :]
 
 
-def _policy_collapse(rows: Rows) -> Finding | None:
-    rewards, spreads = _values(rows, run_logs.REWARD), _values(rows, REWARD_STD)
-    if not rewards or not spreads or max(spreads) == 0:
+def _collapse(rows: Rows) -> tuple[str, str] | None:
+    at_rate = f", at learning rates of up to {max(_values(rows, run_logs.LEARNING_RATE, 1), default=math.nan):.2g}"
+    for metric in (*run_logs.EVALUATIONS, run_logs.REWARD):
+        few = MIN_VALUES - 1 if metric == run_logs.REWARD else 1  # an evaluation is of many prompts
+        values = _values(rows, metric, few + 1)
+        if not values:
+            continue
+        first, rest = values[0], values[-max(few, len(values) // 2) :]
+        lowest, std = min(0.0, *values), max(_values(rows, f"{metric}_std", 1), default=MAX_ACCURACY_STD)
+        if max(rest) - lowest < MAX_SHARE_LEFT * (first - lowest) and first - max(rest) > MAX_LOST_STDS * std:
+            return metric, f"{first:.3g} at first, later at most {max(rest):.3g} (last {len(rest)} logged){at_rate}"
+    rewards, std = _values(rows, run_logs.REWARD), max(_values(rows, REWARD_STD), default=0.0)
+    if not rewards or not std:
         return None
     window = max(3, len(rewards) // 10)
     means = np.convolve(rewards, np.ones(window) / window, mode="valid")
-    best, last = float(means.max()), float(means[-1])
-    if best - last <= GREATEST_REWARD_DROP * max(spreads):
+    best, last = means.max(), means[-1]
+    if best - last <= MAX_FALL_STDS * std:
         return None
-    return Finding(
-        "Policy collapse",
-        run_logs.REWARD,
-        f"mean over {window} logged values fell from {best:.3g} to {last:.3g}",
-        "resume from a checkpoint before the fall with a lower `learning_rate`; with lr_adaptation='none', 'snr' helps",
+    return run_logs.REWARD, f"mean over {window} logged values fell from {best:.3g} to {last:.3g}{at_rate}"
+
+
+def _constant_rewards(rows: Rows) -> tuple[str, str] | None:
+    functions = sorted({key.removesuffix("/mean") for row in rows for key in row if key.startswith("rewards/")})
+    stds = {run_logs.REWARD: REWARD_STD} | {f"{name}/mean": f"{name}/std" for name in functions}
+    for metric, std in stds.items():
+        rewards, spreads = _values(rows, metric), _values(rows, std)
+        if rewards and spreads and max(*spreads, max(rewards) - min(rewards)) < ROUNDING:
+            return metric, f"{rewards[0]:.3g} for every completion of {len(rewards)} logged values"
+    return None
+
+
+def _few_prompts(rows: Rows) -> tuple[str, str] | None:
+    prompts = _values(rows, run_logs.NUM_PROMPTS)
+    needed = MIN_PROMPTS if _values(rows, run_logs.LR_MULTIPLIER) else 2
+    if not prompts or median(prompts) >= needed:
+        return None
+    return run_logs.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
+
+
+def _tiny_learning_rate(rows: Rows) -> tuple[str, str] | None:
+    rates = _recent(rows, run_logs.LEARNING_RATE, MIN_SETTLED_VALUES)
+    if not rates or median(rates) > MIN_LEARNING_RATE:
+        return None
+    multipliers = _recent(rows, run_logs.LR_MULTIPLIER)
+    multiplied = f", after a multiplier of {median(multipliers):.2g}" if multipliers else ""
+    return (
+        run_logs.LEARNING_RATE,
+        f"median {median(rates):.2g}{multiplied}; GRPO's default is {GRPOConfig.learning_rate:g}",
     )
 
 
-def _learning_rate_collapse(rows: Rows) -> Finding | None:
-    ratios, multipliers = _recent(rows, run_logs.RHO), _recent(rows, run_logs.LR_MULTIPLIER)
-    if not ratios or not multipliers or median(ratios) >= LEAST_RHO:
+def _learning_rate_collapse(rows: Rows) -> tuple[str, str] | None:
+    ratios = _recent(rows, run_logs.RHO, MIN_SETTLED_VALUES)
+    multipliers = _recent(rows, run_logs.LR_MULTIPLIER)
+    if not ratios or not multipliers or median(ratios) >= MIN_RHO:
         return None
-    return Finding(
-        "Learning-rate collapse",
-        run_logs.RHO,
-        f"median {median(ratios):.2g}, so that {run_logs.LR_MULTIPLIER} is {median(multipliers):.2g}: the signal is not "
-        "told from zero",
-        "look at the rewards first (noise? all equal?), then take more prompts per step",
-    )
+    multiplier = f"{run_logs.LR_MULTIPLIER} is {median(multipliers):.2g}"
+    return run_logs.RHO, f"median {median(ratios):.2g}, so that {multiplier}: the signal is not told from zero"
 
 
-def _exploding_baseline(rows: Rows) -> Finding | None:
-    for metric, greatest in GREATEST_PEAKS.items():
+def _exploding_baseline(rows: Rows) -> tuple[str, str] | None:
+    for metric, maximum in MAX_PEAKS.items():
         values = _values(rows, metric)
         typical = median([value for value in values if value > 0] or [0.0])
         # Beside the ordinary spread of rewards a small baseline may jump as it likes.
         spread = median(_values(rows, REWARD_STD) or [0.0]) if metric == SHIFT else 0.0
-        if typical and max(values) > max(greatest * typical, spread):
-            return Finding(
-                "Exploding baseline",
-                metric,
-                f"up to {max(values):.3g}, {max(values) / typical:.0f} times the median",
-                "return None for what cannot be scored, not a large penalty; set scale_rewards='none'",
-            )
+        if typical and max(values) > max(maximum * typical, spread):
+            return metric, f"up to {max(values):.3g}, {max(values) / typical:.0f} times the median"
     return None
 
 
-def _costly_baseline(rows: Rows) -> Finding | None:
-    ratios = _recent(rows, run_logs.VARIANCE_VS_LEAVE_ONE_OUT)
-    if not ratios or np.mean(ratios) <= GREATEST_VARIANCE_RATIO:
-        return None
-    sizes = _recent(rows, EFFECTIVE_GROUP_SIZE)
-    dominated = f"; {EFFECTIVE_GROUP_SIZE} {np.mean(sizes):.2g}" if sizes else ""
-    return Finding(
-        "A baseline noisier than the plain mean",
-        run_logs.VARIANCE_VS_LEAVE_ONE_OUT,
-        f"mean {np.mean(ratios):.2f}: the plain mean of the others would be less noisy{dominated}",
-        "leave `baseline_prior_strength` unset; after a policy collapse it is a consequence of that",
-    )
-
-
-def _own_sample(rows: Rows) -> Finding | None:
+def _own_sample(rows: Rows) -> tuple[str, str] | None:
     ratios = _values(rows, run_logs.VARIANCE_VS_LEAVE_ONE_OUT)
     if not ratios or max(ratios) >= 1 or max(ratios) - min(ratios) > CONSTANT_RATIO_SPREAD:
         return None
-    return Finding(
-        "A baseline that sees its own completion",
-        run_logs.VARIANCE_VS_LEAVE_ONE_OUT,
-        f"{ratios[-1]:.3f} at every step: the group mean, whose gradient is {ratios[-1] ** 0.5:.3f} of the true one",
-        "not a gain; use baseline='leave_one_out' or 'gradient_weighted'",
-    )
+    shrunk = f"the group mean, whose gradient is {ratios[-1] ** 0.5:.3f} of the true one"
+    return run_logs.VARIANCE_VS_LEAVE_ONE_OUT, f"{ratios[-1]:.3f} at every step: {shrunk}"
 
 
-def _zero_variance_groups(rows: Rows) -> Finding | None:
-    fractions = _recent(rows, ZERO_STD)
-    if not fractions or np.mean(fractions) <= GREATEST_ZERO_STD:
-        return None
-    rewards = _recent(rows, run_logs.REWARD)
-    return Finding(
-        "Zero-variance groups",
-        ZERO_STD,
-        f"mean {np.mean(fractions):.2f}, at a mean reward of {np.mean(rewards):.3g}",
-        "take prompts of another difficulty, a higher `temperature` or more `num_generations`",
-    )
-
-
-def _off_policy_drift(rows: Rows) -> Finding | None:
-    for metric, greatest, remedy in (
-        (CLIPPED, GREATEST_CLIPPED, "lower `num_iterations`, `steps_per_generation` or the learning rate"),
-        (
-            LOGPS_DIFFERENCE,
-            GREATEST_LOGPS_DIFFERENCE,
-            "vLLM's weights or dtype differ from the trainer's: see the page",
-        ),
-    ):
-        values = _recent(rows, metric)
-        if values and np.mean(values) > greatest:
-            return Finding("Off-policy drift", metric, f"mean {np.mean(values):.3g}", remedy)
-    return None
-
-
-def _slow_scoring_pass(rows: Rows) -> Finding | None:
+def _slow_pass(rows: Rows) -> tuple[str, str] | None:
     passes, steps = _values(rows, PASS_TIME), _values(rows, STEP_TIME)
-    if not passes or not steps or sum(passes) <= GREATEST_PASS_SHARE * sum(steps):
+    if not passes or not steps or sum(passes) <= MAX_PASS_SHARE * sum(steps):
         return None
-    return Finding(
-        "Slow scoring pass",
-        PASS_TIME,
-        f"{sum(passes) / sum(steps):.0%} of {STEP_TIME}",
-        "score_scope='last_k' with score_last_k=1, or 'lm_head'",
-    )
+    return PASS_TIME, f"{sum(passes) / sum(steps):.0%} of {STEP_TIME}"
 
 
-SIGNATURES: tuple[Callable[[Rows], Finding | None], ...] = (
-    _learning_rate_collapse,
-    _exploding_baseline,
-    _costly_baseline,
-    _own_sample,
-    _zero_variance_groups,
-    _off_policy_drift,
-    _slow_scoring_pass,
+def _mean_above(maximum: float, metric: str, context: str = "") -> Rule:
+    def rule(rows: Rows) -> tuple[str, str] | None:
+        values, beside = _recent(rows, metric), _recent(rows, context)
+        if not values or mean(values) <= maximum:
+            return None
+        return metric, f"mean {mean(values):.3g}" + (f", at a mean {context} of {mean(beside):.3g}" if beside else "")
+
+    return rule
+
+
+# Name, rule, remedy.
+CAUSES: tuple[tuple[str, Rule, str], ...] = (
+    (
+        "Policy collapse",
+        _collapse,
+        "the learning rate is too large: divide `learning_rate` by 10, and start again or resume from before the fall",
+    ),
+    (
+        "Constant rewards",
+        _constant_rewards,
+        "more likely a fault of the verifier than the prompts' difficulty: read completions, score a right and a wrong answer",
+    ),
+    ("Too few prompts per step", _few_prompts, "raise `gradient_accumulation_steps`, or lower `num_generations`"),
+    (
+        "Tiny learning rate",
+        _tiny_learning_rate,
+        "raise `learning_rate`: where the SNR multiplies it, a rate that suited GRPO has to be 5 to 20 times larger",
+    ),
+)
+SYMPTOMS: tuple[tuple[str, Rule, str], ...] = (
+    (
+        "Learning-rate collapse",
+        _learning_rate_collapse,
+        "look at the rewards first (noise? all equal?), then take more prompts per step",
+    ),
+    (
+        "Exploding baseline",
+        _exploding_baseline,
+        "return None for what cannot be scored, not a large penalty; set scale_rewards='none'",
+    ),
+    (
+        "A baseline noisier than the plain mean",
+        # The ratio of one batch is noisy around its mean.
+        _mean_above(1.05, run_logs.VARIANCE_VS_LEAVE_ONE_OUT, "baseline/effective_group_size"),
+        "leave `baseline_prior_strength` unset",
+    ),
+    (
+        "A baseline that sees its own completion",
+        _own_sample,
+        "not a gain; use baseline='leave_one_out' or 'gradient_weighted'",
+    ),
+    (
+        "Zero-variance groups",
+        _mean_above(0.5, "frac_reward_zero_std", run_logs.REWARD),
+        "take prompts of another difficulty, a higher `temperature` or more `num_generations`",
+    ),
+    (
+        "Off-policy drift",
+        _mean_above(0.05, "clip_ratio/region_mean"),  # a share of tokens; 0 on policy
+        "lower `num_iterations`, `steps_per_generation` or the learning rate",
+    ),
+    (
+        "Off-policy drift",
+        _mean_above(0.1, "sampling/sampling_logp_difference/mean"),  # nats; bfloat16 alone makes about 0.01
+        "vLLM's weights or dtype differ from the trainer's: see the page",
+    ),
+    ("Slow scoring pass", _slow_pass, "score_scope='last_k' with score_last_k=1, or 'lm_head'"),
 )

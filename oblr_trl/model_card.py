@@ -170,11 +170,10 @@ def _optimization_rows(args: OBLRPOConfig, optimizer: Any) -> dict[str, str]:
 def _rollout_rows(args: OBLRPOConfig) -> dict[str, str]:
     assert args.generation_batch_size is not None  # set by the parent
     assert args.num_generations is not None
-    num_prompts = args.generation_batch_size // args.num_generations
-    step_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
-        "Rollouts": f"N = {num_prompts} prompts x G = {args.num_generations} completions per generated batch; {step_size} "
-        f"completions per optimizer step; `num_iterations` {args.num_iterations}",
+        "Rollouts": f"N = {args.prompts_per_step:g} prompts x G = {args.num_generations} completions per optimizer step; "
+        f"{args.generation_batch_size // args.num_generations} prompts per generated batch; `num_iterations` "
+        f"{args.num_iterations}",
         "Generation": f"vLLM, mode `{args.vllm_mode}`" if args.use_vllm else "transformers, no vLLM",
     }
 

@@ -59,7 +59,7 @@ def choose_evaluation_metric(methods: Mapping[str, Sequence[RunLog]]) -> str | N
     The metric by which all methods are compared on held-out prompts: `eval_accuracy` if every evaluated run logged it, else
     `eval_reward` if every one logged that, else whichever of the two any run logged. `None`: no run was evaluated.
     """
-    candidates = (run_logs.EVAL_ACCURACY, run_logs.EVAL_REWARD)
+    candidates = run_logs.EVALUATIONS
     logged = [{metric for metric in candidates if run.series(metric)} for runs in methods.values() for run in runs]
     evaluated = [metrics for metrics in logged if metrics]
     for candidate in candidates:
@@ -80,6 +80,10 @@ def summarize(runs: Sequence[RunLog], evaluation_metric: str | None) -> dict[str
         "final_evaluation": over_seeds(lambda run: final_evaluation(run, evaluation_metric)),
         "evaluation_gain": over_seeds(lambda run: evaluation_gain(run, evaluation_metric)),
         "final_reward": over_seeds(final_reward),
+        "learning_rate": over_seeds(lambda run: mean(run.series(run_logs.LEARNING_RATE).values())),
+        "last_learning_rate": over_seeds(
+            lambda run: next(reversed(run.series(run_logs.LEARNING_RATE).values()), None)
+        ),
         "lr_multiplier": over_seeds(lambda run: mean(run.series(run_logs.LR_MULTIPLIER).values())),
         "rho": over_seeds(lambda run: mean(run.series(run_logs.RHO).values())),
         "variance_ratio": over_seeds(lambda run: mean(run.series(run_logs.VARIANCE_VS_LEAVE_ONE_OUT).values())),

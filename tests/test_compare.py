@@ -98,7 +98,9 @@ def oblrpo_run(directory: Path, *, final: float = 0.75, reward: float = 0.5, num
     rows = [evaluation_row(0, 0.5)]
     for step in range(1, num_steps + 1):
         value = reward if step > num_steps // 2 else 0.0
-        rows.append(training_row(step, value, **oblrpo_metrics(0.1 if step % 2 else 0.3, 0.2, 0.6)))
+        multiplier = 0.1 if step % 2 else 0.3
+        metrics = oblrpo_metrics(multiplier, 0.2, 0.6) | {"learning_rate": 3e-5 * multiplier}
+        rows.append(training_row(step, value, **metrics))
     rows += [evaluation_row(num_steps, final), final_row(num_steps, runtime=40.0)]
     return write_state(directory, rows, num_steps)
 
@@ -152,7 +154,10 @@ def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, picture, c
         "gain": ["0.250", "0.100"],
         # Steps 11 to 20 of 20: 0.5 each, and none of the zeros of steps 1 to 10.
         "training reward, last 10 steps": ["0.500", "0.400"],
-        # 0.1 at the 10 odd steps, 0.3 at the 10 even ones; GRPO does not log any of the next three.
+        # 3e-5 times 0.1 at the 10 odd steps and 0.3 at the 10 even ones: (3e-6 + 9e-6) / 2; GRPO's is 8e-7 throughout.
+        "effective learning rate, mean": ["6.00e-06", "8.00e-07"],
+        "effective learning rate, last": ["9.00e-06", "8.00e-07"],
+        # GRPO does not log any of the next three.
         "learning-rate multiplier, mean": ["0.200", ""],
         "rho, mean": ["0.200", ""],
         "variance / leave-one-out's, mean": ["0.600", ""],

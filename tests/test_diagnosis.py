@@ -1,15 +1,26 @@
-"""The signatures on logs written by hand: each is found where it is, and only there."""
+"""The rules on logs written by hand, each found where it is and only there; the warnings of real runs."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from trl import GRPOConfig, GRPOTrainer
 
-from oblr_trl.diagnosis import diagnose, format_findings
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
+from oblr_trl.scripts import train as train_script
+from tests import recipe_stand_ins
+from tests.tiny_models import train
 
-# What a healthy run logs, at every one of ten steps.
+RECIPE = str(Path(__file__).parent.parent / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml")
+# What a healthy run logs, at every one of twelve steps.
 HEALTHY = {
+    "learning_rate": 1e-6,
+    "rewards/verifier/mean": 0.5,
+    "rewards/verifier/std": 0.5,
+    "gradient_snr/num_prompts": 16,
     "reward": 0.5,
     "reward_std": 0.5,
     "frac_reward_zero_std": 0.1,
@@ -25,7 +36,7 @@ HEALTHY = {
 }
 
 
-def log(num_steps=10, **changed):
+def log(num_steps=12, **changed):
     """Rows of a run; `changed` holds a number, or a list with a number for each step."""
     rows = []
     for i in range(num_steps):
@@ -50,10 +61,10 @@ def test_a_healthy_log_has_no_findings():
     ("changed", "name", "metric"),
     [
         ({"gradient_snr/ratio": 0.0, "lr_multiplier": 0.05}, "Learning-rate collapse", "gradient_snr/ratio"),
-        ({"baseline/shift": [0.2] * 9 + [0.7]}, "Exploding baseline", "baseline/shift"),
-        ({"grad_norm": [1.0] * 9 + [11.0]}, "Exploding baseline", "grad_norm"),
+        ({"baseline/shift": [0.2] * 11 + [0.7]}, "Exploding baseline", "baseline/shift"),
+        ({"grad_norm": [1.0] * 11 + [11.0]}, "Exploding baseline", "grad_norm"),
         (
-            {"variance_ratio/leave_one_out": [0.9, 1.3] * 5},
+            {"variance_ratio/leave_one_out": [0.9, 1.3] * 6},
             "A baseline noisier than the plain mean",
             "variance_ratio/leave_one_out",
         ),
@@ -63,7 +74,11 @@ def test_a_healthy_log_has_no_findings():
             "variance_ratio/leave_one_out",
         ),
         ({"frac_reward_zero_std": 0.6}, "Zero-variance groups", "frac_reward_zero_std"),
-        ({"clip_ratio/region_mean": [0.0, 0.2] * 5}, "Off-policy drift", "clip_ratio/region_mean"),
+        ({"gradient_snr/num_prompts": 15}, "Too few prompts per step", "gradient_snr/num_prompts"),
+        ({"learning_rate": 2e-7}, "Tiny learning rate", "learning_rate"),
+        ({"rewards/verifier/std": 0.0}, "Constant rewards", "rewards/verifier/mean"),
+        ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),
+        ({"clip_ratio/region_mean": [0.0, 0.2] * 6}, "Off-policy drift", "clip_ratio/region_mean"),
         (
             {"sampling/sampling_logp_difference/mean": 0.5},
             "Off-policy drift",
@@ -77,23 +92,108 @@ def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, m
 
 def test_a_reward_that_falls_and_stays_down_is_a_collapse():
     # Means over 3 values: 0.5 at best, 0.1 at the end; 0.4 is more than half of the deviation of 0.5.
-    assert names(log(reward=[0.5] * 5 + [0.1] * 5)) == ["Policy collapse"]
+    assert names(log(reward=[0.5] * 6 + [0.1] * 6)) == ["Policy collapse"]
     # What else its log shows is a consequence.
-    assert names(log(reward=[0.5] * 5 + [0.1] * 5, frac_reward_zero_std=1.0)) == ["Policy collapse"]
-    assert names(log(reward=[0.5] * 5 + [0.3] * 5)) == []
-    assert names(log(reward=[0.1] * 5 + [0.5] * 5)) == []
-    assert names(log(reward=[0.5] * 5 + [0.0] + [0.5] * 4)) == []
+    assert names(log(reward=[0.5] * 6 + [0.1] * 6, frac_reward_zero_std=1.0)) == ["Policy collapse"]
+    assert names(log(reward=[0.5] * 6 + [0.3] * 6)) == []
+    assert names(log(reward=[0.1] * 6 + [0.5] * 6)) == []
+    assert names(log(reward=[0.5] * 6 + [0.0] + [0.5] * 5)) == []
+
+
+def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_started():
+    # Means over 3 values: 0.2 at best, 0.05 at the end, which is no fall of half a deviation; 0.5 to 0.05 is.
+    (finding,) = diagnose(log(reward=[0.5] + [0.05] * 11, learning_rate=3e-3))
+    assert (finding.name, finding.metric) == ("Policy collapse", "reward")
+    assert finding.evidence == "0.5 at first, later at most 0.05 (last 6 logged), at learning rates of up to 0.003"
+    assert "learning rate is too large" in finding.remedy
+    # What stays above half of the start in a single batch of the later half is no loss: 0.25 is half of 0.5.
+    assert names(log(reward=[0.5] + [0.05] * 10 + [0.25])) == []
+    # Nor is a lucky first batch: 0.12 less 0.02 is below a quarter of the deviation of 0.5.
+    assert names(log(reward=[0.12] + [0.02] * 11)) == []
+    # Penalties: -1 is where it started, so that -0.8 is a gain.
+    assert names(log(reward=[-1.0] + [-0.8] * 11)) == []
+
+
+def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large():
+    # As logged by `train --config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --learning_rate 6e-2 --max_steps 12`.
+    logged = {
+        "reward": [0.484, 0.0924, 0.0409, 0.0753, 0.0745, 0.0523, 0.0311, 0.0485, 0.0135, 0.0205, 0.0579, 0.0389],
+        "reward_std": [0.498, 0.284, 0.153, 0.197, 0.183, 0.118, 0.0773, 0.132, 0.0497, 0.075, 0.142, 0.105],
+        "frac_reward_zero_std": [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
+        "baseline/shift": [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
+        "variance_ratio/leave_one_out": [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
+        "gradient_snr/ratio": 0.0,
+        "lr_multiplier": 0.05,
+        "learning_rate": 0.003,
+    }
+    (finding,) = diagnose(log(**logged))
+    assert finding.name == "Policy collapse"
+    assert finding.remedy.startswith("the learning rate is too large: divide `learning_rate` by 10")
+
+
+def test_a_few_steps_are_enough_to_see_a_policy_lost():
+    assert names(log(3, reward=[0.5] + [0.05] * 2, frac_reward_zero_std=1.0)) == []
+    # As soon as any consequence can be seen, so that none of them is warned of first.
+    assert names(log(4, reward=[0.5] + [0.05] * 3, frac_reward_zero_std=1.0)) == ["Policy collapse"]
+
+
+@pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])
+def test_an_evaluation_tells_a_lost_policy_where_the_rewards_are_noise(metric):
+    def evaluated(*values, **changed):
+        rows = [{"step": 0, metric: values[0], "eval_reward_std": 0.5}]
+        return rows + log(**changed) + [{"step": 12, metric: value} for value in values[1:]]
+
+    found = diagnose(evaluated(0.48, 0.06, frac_reward_zero_std=1.0))
+    assert [(finding.name, finding.metric) for finding in found] == [("Policy collapse", metric)]
+    assert names(evaluated(0.48, 0.3)) == []
+    assert names(evaluated(0.48, 0.06, 0.3)) == []
+    assert names(evaluated(0.1, 0.01)) == []  # ten problems more or less, of a hundred
+
+
+def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty():
+    for value in (0.0, 1.0, 0.1):
+        (finding,) = diagnose(log(reward=value, reward_std=1e-9, frac_reward_zero_std=1.0, grad_norm=0.0))
+        assert finding.evidence == f"{value:g} for every completion of 12 logged values"
+        assert "fault of the verifier" in finding.remedy
+    # One right completion, once, or groups of equal rewards that differ from one another, are a difficulty.
+    hard = log(reward=[0.0] * 11 + [0.01], reward_std=[0.0] * 11 + [0.1], frac_reward_zero_std=0.99)
+    assert names(hard) == ["Zero-variance groups"]
+    assert names(log(reward=[0.0, 1.0] * 6, reward_std=0.0, frac_reward_zero_std=1.0)) == ["Zero-variance groups"]
+
+
+def test_a_reward_function_that_never_varies_is_named_among_others_that_do():
+    (finding,) = diagnose(log(**{"rewards/format/mean": 0.0, "rewards/format/std": 0.0}))
+    assert finding.metric == "rewards/format/mean"
+    # The other rewards still teach something, so that the rest of the log is judged.
+    both = log(**{"rewards/format/mean": 0.0, "rewards/format/std": 0.0, "frac_reward_zero_std": 1.0})
+    assert names(both) == ["Constant rewards", "Zero-variance groups"]
+
+
+def test_the_prior_needs_two_prompts_and_the_snr_more():
+    without_snr = [{name: value for name, value in row.items() if name != "lr_multiplier"} for row in log()]
+    for rows, num_prompts, found in ((log(), 16, 0), (log(), 15, 1), (without_snr, 2, 0), (without_snr, 1, 1)):
+        assert len(diagnose([row | {"gradient_snr/num_prompts": num_prompts} for row in rows])) == found
+    # It is a setting, not a consequence: a collapse does not hide it.
+    lost = log(reward=[0.5] + [0.05] * 11, **{"gradient_snr/num_prompts": 2})
+    assert names(lost) == ["Policy collapse", "Too few prompts per step"]
+
+
+def test_a_rate_for_grpo_that_the_snr_divides_is_tiny():
+    (finding,) = diagnose(log(learning_rate=5e-8, lr_multiplier=0.05))
+    assert finding.evidence == "median 5e-08, after a multiplier of 0.05; GRPO's default is 1e-06"
+    # The multiplier is held back in the first ten batches of every run.
+    assert names(log(10, learning_rate=5e-8)) == []
 
 
 def test_a_baseline_that_jumps_within_the_spread_of_the_rewards_does_not_explode():
-    assert names(log(**{"baseline/shift": [0.1] * 9 + [0.45]})) == []
-    assert names(log(**{"baseline/shift": [0.1] * 9 + [0.55]})) == ["Exploding baseline"]
+    assert names(log(**{"baseline/shift": [0.1] * 11 + [0.45]})) == []
+    assert names(log(**{"baseline/shift": [0.1] * 11 + [0.55]})) == ["Exploding baseline"]
 
 
 def test_a_pass_that_takes_most_of_the_step_is_found():
     assert names(log(**{"score/pass_time": 2.1})) == ["Slow scoring pass"]
     # One pass for four optimizer steps: 2.1 / (4 x 4) of the time.
-    assert names(log(**{"score/pass_time": [2.1, None, None, None, 2.1] * 2})) == []
+    assert names(log(**{"score/pass_time": [2.1, None, None, None] * 3})) == []
 
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():
@@ -102,8 +202,8 @@ def test_the_rate_does_not_collapse_where_it_is_not_adapted():
 
 
 def test_the_beginning_of_a_run_does_not_count():
-    assert names(log(**{"gradient_snr/ratio": [0.0] * 5 + [0.2] * 5})) == []
-    assert names(log(**{"gradient_snr/ratio": [0.2] * 5 + [0.0] * 5})) == ["Learning-rate collapse"]
+    assert names(log(**{"gradient_snr/ratio": [0.0] * 6 + [0.2] * 6})) == []
+    assert names(log(**{"gradient_snr/ratio": [0.2] * 6 + [0.0] * 6})) == ["Learning-rate collapse"]
 
 
 @pytest.mark.parametrize("undefined", [None, math.nan, math.inf])
@@ -124,9 +224,64 @@ def test_the_script_reads_a_runs_log(tmp_path, capsys):
     (findings,) = script.main([f"mine={tmp_path}"]).values()
 
     assert [finding.name for finding in findings] == ["Zero-variance groups"]
-    assert "frac_reward_zero_std: mean 1.00, at a mean reward of 0" in capsys.readouterr().out
+    assert "frac_reward_zero_std: mean 1, at a mean reward of 0" in capsys.readouterr().out
 
 
 def test_the_script_refuses_what_is_no_run(tmp_path):
     with pytest.raises(SystemExit, match=r"diagnose: .* holds neither trainer_state\.json"):
         script.main([str(tmp_path)])
+
+
+# Real runs
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "oblr_trl.diagnosis"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "others"),
+    [(OBLRPOTrainer, OBLRPOConfig, ["Step 4: Too few prompts per step"]), (GRPOTrainer, GRPOConfig, [])],
+)
+def test_a_failure_is_warned_of_once_while_training_and_told_at_the_end(
+    tmp_path, caplog, capsys, trainer, config, others
+):
+    def always_zero(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    train(trainer, config, tmp_path, reward=always_zero, max_steps=6, callbacks=[DiagnosisCallback()])
+    # Four values are the first that prove something.
+    warning, *rest = warnings(caplog)
+    assert [
+        other.split("\n")[0] for other in rest
+    ] == others  # 32 completions are 4 prompts, of which GRPO says nothing
+    assert warning.startswith("Step 4: Constant rewards\n  reward: 0 for every completion of 4 logged values\n")
+    summary = capsys.readouterr().out.split(f"Diagnosis of {tmp_path}\n\n")[1]
+    assert summary.startswith("Constant rewards\n  reward: 0 for every completion of 6 logged values\n  remedy: ")
+
+
+def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog):
+    options = {"learning_rate": 1e-7, "lr_scheduler_type": "constant_with_warmup", "max_steps": 12}
+    train(GRPOTrainer, GRPOConfig, tmp_path, warmup_steps=12, callbacks=[DiagnosisCallback()], **options)
+    assert not [warning for warning in warnings(caplog) if "Tiny learning rate" in warning]
+    caplog.clear()
+    train(GRPOTrainer, GRPOConfig, tmp_path, callbacks=[DiagnosisCallback()], **options)
+    assert [warning[:27] for warning in warnings(caplog)] == ["Step 11: Tiny learning rate"]
+
+
+def test_the_training_script_warns_and_tells(tmp_path, caplog, capsys):
+    settings = {
+        "model_name_or_path": recipe_stand_ins.write_model(tmp_path / "model"),
+        "output_dir": str(tmp_path / "run"),
+        "reward_funcs": "tests.custom_rewards.zero_reward",
+        "train_size": 32,
+        "per_device_train_batch_size": 16,
+        "max_steps": 4,
+        "eval_strategy": "no",
+        "eval_on_start": "false",
+        "disable_tqdm": "true",
+    }
+    flags = [token for key, value in settings.items() for token in (f"--{key}", str(value))]
+    train_script.main(*train_script.parse(["--config", RECIPE, *flags]))
+    assert any(warning.startswith("Step 4: Constant rewards") for warning in warnings(caplog))
+    assert f"Diagnosis of {tmp_path / 'run'}\n\nConstant rewards\n" in capsys.readouterr().out

@@ -25,10 +25,14 @@ def settings(text):
     return dict(rows[2:])
 
 
+def config(tmp_path, **options):
+    batch = {"gradient_accumulation_steps": 16}  # of one prompt each
+    return OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **(batch | options))
+
+
 def described(tmp_path, prior_strength=16.0, **options):
     """The settings in the card of a run that has not started."""
-    args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
-    return settings(training_details(args, None, prior_strength))
+    return settings(training_details(config(tmp_path, **options), None, prior_strength))
 
 
 def test_a_checkpoint_comes_with_a_card_that_names_every_setting(tmp_path):
@@ -44,7 +48,7 @@ def test_a_checkpoint_comes_with_a_card_that_names_every_setting(tmp_path):
         "Initial learning rate": "0.001",  # not the last step's, which the schedule and rho have lowered
         "Optimizer": "`AdamW`",
         "Loss": "`dr_grpo`, reward scaling `none`, KL coefficient 0",
-        "Rollouts": "N = 4 prompts x G = 8 completions per generated batch; 32 completions per optimizer step; "
+        "Rollouts": "N = 4 prompts x G = 8 completions per optimizer step; 4 prompts per generated batch; "
         "`num_iterations` 1",
         "Generation": "transformers, no vLLM",
     }
@@ -136,8 +140,7 @@ def test_half_of_the_method_is_called_half(tmp_path):
         card = (tmp_path / "README.md").read_text()
         assert "This model was trained with OBLR-PO" in card
         assert expected in card
-    args = OBLRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    assert "only" not in training_details(args, None, 16.0)
+    assert "only" not in training_details(config(tmp_path), None, 16.0)
 
 
 def test_every_choice_shows(tmp_path):
@@ -157,18 +160,18 @@ def test_every_choice_shows(tmp_path):
     assert described(tmp_path, optim="adafactor")["Optimizer"] == "`adafactor`"
     vllm = described(tmp_path, use_vllm=True, vllm_mode="server")
     assert vllm["Generation"] == "vLLM, mode `server`"
-    # 4 rows x 6 micro-batches = 24 completions = 3 prompts x 8, trained on in steps of 4 x 2
+    # 4 rows x 12 micro-batches = 48 completions = 6 prompts x 8, trained on in steps of 4 x 6 = 3 x 8
     rollouts = described(
         tmp_path,
         num_generations=8,
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        steps_per_generation=6,
+        gradient_accumulation_steps=6,
+        steps_per_generation=12,
         num_iterations=3,
         beta=0.04,
     )
     assert rollouts["Rollouts"] == (
-        "N = 3 prompts x G = 8 completions per generated batch; 8 completions per optimizer step; `num_iterations` 3"
+        "N = 3 prompts x G = 8 completions per optimizer step; 6 prompts per generated batch; `num_iterations` 3"
     )
     assert rollouts["Loss"] == "`dr_grpo`, reward scaling `none`, KL coefficient 0.04"
 

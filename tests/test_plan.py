@@ -405,10 +405,69 @@ def test_keys_of_the_recipe_and_the_number_of_gpus_can_be_given(capsys):
     assert "completions per optimizer step                   128" in capsys.readouterr().out
 
 
-def test_a_misspelt_key_fails(capsys):
-    with pytest.raises(SystemExit):
+def test_a_misspelt_key_fails_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
         plan.main(["--config", RECIPE, "--per_device_train_batch", "2"])
-    assert "per_device_train_batch_size" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plan: Unknown key `per_device_train_batch`")
+    assert "per_device_train_batch_size" in line
+
+
+def test_a_tiny_recipe_without_its_start_model_says_how_to_make_it(capsys, tmp_path, monkeypatch):
+    recipe = ROOT / "recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml"
+    monkeypatch.chdir(tmp_path)  # where no .cache is
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--config", str(recipe)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "There is no '.cache/tiny-Qwen3-chain_sum/config.json'" in line
+    assert "python -m oblr_trl.scripts.start_model" in line
+
+
+def test_the_prompt_length_that_is_assumed_is_no_reason_to_refuse_a_short_model(capsys, tmp_path):
+    Qwen3Config(max_position_embeddings=256).save_pretrained(tmp_path)  # as the start model of the tiny recipes
+    arguments = ["--config", "recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml", "--model_config"]
+    arguments += [str(tmp_path / "config.json"), "--gpu_memory", "1000", "--strict"]
+    assert plan.main(arguments) == 0
+    assert "sequences are counted at full length, 250 + 6 tokens" in capsys.readouterr().out
+    # A length that was asked for is, and so are completions that leave no room for a prompt.
+    assert plan.main([*arguments, "--prompt_length", "251"]) == 1
+    assert plan.main([*arguments, "--max_completion_length", "256"]) == 1
+
+
+# 8 GPUs x 1 sequence x `accumulation` micro-batches of 8 completions to a prompt: `accumulation` prompts per step.
+@pytest.mark.parametrize(
+    ("accumulation", "flags", "warned", "strict"),
+    [
+        (16, [], None, 0),
+        (15, [], "WARNING: rho will be mostly noise: an optimizer step has 15 prompts", 0),
+        (15, ["--lr_adaptation", "none"], None, 0),
+        (2, ["--lr_adaptation", "none"], None, 0),
+        (1, ["--lr_adaptation", "none"], "WARNING: The baseline has no prior: a generation batch has 1 prompt", 1),
+        (1, ["--lr_adaptation", "none", "--baseline_prior_strength", "0"], None, 0),
+        (1, ["--lr_adaptation", "none", "--baseline", "leave_one_out"], None, 0),
+    ],
+)
+def test_prompts_per_step_are_held_against_what_needs_them(capsys, tmp_path, accumulation, flags, warned, strict):
+    record = tmp_path / "plan.json"
+    batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(accumulation)]
+    arguments = ["--config", RECIPE, "--accelerate_config", ZERO3, *batch, *flags, "--json", str(record)]
+    assert plan.main(arguments) == 0
+    assert plan.main([*arguments, "--strict"]) == strict
+    output = capsys.readouterr()
+    found = [line for line in output.out.splitlines() if line.startswith("WARNING")]
+    assert [line.startswith(warned or "") for line in found] == ([True, True] if warned else [])  # of two runs
+    assert [f"WARNING: {line}" for line in json.loads(record.read_text())["warnings"]] == found[:1]
+    assert "Warning" not in output.err
+
+
+def test_a_step_of_one_prompt_is_refused_where_the_snr_needs_more(capsys):
+    batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--config", RECIPE, "--accelerate_config", ZERO3, *batch])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "plan: OBLR-PO cannot honour lr_adaptation='snr': an optimizer step has 1 prompt x 8 completions"
+    )
 
 
 def test_counting_as_on_other_machines_leaves_no_trace():

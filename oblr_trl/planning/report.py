@@ -1,6 +1,7 @@
 """The plan in words: tables of memory and rollouts, and what is wrong with them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from oblr_trl.planning.memory import PHASES, MemoryPlan, VLLMPlan, plan_vllm
@@ -66,15 +67,15 @@ def notes(setup: Setup, plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def format_plan(name: str, source: str, setup: Setup, plan: MemoryPlan) -> str:
-    """Everything, as text."""
+def format_plan(name: str, source: str, setup: Setup, plan: MemoryPlan, warned: Sequence[str] = ()) -> str:
+    """Everything, as text, with what the configuration `warned` of."""
     lines = [*_head(name, source, setup), "", *_memory_table(plan), ""]
     if setup.generation.mode == "colocate":
         lines += [*_vllm_table(plan_vllm(setup)), ""]
     lines += [*_rollouts(setup), ""]
     lines += [f"note: {line}" for line in notes(setup, plan)]
     found = problems(setup, plan)
-    lines += [f"WARNING: {line}" for line in found]
+    lines += [f"WARNING: {line}" for line in [*warned, *found]]
     if not found:
         lines.append(
             f"fits: at most {plan.peak / GB:.1f} of {plan.gpu_memory / GB:.0f} GB, in phase `{plan.peak_phase}`."
@@ -136,7 +137,7 @@ def _rollouts(setup: Setup) -> list[str]:
     return [f"{label:<42}{value:>10}" for label, value in rows]
 
 
-def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan) -> dict[str, Any]:
+def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan, warned: Sequence[str] = ()) -> dict[str, Any]:
     """Everything, for JSON."""
     schedule = setup.schedule
     return {
@@ -150,6 +151,7 @@ def as_record(name: str, source: str, setup: Setup, plan: MemoryPlan) -> dict[st
         "totals": {phase: plan.total(phase) for phase in PHASES},
         "fits": plan.fits,
         "problems": problems(setup, plan),
+        "warnings": list(warned),
         "completions_per_step": schedule.completions_per_step,
         "prompts_per_step": schedule.prompts_per_step,
         "completions_per_batch": schedule.completions_per_batch,

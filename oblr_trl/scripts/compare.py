@@ -25,16 +25,18 @@ from oblr_trl.run_logs import RunLog, RunLogError, read_methods, split_label
 from oblr_trl.run_summary import FINAL_STEPS, Statistic, choose_evaluation_metric, summarize, train_runtime
 
 DEFAULT_PICTURE = Path("compare.png")
-# Name in the table and decimals, in the order of the rows; the keys are those of `run_summary.summarize`.
+# Name in the table and format, in the order of the rows; the keys are those of `run_summary.summarize`.
 TABLE_ROWS = {
-    "start_evaluation": ("held-out {evaluation}, start", 3),
-    "final_evaluation": ("held-out {evaluation}, final", 3),
-    "evaluation_gain": ("gain", 3),
-    "final_reward": (f"training reward, last {FINAL_STEPS} steps", 3),
-    "lr_multiplier": ("learning-rate multiplier, mean", 3),
-    "rho": ("rho, mean", 3),
-    "variance_ratio": ("variance / leave-one-out's, mean", 3),
-    "train_runtime": ("training and evaluation time (s)", 1),
+    "start_evaluation": ("held-out {evaluation}, start", ".3f"),
+    "final_evaluation": ("held-out {evaluation}, final", ".3f"),
+    "evaluation_gain": ("gain", ".3f"),
+    "final_reward": (f"training reward, last {FINAL_STEPS} steps", ".3f"),
+    "learning_rate": ("effective learning rate, mean", ".2e"),
+    "last_learning_rate": ("effective learning rate, last", ".2e"),
+    "lr_multiplier": ("learning-rate multiplier, mean", ".3f"),
+    "rho": ("rho, mean", ".3f"),
+    "variance_ratio": ("variance / leave-one-out's, mean", ".3f"),
+    "train_runtime": ("training and evaluation time (s)", ".1f"),
 }
 
 
@@ -193,8 +195,8 @@ def format_table(comparison: Mapping[str, Any]) -> str:
         ["seeds", *(str(entry["num_seeds"]) for entry in methods.values())],
         ["steps", *(_step_range([int(step) for step in entry["steps"]["values"]]) for entry in methods.values())],
     ]
-    for key, (name, decimals) in TABLE_ROWS.items():
-        cells = [_format_statistic(entry[key], decimals) for entry in methods.values()]
+    for key, (name, spec) in TABLE_ROWS.items():
+        cells = [format_statistic(entry[key], spec) for entry in methods.values()]
         rows.append([name.format(evaluation=evaluation), *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [_format_row(row, widths) for row in rows]
@@ -215,11 +217,12 @@ def _format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(aligned) + " |"
 
 
-def _format_statistic(statistic: Mapping[str, Any], decimals: int) -> str:
+def format_statistic(statistic: Mapping[str, Any], spec: str) -> str:
+    """Mean ± standard deviation, each by the format `spec`; blank where unknown."""
     if statistic["mean"] is None:
         return ""
-    spread = "" if statistic["std"] is None else f" ± {statistic['std']:.{decimals}f}"
-    return f"{statistic['mean']:.{decimals}f}{spread}"
+    spread = "" if statistic["std"] is None else f" ± {statistic['std']:{spec}}"
+    return f"{statistic['mean']:{spec}}{spread}"
 
 
 def _step_range(steps: Sequence[int]) -> str:

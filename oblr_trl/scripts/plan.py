@@ -10,6 +10,7 @@ command line too. `--scale` prints `docs/scale.md` instead.
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--margin", type=float, default=0.1, help="part of it to leave free (default: %(default)s)")
     parser.add_argument("--prompt_length", type=int, help="tokens of the longest prompt")
     parser.add_argument("--model_config", help="a config.json, in place of the model's")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 if it does not fit")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if it cannot run as planned")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--scale", action="store_true", help="print docs/scale.md and nothing else")
     return parser
@@ -67,15 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         parser.error("--config RECIPE is needed (or --scale)")
     try:
-        name, source, setup = read_setup(arguments, recipe_flags)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            name, source, setup = read_setup(arguments, recipe_flags)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"plan: {error}\n")
+    # What the configuration warns of; not deprecations.
+    warned = [str(warning.message) for warning in caught if warning.category is UserWarning]
     plan = plan_memory(setup, arguments.margin)
-    sys.stdout.write(format_plan(name, source, setup, plan))
+    sys.stdout.write(format_plan(name, source, setup, plan, warned))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(as_record(name, source, setup, plan), indent=2) + "\n")
-    return 1 if arguments.strict and problems(setup, plan) else 0
+        arguments.json.write_text(json.dumps(as_record(name, source, setup, plan, warned), indent=2) + "\n")
+    has_no_prior = bool(warned) and setup.schedule.prompts_per_batch < 2
+    return 1 if arguments.strict and (problems(setup, plan) or has_no_prior) else 0
 
 
 def read_setup(arguments: argparse.Namespace, recipe_flags: list[str]) -> tuple[str, str, Setup]:
@@ -108,7 +114,7 @@ def read_setup(arguments: argparse.Namespace, recipe_flags: list[str]) -> tuple[
         backend=backend,
         schedule=_schedule(args, backend),
         generation=_generation(args),
-        prompt_length=arguments.prompt_length or _prompt_length(args),
+        prompt_length=arguments.prompt_length or _prompt_length(args, shape),
         completion_length=args.max_completion_length,
         checkpointing=args.gradient_checkpointing,
         optimizer=OptimizerNames(args.optim).value,
@@ -146,7 +152,10 @@ def read_shape(name: str, config_file: str | None = None) -> tuple[ModelShape, s
     if config_file is not None or path.is_dir() or name.startswith((".", "/", "~")):
         file = path.expanduser() if config_file is not None else path.expanduser() / "config.json"
         if not file.is_file():
-            raise ValueError(f"There is no {str(file)!r}: make the model first, or give --model_config.")
+            raise ValueError(
+                f"There is no {str(file)!r}: make the model first (the tiny recipes' by `python -m "
+                "oblr_trl.scripts.start_model`), or give --model_config."
+            )
         return ModelShape.from_config(AutoConfig.from_pretrained(str(file)).to_dict()), str(file)
     try:
         return ModelShape.from_config(AutoConfig.from_pretrained(name).to_dict()), "the hub or its cache"
@@ -192,11 +201,11 @@ def _generation(args: GRPOConfig) -> Generation:
     )
 
 
-def _prompt_length(args: GRPOConfig) -> int:
+def _prompt_length(args: GRPOConfig, shape: ModelShape) -> int:
     assert args.max_completion_length is not None
     if args.use_vllm and args.vllm_max_model_length is not None:
         return max(args.vllm_max_model_length - args.max_completion_length, 1)
-    return DEFAULT_PROMPT_LENGTH
+    return max(min(DEFAULT_PROMPT_LENGTH, shape.max_positions - args.max_completion_length), 1)
 
 
 def _scoring(args: GRPOConfig) -> Scoring | None:

@@ -24,7 +24,7 @@ import yaml
 
 from oblr_trl.checkpoints import last_complete_checkpoint
 from oblr_trl.run_logs import STATE_FILE, RunLog, read_run
-from oblr_trl.scripts.compare import TABLE_ROWS, compare
+from oblr_trl.scripts.compare import TABLE_ROWS, compare, format_statistic
 from oblr_trl.scripts.train import parse
 from oblr_trl.tasks import nearest
 
@@ -221,14 +221,13 @@ def collect(runs: Sequence[SweepRun]) -> dict[str, Any]:
 def format_table(results: Mapping[str, Any], axes: Sequence[str]) -> str:
     """The results as a Markdown table, a combination a row; mean ± standard deviation over seeds, blank where unknown."""
     evaluation = (results["evaluation_metric"] or "accuracy").removeprefix("eval_")
-    names = {key: (name.format(evaluation=evaluation), decimals) for key, (name, decimals) in TABLE_ROWS.items()}
-    rows = [[*axes, "seeds", *(name for name, _ in names.values())]]
+    rows = [[*axes, "seeds", *(name.format(evaluation=evaluation) for name, _ in TABLE_ROWS.values())]]
     rows.append(["---"] * len(rows[0]))
     for entry in results["methods"].values():
         cells = [_format_value(entry["values"], axis) for axis in axes]
         cells += [
             str(entry["num_seeds"]),
-            *(_format_mean(entry[key], decimals) for key, (_, decimals) in names.items()),
+            *(format_statistic(entry[key], spec) for key, (_, spec) in TABLE_ROWS.items()),
         ]
         rows.append(cells)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -236,13 +235,6 @@ def format_table(results: Mapping[str, Any], axes: Sequence[str]) -> str:
 
 def _format_value(values: Mapping[str, Any], axis: str) -> str:
     return ("auto" if values[axis] is None else str(values[axis])) if axis in values else ""
-
-
-def _format_mean(statistic: Mapping[str, Any], decimals: int) -> str:
-    if statistic["mean"] is None:
-        return ""
-    spread = "" if statistic["std"] is None else f" ± {statistic['std']:.{decimals}f}"
-    return f"{statistic['mean']:.{decimals}f}{spread}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from oblr_trl.checkpoints import last_complete_checkpoint
 from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.diagnosis import DiagnosisCallback
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.oblrpo_trainer import OBLRPOTrainer
 from oblr_trl.recipe_files import (
@@ -90,6 +91,7 @@ def main(
         eval_dataset=prompts["test"] if evaluates else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[DiagnosisCallback()],
     )
     trainer.train(resume_from_checkpoint=checkpoint)  # evaluates after the last step too, whatever `eval_steps` is
     trainer.save_model(training_args.output_dir)
