@@ -4,10 +4,12 @@ What happens to the other processes is in tests/backends/test_faults.py.
 """
 
 import asyncio
+import ctypes
 import json
 import math
 import signal
 import time
+import traceback
 
 import pytest
 import torch
@@ -54,6 +56,131 @@ def test_a_reward_function_that_takes_too_long_is_interrupted(tmp_path):
         with pytest.raises(TimeoutError, match=rf"'{reward.__name__}' took longer than reward_timeout=0.5 seconds"):
             train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, reward_timeout=0.5)
         assert time.monotonic() - before < 50
+
+
+WAIT = 20  # seconds: how long what follows goes on if nothing interrupts it
+
+
+def catches_exceptions():
+    """As a client that gives a completion nothing when its judge fails."""
+    try:
+        time.sleep(WAIT)
+    except Exception:
+        return 0.0
+
+
+def catches_everything():
+    try:
+        time.sleep(WAIT)
+    except:  # noqa: E722
+        return 0.0
+
+
+def tries_again():
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            catches_everything()
+            time.sleep(WAIT)
+        except BaseException:
+            continue
+
+
+def waits_in_its_clean_up():
+    try:
+        time.sleep(WAIT)
+    finally:
+        time.sleep(WAIT)
+
+
+def raises_an_error_of_its_own():
+    try:
+        time.sleep(WAIT)
+    except BaseException as error:
+        raise KeyError("no such answer") from error
+
+
+def holds_the_interpreter_lock():
+    ctypes.PyDLL(None).usleep(500_000)  # microseconds; nothing can interrupt it
+
+
+async def catches_its_cancellation():
+    try:
+        await asyncio.sleep(WAIT)
+    except asyncio.CancelledError:
+        return 0.0
+
+
+async def tries_again_when_cancelled():
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            await asyncio.sleep(WAIT)
+        except (asyncio.CancelledError, TimeoutError):
+            continue
+
+
+async def blocks_the_event_loop():
+    time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        catches_exceptions,
+        catches_everything,
+        tries_again,
+        waits_in_its_clean_up,
+        raises_an_error_of_its_own,
+        holds_the_interpreter_lock,
+        catches_its_cancellation,
+        tries_again_when_cancelled,
+        blocks_the_event_loop,
+    ],
+)
+def test_the_time_limit_holds_whatever_a_reward_function_catches(wait):
+    def reward(prompts):
+        return [wait() for _ in prompts]
+
+    async def async_reward(prompts):
+        return [await wait() for _ in prompts]
+
+    guard = RewardGuard(timeout=0.25)
+    signal_handler = signal.getsignal(signal.SIGURG)
+    before = time.monotonic()
+    if asyncio.iscoroutinefunction(wait):
+        asyncio.new_event_loop().run_until_complete(guard.guard(async_reward)(prompts=["a", "b"]))
+    else:
+        guard.guard(reward)(prompts=["a", "b"])
+
+    assert time.monotonic() - before < WAIT
+    error = guard.take_error()
+    assert isinstance(error, TimeoutError)
+    assert "reward' took longer than reward_timeout=0.25 seconds" in str(error)
+    assert signal.getsignal(signal.SIGURG) is signal_handler
+
+
+def test_the_error_of_a_time_limit_shows_where_the_function_was():
+    guard = RewardGuard(timeout=0.25)
+    guard.guard(lambda prompts: [catches_exceptions() for _ in prompts])(prompts=["a"])
+
+    assert "in catches_exceptions" in "".join(traceback.format_exception(guard.take_error()))
+
+
+def test_of_two_rewards_that_fail_the_first_error_is_kept():
+    def fails(message):
+        def reward(prompts):
+            raise KeyError(message)
+
+        return reward
+
+    guard = RewardGuard()
+    for message in ("first", "second"):
+        guard.guard(fails(message))(prompts=["a"])
+
+    assert guard.take_error().args == ("first",)
+    guard.guard(fails("of the next batch"))(prompts=["a"])
+    assert guard.take_error().args == ("of the next batch",)
 
 
 def test_a_timeout_of_the_reward_function_itself_is_passed_on(tmp_path):
