@@ -3,6 +3,7 @@
 Nothing here changes a number: what trains without trouble trains as `GRPOTrainer` does, bit for bit.
 """
 
+import os
 from typing import Any
 
 from safetensors import SafetensorError
@@ -97,6 +98,10 @@ class GuardedGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"There is no complete checkpoint in `output_dir` ({self.args.output_dir}) to resume from."
                 )
+        if resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
+            load_state(
+                resume_from_checkpoint
+            )  # refuses one that cannot be resumed, before the parent reads half of it
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):

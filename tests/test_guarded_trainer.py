@@ -7,6 +7,7 @@ import asyncio
 import ctypes
 import json
 import math
+import shutil
 import signal
 import time
 import traceback
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.checkpoints import last_complete_checkpoint
@@ -359,8 +361,40 @@ def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
 
 
-def test_a_run_resumed_between_two_steps_on_the_same_rollouts_equals_an_uninterrupted_one(tmp_path):
-    window = {"steps_per_generation": 3, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "logging_steps": 1}
+def test_checkpoints_of_weights_only_are_skipped_and_refused_with_the_remedy(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, **saving)
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "weights", max_steps=2, save_only_model=True, **saving)
+    newest = (tmp_path / "weights" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    assert f"Skipping {newest}: it holds weights only, as save_only_model=True writes it." in caplog.messages
+    with pytest.raises(ValueError, match=r"weights only, as save_only_model=True .*pass it as the model.*=False"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=str(newest), **saving)
+    with pytest.raises(ValueError, match="There is no complete checkpoint in `output_dir`"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "weights", resume_from_checkpoint=True, **saving)
+
+
+def test_a_checkpoint_of_grpo_is_refused_with_the_remedy(tmp_path):
+    train(GRPOTrainer, GRPOConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=r"not written by `OBLRPOTrainer`.*resume it with the trainer that wrote it"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    """As text, checkpoint-9 comes after checkpoint-10."""
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    for step in (9, 10):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f"checkpoint-{step}")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(("steps_per_generation", "num_iterations"), [(3, 1), (1, 2), (2, 2)])
+def test_a_run_resumed_between_two_steps_on_the_same_rollouts_equals_an_uninterrupted_one(
+    tmp_path, steps_per_generation, num_iterations
+):
+    window = {"steps_per_generation": steps_per_generation, "num_iterations": num_iterations, "max_steps": 6}
+    window |= {"save_strategy": "steps", "save_steps": 1}
     whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **window)
     for step in (1, 2, 3):
         resumed = train(
