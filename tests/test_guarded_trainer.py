@@ -280,7 +280,8 @@ class _StepThree(OBLRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         logps, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self.state.global_step == 2 and self.poison == "loss" and logps.requires_grad:
+        # Only in the first of the step's two batches: the second one's loss is finite.
+        if self._step == 4 and self.poison == "loss" and logps.requires_grad:
             logps = logps * math.nan
         return logps, *others
 
