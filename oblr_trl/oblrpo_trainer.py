@@ -203,8 +203,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
             scores = scoring_model.result(self.accelerator.gather)
         self._log_train_metrics({"score/pass_time": scoring_model.seconds})
         assert scores.sketches is not None
-        if not scores.sketches.isfinite().all():  # gathered, hence the same on all processes: all raise
-            raise self._not_finite("score", scores.sketches)
+        self._refuse_not_finite("score", scores.sketches)
         return scores
 
     def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:

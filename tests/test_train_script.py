@@ -307,6 +307,20 @@ def test_a_run_resumed_from_its_last_checkpoint_equals_an_uninterrupted_one(smal
     assert not (resumed / "checkpoint-1").exists()  # the first two steps were not taken again
 
 
+@pytest.mark.parametrize("resume", ["true", "path"])
+def test_a_checkpoint_of_oblr_po_is_refused_for_the_control(small, tmp_path, resume):
+    run = tmp_path / "run"
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    main(*parse(["--config", OBLRPO, *small, *saving, "--eval_strategy", "no", "--eval_on_start", "false"]))
+    wanted = str(run / "checkpoint-2") if resume == "path" else "true"
+    arguments = parse(["--config", GRPO, *small, *saving, "--resume_from_checkpoint", wanted])
+
+    with pytest.raises(
+        ValueError, match=r"written by `OBLRPOTrainer`, and `trainer` is 'grpo'.*trainer: oblrpo.*model_name_or_path: "
+    ):
+        main(*arguments)
+
+
 @pytest.mark.slow
 def test_adapters_are_trained_and_saved_on_request(small, tmp_path):
     lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--eval_strategy", "no"]

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from oblr_trl.checkpoints import last_complete_checkpoint
+from oblr_trl.checkpoints import last_complete_checkpoint, refuse_for_grpo
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.diagnosis import DiagnosisCallback
 from oblr_trl.oblrpo_config import OBLRPOConfig
@@ -74,6 +74,8 @@ def main(
     )
     _check_model(model_args)
     checkpoint = _checkpoint_to_resume(training_args)
+    if checkpoint is not None and script_args.trainer == "grpo":
+        refuse_for_grpo(checkpoint)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
