@@ -168,11 +168,6 @@ class OBLRPOConfig(GRPOConfig):
         return corrected and self.vllm_importance_sampling_mode.startswith("token")
 
     @property
-    def defers_token_weights(self) -> bool:
-        """Whether the scoring pass leaves that ratio out until it is known: only the output projection's sketch can."""
-        return self.corrects_tokens and self.score_scope == "lm_head" and self.score_method == "sketch"
-
-    @property
     def scores_ride(self) -> bool:
         """Whether the scoring pass takes the place of the parent's forward pass for the old log-probabilities, where there is
         one. The importance ratio follows from them: one per sequence can be multiplied on afterwards."""
@@ -180,7 +175,7 @@ class OBLRPOConfig(GRPOConfig):
         on_policy = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
         if on_policy and not (self.use_vllm and self.vllm_importance_sampling_correction):
             return False
-        return not self.corrects_tokens or self.defers_token_weights
+        return not self.corrects_tokens
 
     def _check_own_fields(self) -> None:
         for name, choices in (

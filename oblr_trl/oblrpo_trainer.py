@@ -110,7 +110,6 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 temperature=args.temperature,
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
                 gradient_checkpointing=args.gradient_checkpointing,
-                defers_token_weights=args.defers_token_weights,
             )
 
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.

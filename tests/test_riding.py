@@ -8,8 +8,7 @@ import torch
 from peft import LoraConfig
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.scores.score_pass import ScorePass
-from tests.tiny_models import random_batch, tiny_model, train
+from tests.tiny_models import train
 
 # Two optimizer steps on every generation batch: from the second on the policy is not the one that generated it.
 OFF_POLICY = {
@@ -100,44 +99,18 @@ def test_the_reference_model_of_an_adapter_is_not_scored(tmp_path, monkeypatch):
     torch.testing.assert_close(ours["advantages"], theirs["advantages"])
 
 
-def test_weights_that_come_after_the_pass_are_those_of_the_pass():
-    """Sketches are linear in the token weights: factors with later weights equal a pass that knew them."""
-    input_ids, attention_mask, completion_mask = random_batch()
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    targets = input_ids[:, -completion_mask.size(1) :]
-    weights = completion_mask * torch.rand(completion_mask.shape)
-    for architecture in ("qwen3", "qwen3_untied"):
-        model = tiny_model(architecture)
-        settings = {"scope": "lm_head", "sketch_dim": 256}
-        direct = ScorePass(model, **settings)(inputs, targets, weights)
-        deferred = ScorePass(model, defers_token_weights=True, **settings)(inputs, targets, completion_mask.float())
-
-        assert deferred.sketches is None
-        later = torch.where(completion_mask.bool(), weights, 7.0)  # what stands at masked tokens must not matter
-        torch.testing.assert_close(deferred.head_factors.sketch(later), direct.sketches)
-        torch.testing.assert_close(
-            deferred.log_probs[completion_mask.bool()], direct.log_probs[completion_mask.bool()]
-        )
-
-
-def test_only_the_output_projections_sketch_can_wait_for_token_weights():
-    for settings in ({"scope": "all"}, {"scope": "lm_head", "methods": ("exact",)}):
-        with pytest.raises(ValueError, match="`defers_token_weights` needs"):
-            ScorePass(tiny_model(), defers_token_weights=True, **settings)
-
-
 @pytest.mark.parametrize(
-    ("options", "rides", "defers"),
+    ("options", "rides"),
     [
-        ({}, False, False),  # the parent has no old log-probabilities
-        (OFF_POLICY, True, False),
-        ({"num_iterations": 2}, True, False),
-        ({"use_vllm": True}, True, False),  # sequence_mask, TRL's default
-        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, False, False),
-        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, False, False),
-        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", "score_scope": "lm_head"}, True, True),
+        ({}, False),  # the parent has no old log-probabilities
+        (OFF_POLICY, True),
+        ({"num_iterations": 2}, True),
+        ({"use_vllm": True}, True),  # sequence_mask, TRL's default
+        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, False),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, False),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", "score_scope": "lm_head"}, False),
     ],
 )
-def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides, defers):
+def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides):
     config = OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
-    assert (config.scores_ride, config.defers_token_weights) == (rides, defers)
+    assert config.scores_ride == rides

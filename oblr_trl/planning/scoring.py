@@ -63,11 +63,7 @@ def sketch_bytes(setup: Setup) -> int:
     """Sketches on one process: those of its own completions, and all of them after the gather."""
     assert setup.scoring is not None
     completions = setup.schedule.completions_per_process + setup.schedule.completions_per_batch
-    total = completions * setup.scoring.sketch_dim * _FLOAT32
-    if setup.scoring.defers:
-        widths = projected_widths(setup.shape.vocab_size, setup.shape.hidden_size, setup.scoring.sketch_dim)
-        total += setup.schedule.completions_per_process * setup.completion_length * sum(widths) * _FLOAT32
-    return total
+    return completions * setup.scoring.sketch_dim * _FLOAT32
 
 
 def gather_bytes(num_completions: int, sketch_dim: int, num_processes: int) -> int:

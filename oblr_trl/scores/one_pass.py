@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from oblr_trl.scores.accumulators import Accumulator
 from oblr_trl.scores.factors import HeadRows, OuterProduct, PerSequenceGradient
 from oblr_trl.scores.head import head_pass
-from oblr_trl.scores.head_factors import HeadFactors
 from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters
 from oblr_trl.scores.taps import frozen_parameters, tapped
@@ -34,14 +33,11 @@ class ScoreOutput:
         log_probs (`torch.Tensor` of shape `(B, C)`): Log-probability of every completion token; 0 where the token weight is.
         sketches (`torch.Tensor` of shape `(B, k)`, *optional*): Score sketches, if the method "sketch" was asked for.
         squared_norms (`torch.Tensor` of shape `(B,)`, *optional*): Exact squared score norms, for the method "exact".
-        head_factors ([`~scores.head_factors.HeadFactors`], *optional*): In place of both, where the token weights are still
-            unknown.
     """
 
     log_probs: Tensor
     sketches: Tensor | None = None
     squared_norms: Tensor | None = None
-    head_factors: HeadFactors | None = None
 
 
 class OnePass:
@@ -102,8 +98,6 @@ class OnePass:
                 self._warn_of_uncalled(calls)
             self.uses = self.scoped.num_uses(calls)
             assert self.log_probs is not None
-            if self.owner.defers_token_weights:
-                return ScoreOutput(self.log_probs, head_factors=self._head_factors())
             with torch.no_grad():
                 for name, product in self.head_products.items():
                     self._add(name, product)
@@ -186,15 +180,6 @@ class OnePass:
         if gathered is None or "exact" not in self.owner.methods or not self.head_is_sharded:
             return gathered
         return gathered.detach().clone()
-
-    def _head_factors(self) -> HeadFactors:
-        projections = self.owner.projections(self.scoped, self.accumulators[0].result().dtype, self.targets.device)
-        factors = {}
-        for name, product in self.head_products.items():
-            assert isinstance(product.rows, HeadRows)
-            assert product.rows.projected is not None
-            factors[name] = (product.rows.projected, projections.project_columns(name, product.columns))
-        return HeadFactors(projections, factors)
 
     def _head_projection(self, head: nn.Linear, hidden: Tensor) -> Tensor | None:
         if "sketch" not in self.owner.methods or not self.scoped.head_names:
