@@ -1,7 +1,6 @@
 """What becomes of the per-sequence gradients of one pass: a sketch, or exact squared norms."""
 
 from collections import Counter, defaultdict
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -107,11 +106,4 @@ def _at_least(product: OuterProduct, dtype: torch.dtype) -> OuterProduct:
     rows = product.rows
     if isinstance(rows, DenseRows):
         rows = DenseRows(rows.values.to(dtype))
-    elif isinstance(rows, HeadRows):
-        rows = replace(
-            rows,
-            hidden=rows.hidden.to(dtype),
-            coefficients=rows.coefficients.to(dtype),
-            log_normalizer=rows.log_normalizer.to(dtype),
-        )
     return OuterProduct(rows, product.columns.to(dtype))

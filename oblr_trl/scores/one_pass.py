@@ -67,6 +67,8 @@ class OnePass:
         self.hidden: Tensor | None = None
         self.grad_hidden: Tensor | None = None
         self.log_probs: Tensor | None = None
+        # By which each sequence's seed is larger than asked for, of shape (B, 1).
+        self.scale = torch.ones_like(token_weights[:, :1])
 
     def run(self) -> ScoreOutput:
         try:
@@ -98,6 +100,8 @@ class OnePass:
                 self._warn_of_uncalled(calls)
             self.uses = self.scoped.num_uses(calls)
             assert self.log_probs is not None
+            # Autocast is for the model: the products of scores keep the precision that they come in.
+            stack.enter_context(_no_autocast(self.hidden))
             with torch.no_grad():
                 for name, product in self.head_products.items():
                     self._add(name, product)
@@ -105,7 +109,12 @@ class OnePass:
                 self._backward(anchor)
             with torch.no_grad():
                 results = dict(zip(self.owner.methods, (a.result() for a in self.accumulators), strict=True))
-        return ScoreOutput(self.log_probs, results.get("sketch"), results.get("exact"))
+        sketches, squared_norms = results.get("sketch"), results.get("exact")
+        return ScoreOutput(
+            self.log_probs,
+            None if sketches is None else sketches / self.scale,
+            None if squared_norms is None else squared_norms / self.scale.squeeze(1).square(),
+        )
 
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
         self.active = True
@@ -142,17 +151,20 @@ class OnePass:
             projection=projection,
             needs_grad_hidden=self.needs_backward,
         )
-        weights = self.token_weights[scored].to(result.log_probs.dtype)
 
-        def spread(values: Tensor) -> Tensor:
-            """From scored positions back to (B, C, ...), zero elsewhere."""
-            out = values.new_zeros(*scored.shape, *values.shape[1:])
+        def spread(values: Tensor, elsewhere: float = 0.0) -> Tensor:
+            """From scored positions back to (B, C, ...)."""
+            out = values.new_full((*scored.shape, *values.shape[1:]), elsewhere)
             out[scored] = values
             return out
 
         self.log_probs = spread(result.log_probs)
+        token_weights = self.token_weights.to(result.log_probs.dtype)  # (B, C)
         if result.grad_hidden is not None:
-            self.grad_hidden = spread(result.grad_hidden * weights.unsqueeze(1))
+            grad_hidden = spread(result.grad_hidden) * token_weights.unsqueeze(-1)
+            self.scale = _inverse_power_of_two(grad_hidden)
+            self.grad_hidden = grad_hidden * self.scale.unsqueeze(-1)
+            token_weights = token_weights * self.scale
         weight = self._kept(head.weight)
         assert weight is not None
         rows = HeadRows(
@@ -160,15 +172,16 @@ class OnePass:
             weight=weight,
             bias=self._kept(head.bias),
             targets=self.targets,
-            coefficients=self.token_weights.to(hidden.dtype) / self.owner.temperature,
-            log_normalizer=spread(result.log_normalizer),
+            coefficients=token_weights / self.owner.temperature,
+            log_normalizer=spread(result.log_normalizer, torch.inf),
+            doubt=spread(result.doubt),
             temperature=self.owner.temperature,
         )
         projected: dict[str, Tensor] = {}
         if projection is not None:
             assert result.projected_rows is not None
-            parts = spread(result.projected_rows * weights.unsqueeze(1)).tensor_split(len(self.scoped.head_names), -1)
-            projected = dict(zip(self.scoped.head_names, parts, strict=True))
+            parts = spread(result.projected_rows) * token_weights.unsqueeze(-1)
+            projected = dict(zip(self.scoped.head_names, parts.tensor_split(len(self.scoped.head_names), -1), strict=True))
         columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
         for name, full_name in self.scoped.head_names.items():
             own = HeadRows(**{**vars(rows), "projected": projected.get(name)})
@@ -210,8 +223,7 @@ class OnePass:
             return  # every parameter of the scope sits in the output projection
         seed = torch.zeros_like(self.hidden)
         seed[:, -self.targets.size(1) - 1 : -1] = self.grad_hidden.to(seed.dtype)
-        with _no_autocast(self.hidden):
-            torch.autograd.grad(self.hidden, anchor, grad_outputs=seed)
+        torch.autograd.grad(self.hidden, anchor, grad_outputs=seed)
 
     def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
         uncalled = [next(iter(names.values())) for module, names in self.scoped.names.items() if not calls[module]]
@@ -220,6 +232,13 @@ class OnePass:
                 f"{len(uncalled)} layers with trainable parameters were not called in the scoring pass and count as zero "
                 f"score: {', '.join(uncalled[:3])}{', ...' if len(uncalled) > 3 else ''}. Freeze them if they are unused."
             )
+
+
+def _inverse_power_of_two(gradients: Tensor) -> Tensor:
+    """What brings each sequence's largest entry to [1/2, 1), exactly: gradients of a long or sure completion are below what
+    float16 resolves. Of shape `(B, 1)`, and at most 2^60, whose square is still finite."""
+    _, exponents = torch.frexp(gradients.abs().amax(dim=(1, 2)))
+    return torch.ldexp(torch.ones_like(gradients[:, :1, 0]), exponents.clamp(min=-60).neg().unsqueeze(1))
 
 
 def _no_autocast(reference: Tensor):

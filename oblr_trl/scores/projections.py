@@ -130,9 +130,9 @@ class Projections:
     def _base(self, side: str, dim: int, width: int) -> Tensor:
         key = (side, dim, width)
         if key not in self._bases:
-            # Drawn on the CPU, whose generator gives the same numbers everywhere.
-            gaussian = torch.randn(dim, width, generator=self._generator(f"{side}-{dim}-{width}"), dtype=self.dtype)
-            basis, _ = torch.linalg.qr(gaussian)
+            # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
+            gaussian = torch.randn(dim, width, generator=self._generator(f"{side}-{dim}-{width}"))
+            basis, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._bases[key] = (basis * math.sqrt(dim / width)).to(self.device)
         return self._bases[key]
 
