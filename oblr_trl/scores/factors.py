@@ -73,7 +73,9 @@ class HeadRows:
         values = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
         inside = (self.targets >= start) & (self.targets < end)
         index = (self.targets - start).clamp(0, end - start - 1).unsqueeze(-1)
-        values.scatter_(-1, index, torch.where(inside.unsqueeze(-1), self.doubt.unsqueeze(-1), values.gather(-1, index)))
+        values.scatter_(
+            -1, index, torch.where(inside.unsqueeze(-1), self.doubt.unsqueeze(-1), values.gather(-1, index))
+        )
         return values * self.coefficients.unsqueeze(-1)
 
 

@@ -140,7 +140,7 @@ class OnePass:
 
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> None:
         self.accumulators = self.owner.accumulators(self.scoped, hidden.size(0), hidden)
-        projection = self._head_projection(head, hidden)
+        projections = self._head_projections(head, hidden)
         scored = self.token_weights != 0
         result = head_pass(
             hidden[scored],
@@ -148,7 +148,7 @@ class OnePass:
             head.bias,
             self.targets[scored],
             temperature=self.owner.temperature,
-            projection=projection,
+            projection=torch.cat(projections, dim=1) if projections else None,
             needs_grad_hidden=self.needs_backward,
         )
 
@@ -178,10 +178,10 @@ class OnePass:
             temperature=self.owner.temperature,
         )
         projected: dict[str, Tensor] = {}
-        if projection is not None:
-            assert result.projected_rows is not None
+        if result.projected_rows is not None:
             parts = spread(result.projected_rows) * token_weights.unsqueeze(-1)
-            projected = dict(zip(self.scoped.head_names, parts.tensor_split(len(self.scoped.head_names), -1), strict=True))
+            widths = [projection.size(1) for projection in projections]
+            projected = dict(zip(self.scoped.head_names, parts.split(widths, -1), strict=True))
         columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
         for name, full_name in self.scoped.head_names.items():
             own = HeadRows(**{**vars(rows), "projected": projected.get(name)})
@@ -194,14 +194,13 @@ class OnePass:
             return gathered
         return gathered.detach().clone()
 
-    def _head_projection(self, head: nn.Linear, hidden: Tensor) -> Tensor | None:
-        if "sketch" not in self.owner.methods or not self.scoped.head_names:
-            return None
+    def _head_projections(self, head: nn.Linear, hidden: Tensor) -> list[Tensor]:
+        """Row projections of the head's parameters in scope, in the order of their names; none where nothing is sketched."""
+        if "sketch" not in self.owner.methods:
+            return []
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         projections = self.owner.projections(self.scoped, dtype, hidden.device)
-        num_rows = head.weight.size(0)
-        parts = [projections.rows(name, num_rows) for name in self.scoped.head_names.values()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return [projections.rows(name, head.weight.size(0)) for name in self.scoped.head_names.values()]
 
     def _on_layer(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
         rule = find_score_rule(module)

@@ -122,6 +122,11 @@ class ScorePass:
         if self._projections is None or self._projected_shapes != scoped.shapes:
             self._projected_shapes = dict(scoped.shapes)
             self._projections = Projections(
-                scoped.shapes, sketch_dim=self.sketch_dim, seed=self.seed, dtype=dtype, device=device
+                scoped.shapes,
+                tables=scoped.tables,
+                sketch_dim=self.sketch_dim,
+                seed=self.seed,
+                dtype=dtype,
+                device=device,
             )
         return self._projections
