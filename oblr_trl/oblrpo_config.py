@@ -6,7 +6,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from oblr_trl.advantages import BASELINES
+from oblr_trl.advantages import BASELINES, differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
@@ -163,9 +163,10 @@ class OBLRPOConfig(GRPOConfig):
 
     @property
     def corrects_tokens(self) -> bool:
-        """Whether vLLM's importance ratio differs from token to token."""
+        """Whether vLLM's importance ratio weights the gradients of single tokens."""
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        return corrected and self.vllm_importance_sampling_mode.startswith("token")
+        by_token = self.vllm_importance_sampling_mode.startswith("token")
+        return corrected and by_token and not differentiates_sequences(self.loss_type, self.importance_sampling_level)
 
     @property
     def scores_ride(self) -> bool:

@@ -6,6 +6,7 @@ With vLLM, which always needs one, the same is shown in tests/vllm.
 import pytest
 import torch
 from peft import LoraConfig
+from trl import GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from tests.tiny_models import train
@@ -16,6 +17,12 @@ OFF_POLICY = {
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,
     "max_steps": 2,
+}
+
+AVERAGED = {
+    "use_vllm": True,
+    "vllm_importance_sampling_mode": "token_mask",
+    "importance_sampling_level": "sequence",
 }
 
 
@@ -109,8 +116,42 @@ def test_the_reference_model_of_an_adapter_is_not_scored(tmp_path, monkeypatch):
         ({"use_vllm": True, "vllm_importance_sampling_correction": False}, False),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, False),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", "score_scope": "lm_head"}, False),
+        # differentiates one ratio per sequence, which the ratios of its tokens scale by their mean; `cispo` does not
+        (AVERAGED, True),
+        (AVERAGED | {"loss_type": "cispo"}, False),
     ],
 )
 def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides):
     config = OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
     assert config.scores_ride == rides
+
+
+@pytest.mark.parametrize("scope", ["all", "lm_head"])
+def test_the_reused_forward_has_the_precision_of_trl(tmp_path, scope):
+    """Old log-probabilities are those of TRL under bfloat16, so that the importance ratio starts at 1, not near it.
+
+    The precisions differ by about 1e-3 in the log-probabilities of these tokens, far more than the order of float32 sums does.
+    """
+    logps = {}
+    for name, options in {
+        "bf16": {"bf16": True},
+        "fp32 head": {"bf16": True, "cast_lm_head_to_fp32": True},
+        "fp32": {"bf16": False},
+    }.items():
+        options = OFF_POLICY | options | {"max_steps": 1, "learning_rate": 0.0, "score_scope": scope}
+        trainer = train(_Counting, OBLRPOConfig, tmp_path, **options)
+        (batch,) = trainer.batches
+        with torch.no_grad():
+            expected, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+                trainer,
+                trainer.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+            )
+        mask = batch["completion_mask"].bool()
+        logps[name] = batch["old_per_token_logps"][mask]
+        torch.testing.assert_close(logps[name], expected[mask], rtol=0, atol=5e-6)
+    # Random generation is seeded and in float32: the tokens are the same.
+    for name in ("fp32 head", "fp32"):
+        assert (logps[name] - logps["bf16"]).abs().max() > 1e-4
