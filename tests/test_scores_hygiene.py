@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from oblr_trl.scores import (
     DenseGradient,
@@ -221,6 +222,14 @@ def test_heads_whose_logits_are_transformed_are_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
         score_sketches(model, *random_batch())
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    """A quantized head is a kind of `nn.Linear`, with a packed or scaled `weight`."""
+    model = tiny_model("qwen3_untied")
+    model.lm_head = FP8Linear(64, 40)
+    with pytest.raises(ValueError, match=r"FP8Linear`, whose own `forward`.*Leave the head out of the quantization"):
+        score_sketches(model, *random_batch(), scope="lm_head")
 
 
 def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():

@@ -165,6 +165,13 @@ def _output_projection(model: Any) -> nn.Module:
             f"The model's output embeddings are a {type(head).__name__}; only a plain `nn.Linear` head is supported. Use "
             "another model class."
         )
+    if next(cls for cls in type(head).__mro__ if "forward" in cls.__dict__) is not nn.Linear:
+        raise ValueError(
+            f"The model's output embeddings are a `{_qualified_name(head)}`, whose own `forward` computes the logits, for "
+            "example from quantized weights; the scoring pass computes them from `weight` as `nn.Linear` does. Leave the head "
+            "out of the quantization: `llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` of other methods, both "
+            "as ['lm_head']."
+        )
     config = model.config.get_text_config()
     for name, neutral in (
         ("final_logit_softcapping", None),
