@@ -1,10 +1,10 @@
-"""Squared score norms and rho in the precision people train in, against float64, on policies that are ever surer of their tokens.
+"""Squared score norms and rho in the precision people train in, against float64, on policies of ever lower entropy.
 
     python -m benchmarks.precision
 
-One tiny Qwen3 learns to count in sevens; a larger scale of its last norm makes it as sure as is asked for, and every completion
-is the one that it is sure of. Numbers are relative to a float64 model with the same (rounded) weights and the same seed: the
-median of the squared norms over completions, and rho where every completion is to become likelier. About 20 s on a CPU.
+One tiny Qwen3 learns to count in sevens, its last norm is scaled until 1 - p is as small as is asked for, and every completion
+is the likeliest one. Numbers are relative to a float64 model with the same (rounded) weights and the same seed: the median of
+the squared norms over completions, and rho where every completion is to become likelier. About 20 s on a CPU.
 """
 
 import copy
@@ -19,10 +19,10 @@ from trl import TrlParser
 
 from benchmarks.record import machine, write_record
 from oblr_trl.gradient_snr import gradient_moments, snr_ratio
-from oblr_trl.scores import ScoreOutput, ScorePass
+from oblr_trl.scores import ScorePass
 
 # Mean 1 - p of the completions' tokens.
-DOUBTS = (3e-2, 1.5e-2, 4.8e-3, 1.5e-3, 4.2e-4)
+OTHER_PROBS = (3e-2, 1.5e-2, 4.8e-3, 1.5e-3, 4.2e-4)
 # Dtype of the weights, of autocast, and of the output projection.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None, torch.dtype | None]] = {
     "bf16 autocast": (torch.float32, torch.bfloat16, None),
@@ -41,11 +41,11 @@ class PrecisionArguments:
     Settings of the benchmark.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`): Seed of weights, training and projections.
+        seed (`int`, *optional*, defaults to `0`): Seed of weights and training.
         output (`str`, *optional*, defaults to `"benchmarks/results/precision.json"`): Where the numbers go.
     """
 
-    seed: int = field(default=0, metadata={"help": "Seed of weights, training and projections."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and training."})
     output: str = field(default="benchmarks/results/precision.json", metadata={"help": "Where the numbers go."})
 
 
@@ -78,28 +78,24 @@ def trained_policy(seed: int) -> Qwen3ForCausalLM:
 
 
 @torch.no_grad()
-def sharpened(model: Qwen3ForCausalLM, tokens: Tensor, doubt: float) -> Qwen3ForCausalLM:
-    """A copy of the policy whose logits are scaled until the mean 1 - p is `doubt`."""
+def sharpened(model: Qwen3ForCausalLM, tokens: Tensor, other_prob: float) -> Qwen3ForCausalLM:
+    """A copy of the policy whose logits are scaled until the mean 1 - p is `other_prob`."""
     low, high = 0.25, 8.0
     for _ in range(25):
         scaled, scale = copy.deepcopy(model), (low * high) ** 0.5
         scaled.model.norm.weight.mul_(scale)
-        low, high = (scale, high) if log_probs(scaled, tokens).expm1().mean() < -doubt else (low, scale)
+        low, high = (scale, high) if log_probs(scaled, tokens).expm1().mean() < -other_prob else (low, scale)
     return scaled
 
 
-def scores(model: Qwen3ForCausalLM, tokens: Tensor, precision: str | None, scope: str, seed: int) -> ScoreOutput:
-    """Sketches and exact norms in one of [`PRECISIONS`], or as the model is."""
+def quantities(model: Qwen3ForCausalLM, tokens: Tensor, precision: str | None, scope: str) -> dict[str, Tensor]:
+    """Squared norms by method, and rho; in one of [`PRECISIONS`], or as the model is."""
     _, autocast, head = PRECISIONS[precision] if precision else (None, None, None)
-    settings: dict[str, Any] = {"scope": scope, "last_k": SCOPES[scope], "seed": seed, "head_dtype": head}
+    score_pass = ScorePass(model, scope=scope, last_k=SCOPES[scope], methods=("sketch", "exact"), head_dtype=head)
     targets = tokens[:, _NUM_PROMPT_TOKENS:]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        return ScorePass(model, methods=("sketch", "exact"), **settings)(inputs, targets, torch.ones(targets.shape))
-
-
-def quantities(output: ScoreOutput) -> dict[str, Tensor]:
-    """What is compared, by name."""
+        output = score_pass(inputs, targets, torch.ones(targets.shape))
     assert output.sketches is not None
     assert output.squared_norms is not None
     rho = snr_ratio(*gradient_moments(output.sketches), num_prompts=_BATCH_SIZE)
@@ -107,16 +103,16 @@ def quantities(output: ScoreOutput) -> dict[str, Tensor]:
 
 
 def measure(seed: int) -> list[dict[str, Any]]:
-    """One row per precision, scope and quantity, with a ratio for each of [`DOUBTS`]."""
+    """One row per precision, scope and quantity, with a ratio for each of [`OTHER_PROBS`]."""
     tokens = sequences(_BATCH_SIZE, torch.Generator().manual_seed(seed + 1))
     rows: dict[tuple[str, str, str], list[float]] = {}
     trained = trained_policy(seed)
-    for policy in [sharpened(trained, tokens, doubt) for doubt in DOUBTS]:
+    for policy in [sharpened(trained, tokens, other_prob) for other_prob in OTHER_PROBS]:
         for precision, (dtype, _, _) in PRECISIONS.items():
             model = copy.deepcopy(policy).to(dtype)
             for scope in SCOPES:
-                truth = quantities(scores(copy.deepcopy(model).double(), tokens, None, scope, seed))
-                for name, values in quantities(scores(model, tokens, precision, scope, seed)).items():
+                truth = quantities(copy.deepcopy(model).double(), tokens, None, scope)
+                for name, values in quantities(model, tokens, precision, scope).items():
                     rows.setdefault((precision, scope, name), []).append((values / truth[name]).median().item())
     return [{"precision": p, "scope": s, "quantity": q, "ratios": ratios} for (p, s, q), ratios in rows.items()]
 
@@ -125,11 +121,11 @@ def main(args: PrecisionArguments) -> None:
     """Measure, print and write."""
     started = machine()
     rows = measure(args.seed)
-    print(f"{'mean 1 - p':<42}" + "".join(f"{doubt:>10.1e}" for doubt in DOUBTS))
+    print(f"{'mean 1 - p':<42}" + "".join(f"{other_prob:>10.1e}" for other_prob in OTHER_PROBS))
     for row in rows:
         label = f"{row['precision']}, {row['scope']}, {row['quantity']}"
         print(f"{label:<42}" + "".join(f"{ratio:>10.3f}" for ratio in row["ratios"]))
-    write_record(args.output, args, started, {"doubts": DOUBTS, "rows": rows})
+    write_record(args.output, args, started, {"other_probs": OTHER_PROBS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Scores in half precision are those of float64, however sure the policy is of its tokens.
+"""Scores in half precision are those of float64, also where the policy has next to no entropy.
 
 Half precision rounds to 2^-9 (bfloat16) or 2^-11 of a number. What is lost must be that fraction of the score, and not of the
-far larger rows of the output projection that a sure policy's score is a difference of.
+far larger rows of the output projection that a low-entropy policy's score is a difference of.
 """
 
 import copy
@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks.precision import PRECISIONS, SCOPES, quantities, scores, sequences, sharpened, trained_policy
+from benchmarks.precision import PRECISIONS, SCOPES, quantities, sequences, sharpened, trained_policy
 from oblr_trl.scores import ScorePass, score_sketches
 from oblr_trl.scores.head import head_pass
 from tests.tiny_models import random_batch, tiny_model
@@ -19,17 +19,17 @@ TOKENS = sequences(32, torch.Generator().manual_seed(1))
 
 
 @functools.cache
-def policy(doubt):
-    return sharpened(policy(None), TOKENS, doubt) if doubt else trained_policy(seed=0)
+def policy(other_prob):
+    return sharpened(policy(None), TOKENS, other_prob) if other_prob else trained_policy(seed=0)
 
 
-@pytest.mark.parametrize("doubt", [3e-2, 4.8e-3, 4.2e-4])
+@pytest.mark.parametrize("other_prob", [3e-2, 4.8e-3, 4.2e-4])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_sure_policy_has_the_squared_norms_and_the_rho_of_float64(precision, scope, doubt):
-    model = copy.deepcopy(policy(doubt)).to(PRECISIONS[precision][0])
-    truth = quantities(scores(copy.deepcopy(model).double(), TOKENS, None, scope, 0))
-    found = quantities(scores(model, TOKENS, precision, scope, 0))
+def test_a_low_entropy_policy_has_the_squared_norms_and_the_rho_of_float64(precision, scope, other_prob):
+    model = copy.deepcopy(policy(other_prob)).to(PRECISIONS[precision][0])
+    truth = quantities(copy.deepcopy(model).double(), TOKENS, None, scope)
+    found = quantities(model, TOKENS, precision, scope)
     for method in ("sketch", "exact"):
         assert found[method].dtype == torch.float32
         assert 1 / 1.15 < (found[method] / truth[method]).median() < 1.15, method
@@ -37,7 +37,7 @@ def test_a_sure_policy_has_the_squared_norms_and_the_rho_of_float64(precision, s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_heads_gradients_keep_their_precision_on_sure_tokens(dtype):
+def test_the_heads_gradients_keep_their_precision_where_p_is_near_1(dtype):
     # Margins of 10 nats: 1 - p of about 20 e^-10 = 9e-4, of which float32 is right to 1e-3 and a rounded 1 - p to 2^-8 / 9e-4.
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 32, generator=generator).to(dtype)
@@ -51,7 +51,7 @@ def test_the_heads_gradients_keep_their_precision_on_sure_tokens(dtype):
         expected, got = getattr(truth, name), getattr(found, name)
         # Logits of 10 are rounded to 2^-5 at worst, so probabilities to 3 %.
         assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.05, name
-    assert ((found.doubt - truth.doubt).abs() / truth.doubt).max() < 0.05
+    assert ((found.other_probs - truth.other_probs).abs() / truth.other_probs).max() < 0.05
 
 
 @pytest.mark.parametrize("autocast", [False, True])

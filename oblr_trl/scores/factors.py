@@ -49,7 +49,7 @@ class HeadRows:
         targets (`torch.Tensor` of shape `(B, T)`): The tokens \\( y_t \\).
         coefficients (`torch.Tensor` of shape `(B, T)`): \\( c_t \\), the seed of the token over the temperature.
         log_normalizer (`torch.Tensor` of shape `(B, T)`): log-sum-exp of the logits.
-        doubt (`torch.Tensor` of shape `(B, T)`): \\( 1 - \mathrm{softmax}(l_t)_{y_t} \\), which a difference would lose.
+        other_probs (`torch.Tensor` of shape `(B, T)`): \\( 1 - \mathrm{softmax}(l_t)_{y_t} \\), which a difference would lose.
         temperature (`float`): What the logits are divided by.
         projected (`torch.Tensor` of shape `(B, T, r)`, *optional*): The factor times a projection, where it was asked for.
     """
@@ -60,7 +60,7 @@ class HeadRows:
     targets: Tensor
     coefficients: Tensor
     log_normalizer: Tensor
-    doubt: Tensor
+    other_probs: Tensor
     temperature: float
     projected: Tensor | None = None
 
@@ -74,7 +74,7 @@ class HeadRows:
         inside = (self.targets >= start) & (self.targets < end)
         index = (self.targets - start).clamp(0, end - start - 1).unsqueeze(-1)
         values.scatter_(
-            -1, index, torch.where(inside.unsqueeze(-1), self.doubt.unsqueeze(-1), values.gather(-1, index))
+            -1, index, torch.where(inside.unsqueeze(-1), self.other_probs.unsqueeze(-1), values.gather(-1, index))
         )
         return values * self.coefficients.unsqueeze(-1)
 

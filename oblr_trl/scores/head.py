@@ -4,7 +4,7 @@ Differs from a fused cross-entropy in what it sums: in addition to the log-norma
 the gradient of the hidden states, and `softmax @ projection`, which gives the head's own sketch. All three come from one set of
 logits tiles by the online softmax, so neither the logits nor a second pass over the vocabulary is needed.
 
-The softmax is that over all tokens but the target y, because a sure policy's gradient is a small difference of large numbers,
+The softmax is that over all tokens but the target y, because a low-entropy policy's gradient is a small difference of large numbers,
 \\( W_y - \sum_v p_v W_v \\), and what half precision rounds off them exceeds it. The same without the difference:
 \\( (1 - p_y) (W_y - \sum_{v \ne y} q_v W_v) \\), where q is the softmax without the target.
 
@@ -28,7 +28,7 @@ class HeadPass(NamedTuple):
     Args:
         log_probs (`torch.Tensor` of shape `(M,)`): \\( \log p(y) \\).
         log_normalizer (`torch.Tensor` of shape `(M,)`): log-sum-exp of the logits over temperature.
-        doubt (`torch.Tensor` of shape `(M,)`): \\( 1 - p(y) \\), accurate where it is small.
+        other_probs (`torch.Tensor` of shape `(M,)`): \\( 1 - p(y) \\), accurate where it is small.
         grad_hidden (`torch.Tensor` of shape `(M, d)`, *optional*): \\( \nabla_h \log p(y) \\).
         projected_rows (`torch.Tensor` of shape `(M, r)`, *optional*):
             \\( (e_y - \mathrm{softmax})^\top P / \tau \\): the row factor of the weight's gradient, projected.
@@ -36,7 +36,7 @@ class HeadPass(NamedTuple):
 
     log_probs: Tensor
     log_normalizer: Tensor
-    doubt: Tensor
+    other_probs: Tensor
     grad_hidden: Tensor | None
     projected_rows: Tensor | None
 
@@ -80,11 +80,11 @@ def head_pass(
         _token_tile(hidden_tile, weight, bias, target_tile, temperature, projection, needs_grad_hidden)
         for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
     ]
-    log_probs, log_normalizer, doubt, grad_hidden, projected = zip(*tiles, strict=True)
+    log_probs, log_normalizer, other_probs, grad_hidden, projected = zip(*tiles, strict=True)
     return HeadPass(
         torch.cat(log_probs),
         torch.cat(log_normalizer),
-        torch.cat(doubt),
+        torch.cat(other_probs),
         torch.cat(grad_hidden) if needs_grad_hidden else None,
         torch.cat(projected) if projection is not None else None,
     )
@@ -132,15 +132,15 @@ def _token_tile(
         maximum = new_maximum
 
     log_odds = target_logits - (maximum + normalizer.log()).squeeze(1)  # of the target against all others
-    log_probs, doubt = torch.nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
+    log_probs, other_probs = torch.nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
     gradients = [
-        values[targets].to(dtype).sub_(average / normalizer).mul_(doubt.unsqueeze(1) / temperature)
+        values[targets].to(dtype).sub_(average / normalizer).mul_(other_probs.unsqueeze(1) / temperature)
         for average, values in zip(averages, wanted, strict=True)
     ]
     return HeadPass(
         log_probs,
         target_logits - log_probs,
-        doubt,
+        other_probs,
         gradients[0] if needs_grad_hidden else None,
         gradients[-1] if projection is not None else None,
     )

@@ -174,7 +174,7 @@ class OnePass:
             targets=self.targets,
             coefficients=token_weights / self.owner.temperature,
             log_normalizer=spread(result.log_normalizer, torch.inf),
-            doubt=spread(result.doubt),
+            other_probs=spread(result.other_probs),
             temperature=self.owner.temperature,
         )
         projected: dict[str, Tensor] = {}
@@ -234,8 +234,8 @@ class OnePass:
 
 
 def _inverse_power_of_two(gradients: Tensor) -> Tensor:
-    """What brings each sequence's largest entry to [1/2, 1), exactly: gradients of a long or sure completion are below what
-    float16 resolves. Of shape `(B, 1)`, and at most 2^60, whose square is still finite."""
+    """What brings each sequence's largest entry to [1/2, 1), exactly: gradients of long completions, or of tokens with p near 1,
+    are below what float16 resolves. Of shape `(B, 1)`, and at most 2^60, whose square is still finite."""
     _, exponents = torch.frexp(gradients.abs().amax(dim=(1, 2)))
     return torch.ldexp(torch.ones_like(gradients[:, :1, 0]), exponents.clamp(min=-60).neg().unsqueeze(1))
 
