@@ -10,7 +10,13 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metrics, loss_token_weights
+from oblr_trl.advantages import (
+    BaselineEstimator,
+    GroupedBatch,
+    applied_importance_ratio,
+    baseline_metrics,
+    loss_token_weights,
+)
 from oblr_trl.gradient_snr import (
     MIN_PROMPTS,
     GradientSNR,
@@ -145,7 +151,6 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 temperature=args.temperature,
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
                 gradient_checkpointing=args.gradient_checkpointing,
-                defers_token_weights=args.defers_token_weights,
             )
 
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
@@ -184,6 +189,13 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         and gather its results."""
         scoring_model, self._scoring_model = self._scoring_model, None
         vllm_ratio = output.get("importance_sampling_ratio")
+        if vllm_ratio is not None:
+            vllm_ratio = applied_importance_ratio(
+                vllm_ratio,
+                loss_mask,
+                loss_type=self.args.loss_type,
+                importance_sampling_level=self.args.importance_sampling_level,
+            )
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
