@@ -313,18 +313,20 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
         if adapts:
             check_steerable(optimizer_in_use)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if adapts and not isinstance(scheduler, SNRScheduler):
-            check_wrappable(scheduler)
+        super().create_scheduler(num_training_steps, optimizer)
+        if adapts and not isinstance(self._schedule, SNRScheduler):
+            check_wrappable(self.lr_scheduler)
             self.lr_scheduler = SNRScheduler(
-                scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
+                self.lr_scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
             )
             if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
                 self.lr_scheduler.set_ratio(self._rho)
-        # In place: for a DeepSpeed file with an optimizer of its own transformers calls this on a copy of the trainer.
-        self._initial_lrs[:] = initial_lrs(self.lr_scheduler)
-        if self.is_world_process_zero():
-            logger.warning(self._start_line())
+        lrs = initial_lrs(self._schedule)
+        if lrs != self._initial_lrs:
+            # In place: for a DeepSpeed file with an optimizer of its own transformers calls this first on a copy of the trainer.
+            self._initial_lrs[:] = lrs
+            if self.is_world_process_zero():
+                logger.warning(self._start_line())
         return self.lr_scheduler
 
     @property
