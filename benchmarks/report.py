@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("learning", "variance", "fidelity", "snr", "cost", "cost_vllm", "score_pass", "score_memory")
+SECTIONS = ("learning", "variance", "fidelity", "snr", "cost", "cost_vllm", "score_pass", "score_memory", "precision")
 BEGIN = "<!-- results: begin; written by `make report`, do not edit -->\n"
 END = "<!-- results: end -->\n"
 PREFACE = "# Results\n\nWritten from `benchmarks/results/` by `make report`; do not edit. `make results` measures everything again.\n"

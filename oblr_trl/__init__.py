@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # TRL takes seconds to import; scores, baselines and the reading of logs do without it.
     if name == "OBLRPOConfig":

@@ -35,6 +35,12 @@ def load_state(folder: str) -> dict[str, Any]:
         `ValueError`: If there is none, or it cannot be read.
     """
     path = os.path.join(folder, STATE_FILE)
+    if not os.path.isfile(path) and _has_weights_only(Path(folder)):
+        raise ValueError(
+            f"The checkpoint {folder!r} holds weights only, as save_only_model=True writes it: no optimizer state, "
+            "learning-rate schedule or moving averages to resume with. Start a new run from its weights (pass it as the "
+            "model), and set save_only_model=False for checkpoints that can be resumed."
+        )
     if not os.path.isfile(path):
         raise ValueError(
             f"The checkpoint has no `{STATE_FILE}`: it was not written by `OBLRPOTrainer`. Start a new run from its "
@@ -85,17 +91,35 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     The newest checkpoint in `output_dir` that was written to its end.
 
     `trainer_state.json` is written last, so one that is missing or cut off marks a checkpoint that a crash or a full disk
-    interrupted; such checkpoints are skipped with a warning.
+    interrupted. Such checkpoints, and those of `save_only_model=True`, are skipped with a warning.
 
     Returns:
         `str`, *optional*: Its path, or `None` if there is none.
     """
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) is not None]
     for folder in sorted(folders, key=lambda path: _step(path) or 0, reverse=True):
-        if _is_complete(folder):
+        if not _is_written_to_its_end(folder):
+            logger.warning("Skipping %s: it is incomplete, its `%s` cannot be read.", folder, TRAINER_STATE_FILE)
+        elif _has_weights_only(folder):
+            logger.warning("Skipping %s: it holds weights only, as save_only_model=True writes it.", folder)
+        else:
             return str(folder)
-        logger.warning("Skipping %s: it is incomplete, its `%s` cannot be read.", folder, TRAINER_STATE_FILE)
     return None
+
+
+def refuse_for_grpo(folder: str) -> None:
+    """
+    Check a checkpoint that [`~trl.GRPOTrainer`] is to resume.
+
+    Raises:
+        `ValueError`: If `OBLRPOTrainer` wrote it.
+    """
+    if os.path.isfile(os.path.join(folder, STATE_FILE)):
+        raise ValueError(
+            f"The checkpoint {folder!r} was written by `OBLRPOTrainer`, and `trainer` is 'grpo', which cannot go on with its "
+            "learning-rate schedule. Resume it with trainer: oblrpo, or start a new run from its weights: set "
+            f"model_name_or_path: {folder}, another output_dir, and no resume_from_checkpoint."
+        )
 
 
 def _step(folder: Path) -> int | None:
@@ -103,9 +127,14 @@ def _step(folder: Path) -> int | None:
     return int(number) if number.isdecimal() and folder.is_dir() else None
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_written_to_its_end(folder: Path) -> bool:
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
     except (OSError, ValueError, TypeError):
         return False
     return True
+
+
+def _has_weights_only(folder: Path) -> bool:
+    """Every process saves the state of its random numbers, on every backend, unless the run has `save_only_model`."""
+    return not any(folder.glob("rng_state*.pth"))

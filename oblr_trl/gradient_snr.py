@@ -144,9 +144,13 @@ class StepGradientSNR:
 
     def __init__(self, snr: GradientSNR) -> None:
         self.snr = snr
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: the next batch belongs to another step, whatever its number."""
         self._step: int | None = None
         self._gradients: list[Tensor] = []
-        self._before = snr.state_dict()
+        self._before = self.snr.state_dict()
 
     @property
     def num_prompts(self) -> int:

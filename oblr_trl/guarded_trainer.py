@@ -3,8 +3,10 @@
 Nothing here changes a number: what trains without trouble trains as `GRPOTrainer` does, bit for bit.
 """
 
+import os
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from trl import GRPOTrainer
@@ -32,6 +34,7 @@ class GuardedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs, args: OBLRPOConfig, *positional, **kwargs):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self._losses_of_step: list[Tensor] = []
         self._reward_guard = RewardGuard(args.reward_timeout)
         self.reward_funcs = [self._reward_guard.guard(reward_func) for reward_func in self.reward_funcs]
 
@@ -74,17 +77,20 @@ class GuardedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        raise_everywhere(self.accelerator, None if loss.isfinite().all() else self._not_finite("loss", loss))
+        self._losses_of_step.append(loss.detach())
+        if self.accelerator.sync_gradients:  # the last backward before the optimizer's step comes next
+            losses, self._losses_of_step = torch.stack(self._losses_of_step), []
+            self._refuse_not_finite("loss", self.accelerator.gather(losses))
         return loss
 
-    def _not_finite(self, what: str, values: Tensor, *, gathered: bool = False) -> ValueError:
+    def _refuse_not_finite(self, what: str, values: Tensor) -> None:
+        """Raise unless all values are finite, on all processes: they are gathered, as many rows from every process."""
+        finite = values.isfinite().view(self.accelerator.num_processes, -1).all(dim=1)
+        if finite.all():
+            return
         kind = "nan" if values.isnan().any() else "infinite"
-        process = self.accelerator.process_index
-        if gathered:  # every process holds the same number of rows
-            first = values.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[0].item()
-            process = int(first * self.accelerator.num_processes // values.size(0))
-        return ValueError(
-            f"The {what} of step {self.state.global_step} is {kind} on process {process}: the model's "
+        raise ValueError(
+            f"The {what} of step {self.state.global_step} is {kind} on process {finite.tolist().index(False)}: the model's "
             "activations or logits are not finite. No weight was changed by it. Resume from the last checkpoint with a lower "
             "learning rate, gradient clipping, or bf16 instead of fp16."
         )
@@ -97,6 +103,10 @@ class GuardedGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"There is no complete checkpoint in `output_dir` ({self.args.output_dir}) to resume from."
                 )
+        if resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
+            load_state(
+                resume_from_checkpoint
+            )  # refuses one that cannot be resumed, before the parent reads half of it
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):

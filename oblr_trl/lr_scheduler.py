@@ -141,9 +141,12 @@ def check_wrappable(scheduler: Any) -> None:
         )
 
 
-def initial_lrs(optimizer: Optimizer) -> list[float]:
-    """Rates that the optimizer's schedule starts from, one per parameter group."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+def initial_lrs(scheduler: Any) -> list[float]:
+    """Rates that a schedule, wrapped or not, starts from, one per parameter group."""
+    inner = scheduler.scheduler if isinstance(scheduler, SNRScheduler) else scheduler
+    if isinstance(inner, LambdaLR):
+        return [float(lr) for lr in inner.base_lrs]
+    return [float(group.get("initial_lr", group["lr"])) for group in inner.optimizer.param_groups]
 
 
 def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:
@@ -161,10 +164,7 @@ def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:
         `ValueError`: If they differ and the schedule is not a function of the step, as those of `lr_scheduler_type` are.
     """
     inner = scheduler.scheduler if isinstance(scheduler, SNRScheduler) else scheduler
-    if not isinstance(inner, LRScheduler):
-        return list(wanted)
-    # The groups may have been loaded already when `wanted` was read; a schedule's own rates come with its state.
-    loaded = [float(lr) for lr in inner.base_lrs] if isinstance(inner, LambdaLR) else initial_lrs(inner.optimizer)
+    loaded = initial_lrs(scheduler)
     if loaded == list(wanted):
         return loaded
     if not isinstance(inner, LambdaLR):

@@ -7,7 +7,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from oblr_trl.advantages import BASELINES
+from oblr_trl.advantages import BASELINES, differentiates_sequences
 from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
@@ -180,14 +180,10 @@ class OBLRPOConfig(GRPOConfig):
 
     @property
     def corrects_tokens(self) -> bool:
-        """Whether vLLM's importance ratio differs from token to token."""
+        """Whether vLLM's importance ratio weights the gradients of single tokens."""
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        return corrected and self.vllm_importance_sampling_mode.startswith("token")
-
-    @property
-    def defers_token_weights(self) -> bool:
-        """Whether the scoring pass leaves that ratio out until it is known: only the output projection's sketch can."""
-        return self.corrects_tokens and self.score_scope == "lm_head" and self.score_method == "sketch"
+        by_token = self.vllm_importance_sampling_mode.startswith("token")
+        return corrected and by_token and not differentiates_sequences(self.loss_type, self.importance_sampling_level)
 
     @property
     def scores_ride(self) -> bool:
@@ -197,7 +193,7 @@ class OBLRPOConfig(GRPOConfig):
         on_policy = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
         if on_policy and not (self.use_vllm and self.vllm_importance_sampling_correction):
             return False
-        return not self.corrects_tokens or self.defers_token_weights
+        return not self.corrects_tokens
 
     def _check_own_fields(self) -> None:
         for name, choices in (

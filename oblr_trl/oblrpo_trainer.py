@@ -6,10 +6,17 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metrics, loss_token_weights
+from oblr_trl.advantages import (
+    BaselineEstimator,
+    GroupedBatch,
+    applied_importance_ratio,
+    baseline_metrics,
+    loss_token_weights,
+)
 from oblr_trl.gradient_snr import (
     MIN_PROMPTS,
     GradientSNR,
@@ -115,8 +122,15 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         self._rewards_per_func: Tensor | None = None
         self._step_snr = StepGradientSNR(self._gradient_snr)
         self._rho = math.nan  # of the batch at hand
+        self._initial_lrs: list[float] = []
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if args.lr_adaptation == "snr" and plugin is not None and "scheduler" in plugin.deepspeed_config:
+            raise ValueError(
+                "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
+                "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."
+            )
         if args.needs_scores:
             if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
                 raise ValueError(
@@ -137,7 +151,6 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 temperature=args.temperature,
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
                 gradient_checkpointing=args.gradient_checkpointing,
-                defers_token_weights=args.defers_token_weights,
             )
 
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
@@ -176,6 +189,13 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         and gather its results."""
         scoring_model, self._scoring_model = self._scoring_model, None
         vllm_ratio = output.get("importance_sampling_ratio")
+        if vllm_ratio is not None:
+            vllm_ratio = applied_importance_ratio(
+                vllm_ratio,
+                loss_mask,
+                loss_type=self.args.loss_type,
+                importance_sampling_level=self.args.importance_sampling_level,
+            )
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
@@ -195,8 +215,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
             scores = scoring_model.result(self.accelerator.gather)
         self._log_train_metrics({"score/pass_time": scoring_model.seconds})
         assert scores.sketches is not None
-        if not scores.sketches.isfinite().all():  # gathered, hence the same on all processes: all raise
-            raise self._not_finite("score", scores.sketches)
+        self._refuse_not_finite("score", scores.sketches)
         return scores
 
     def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:
@@ -272,10 +291,11 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
             "gradient_snr/ratio": self._rho,
             "gradient_snr/num_prompts": num_prompts,
         }
-        if isinstance(self.lr_scheduler, SNRScheduler):
+        schedule = self._schedule
+        if isinstance(schedule, SNRScheduler):
             if not math.isnan(self._rho):
-                self.lr_scheduler.set_ratio(self._rho)
-            metrics["lr_multiplier"] = self.lr_scheduler.multiplier
+                schedule.set_ratio(self._rho)
+            metrics["lr_multiplier"] = schedule.multiplier
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(metrics, replace=num_batches > 1)
 
@@ -288,7 +308,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
-        self._step_snr = StepGradientSNR(self._gradient_snr)
+        self._step_snr.restart()
         adapts = self.args.lr_adaptation == "snr"
         optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
         if adapts:
@@ -301,10 +321,17 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
             )
             if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
                 self.lr_scheduler.set_ratio(self._rho)
-        self._initial_lrs = initial_lrs(optimizer_in_use)
+        # In place: for a DeepSpeed file with an optimizer of its own transformers calls this on a copy of the trainer.
+        self._initial_lrs[:] = initial_lrs(self.lr_scheduler)
         if self.is_world_process_zero():
             logger.warning(self._start_line())
         return self.lr_scheduler
+
+    @property
+    def _schedule(self) -> Any:
+        """The scheduler without the wrapper that DeepSpeed's comes in."""
+        scheduler = self.lr_scheduler
+        return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
 
     def _start_line(self) -> str:
         """What training is about to do, for a reader who kept the options of `GRPOTrainer`."""
@@ -322,14 +349,11 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            loaded = restore_initial_lrs(self.lr_scheduler, self._initial_lrs)
-            if loaded != self._initial_lrs and self.is_world_process_zero():
-                logger.warning(
-                    "The schedule goes on from initial learning rates %s instead of the checkpoint's %s.",
-                    self._initial_lrs,
-                    loaded,
-                )
+        wanted = list(self._initial_lrs)
+        if checkpoint is not None and (loaded := restore_initial_lrs(self._schedule, wanted)) != wanted:
+            logger.warning(
+                "The schedule goes on from initial learning rates %s, not the checkpoint's %s.", wanted, loaded
+            )
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)

@@ -1,9 +1,13 @@
-"""What `TrlParser` does not do: recipes and command lines whose unknown keys are refused with the nearest known name."""
+"""What `TrlParser` does not do: unknown keys are refused with the nearest name, help begins with our options, errors take a line."""
 
+import argparse
+import dataclasses
+import inspect
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
@@ -14,10 +18,70 @@ from oblr_trl.tasks import nearest
 PARSER_KEYS = ("config", "env")
 
 
+class RecipeParser(TrlParser):
+    """
+    Differs from `TrlParser` in its help, which begins with `--config`, an example and the options that this package declares, and
+    in that it raises its errors, without a usage of hundreds of lines.
+
+    Args:
+        dataclass_types (`list[type]`):
+            The classes of the arguments.
+        module (`str`):
+            The module that is run.
+        example (`str`):
+            Arguments of a command that works.
+    """
+
+    def __init__(self, dataclass_types: Sequence[Any], *, module: str, description: str, example: str):
+        super().__init__(
+            list(dataclass_types), prog=f"python -m {module}", description=description, allow_abbrev=False
+        )
+        self.example = f"{self.prog} {example}"
+
+    def format_help(self) -> str:
+        recipe = argparse.ArgumentParser(add_help=False)
+        config = recipe.add_argument("--config", metavar="RECIPE", help="YAML file of any of the keys below")
+        config.default = argparse.SUPPRESS  # leaves the default out of the help
+        formatter = self._get_formatter()
+        formatter.add_arguments([config])
+        ours, theirs = {}, {}
+        for kind in self.dataclass_types:
+            names = {field.name for field in dataclasses.fields(kind)}
+            declared = set() if kind.__module__.startswith("trl.") else set(inspect.get_annotations(kind))
+            ours[kind.__name__] = names & declared
+            theirs[f"{kind.__name__}, options of TRL and transformers"] = names - declared
+        for title, names in (ours | theirs).items():
+            formatter.start_section(title)
+            formatter.add_arguments([action for action in self._actions if action.dest in names])
+            formatter.end_section()
+        usage = f"usage: {self.prog} --config RECIPE [--KEY VALUE ...]"
+        return f"{usage}\n\n{self.description}\n\nexample:\n  {self.example}\n\n{formatter.format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `--help` lists the keys.")
+
+
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`."""
+    """
+    The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`.
+
+    Raises:
+        `ValueError`: `--config` without a file, or nothing at all.
+    """
     tokens = sys.argv[1:] if argv is None else argv
-    return [part for token in tokens for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+    tokens = [part for token in tokens for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+    for token, following in pairwise([*(tokens or ["--config"]), ""]):
+        if token == "--config" and (not following or following.startswith("--")):
+            raise ValueError("No recipe is given: write `--config FILE.yaml`. `--help` shows an example.")
+    return tokens
+
+
+def parse_or_exit(parse: Callable[[], Any], name: str) -> Any:
+    """What `parse` returns; its complaint as a line on stderr, without a traceback."""
+    try:
+        return parse()
+    except ValueError as error:
+        raise SystemExit(f"{name}: {error}") from error
 
 
 def read_recipe(argv: list[str]) -> dict[str, Any]:
@@ -28,18 +92,32 @@ def read_recipe(argv: list[str]) -> dict[str, Any]:
         `ValueError`: a file that does not exist or holds no `key: value` lines.
     """
     path = flag_value(argv, "config")
-    if path is None:
-        return {}
+    return {} if path is None else read_recipe_file(path, flag="--config")
+
+
+def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
+    """
+    The keys of a recipe.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        flag (`str`):
+            What named it, for errors.
+
+    Raises:
+        `ValueError`: a file that does not exist or holds no `key: value` lines.
+    """
     if not Path(path).is_file():
         raise ValueError(
-            f"`--config` names {path!r}, but there is no such file (looked for from the working directory)."
+            f"`{flag}` names {str(path)!r}, but there is no such file (looked for from the working directory)."
         )
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path!r} is not YAML: {error}. Correct that line.") from error
+        raise ValueError(f"The recipe {str(path)!r} is not YAML: {error}. Correct that line.") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}.")
+        raise ValueError(f"The recipe {str(path)!r} must hold `key: value` lines, got {type(recipe).__name__}.")
     return recipe
 
 

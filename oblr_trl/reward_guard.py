@@ -6,10 +6,13 @@ trainer raises it on all processes after the gather.
 """
 
 import asyncio
+import ctypes
+import functools
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
@@ -19,6 +22,9 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 # Ignored unless handled, so that one that arrives late does no harm; SIGALRM belongs to math-verify's own timeouts.
 _WAKE_UP = signal.SIGURG
 
+# Time to close files and connections, in seconds, after an interruption and before the next one.
+_GRACE = 1.0
+
 
 class RewardGuard:
     """
@@ -26,7 +32,8 @@ class RewardGuard:
 
     Args:
         timeout (`float`, *optional*):
-            Longest time of one call, in seconds. No limit if not given.
+            Longest time of one call, in seconds. No limit if not given. Code that neither returns nor lets Python handle a
+            signal, such as a blocking call inside an asynchronous function, is not interrupted, but still counts as late.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
@@ -51,8 +58,7 @@ class RewardGuard:
     def _guard_sync(self, reward_func: Callable, name: str) -> Callable:
         def guarded(**kwargs: Any) -> list:
             try:
-                with _time_limit(self.timeout):
-                    return _checked(reward_func(**kwargs), kwargs["prompts"])
+                return _call_in_time(lambda: _checked(reward_func(**kwargs), kwargs["prompts"]), self.timeout)
             except Exception as error:
                 return self._keep(error, name, kwargs["prompts"])
 
@@ -61,19 +67,20 @@ class RewardGuard:
     def _guard_async(self, reward_func: Callable, name: str) -> Callable:
         async def guarded(**kwargs: Any) -> list:
             try:
-                async with asyncio.timeout(self.timeout) as limit:
-                    return _checked(await reward_func(**kwargs), kwargs["prompts"])
+                return _checked(await _await_in_time(reward_func(**kwargs), self.timeout), kwargs["prompts"])
             except Exception as error:
-                return self._keep(_OutOfTime() if limit.expired() else error, name, kwargs["prompts"])
+                return self._keep(error, name, kwargs["prompts"])
 
         return guarded
 
     def _keep(self, error: Exception, name: str, prompts: list) -> list[float]:
         if isinstance(error, _OutOfTime):
-            error = TimeoutError(
+            late = TimeoutError(
                 f"The reward function '{name}' took longer than reward_timeout={self.timeout} seconds. Raise it, or look at "
                 "what the function waits for."
             )
+            late.__cause__ = error.__context__  # shows where the function was
+            error = late
         else:
             error.add_note(f"Raised by the reward function '{name}'.")
         self._error = self._error or error
@@ -82,6 +89,10 @@ class RewardGuard:
 
 class _OutOfTime(Exception):
     """The guard's own limit, not a timeout that the reward function raised itself."""
+
+
+class _Interruption(BaseException):
+    """Ends a reward function whose time is up; `except Exception` does not catch it."""
 
 
 def _checked(rewards: Any, prompts: list) -> list:
@@ -95,33 +106,65 @@ def _checked(rewards: Any, prompts: list) -> list:
     return [None if reward is None else float(reward) for reward in rewards]
 
 
-@contextmanager
-def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise `_OutOfTime` in the main thread when the time is up, also out of a blocking system call.
+def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
+    """
+    Call a function in the main thread; raise `_OutOfTime` if it took longer, whatever it caught, raised or returned.
 
-    A thread for the function would not do: rewards that use signals themselves (math-verify) only work in the main one.
+    It is interrupted by a signal, also out of a blocking system call, and again for as long as it goes on: it may wait in a
+    clean-up, or catch everything and try again. A thread for the function would not do: rewards that use signals themselves
+    (math-verify) only work in the main one.
     """
     if seconds is None:
-        yield
-        return
+        return function()
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("`reward_timeout` needs training to run in the main thread. Leave it unset.")
-    running = True
-
-    def wake_up(signum: int, frame: FrameType | None) -> None:
-        if running:
-            raise _OutOfTime
-
-    previous = signal.signal(_WAKE_UP, wake_up)
     main_thread = threading.main_thread().ident
     assert main_thread is not None
-    timer = threading.Timer(seconds, signal.pthread_kill, args=(main_thread, _WAKE_UP))
-    timer.daemon = True
-    timer.start()
+    this_frame = sys._getframe()
+    running, interrupted = False, False
+    left = threading.Event()
+    start = time.monotonic()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if not running or frame is this_frame:  # the function has been left
+            return
+        if interrupted:
+            # It was caught. The next one comes as soon as Python looks for signals again, which is in the `except` block, or
+            # at the end of a loop's round. The iteration makes the call from C: after one from Python it looks already here.
+            for _ in iter(functools.partial(ctypes.pythonapi.PyErr_SetInterruptEx, _WAKE_UP), 0):
+                pass
+        interrupted = True
+        raise _Interruption
+
+    def send_interruptions() -> None:
+        wait = seconds
+        while not left.wait(wait):
+            signal.pthread_kill(main_thread, _WAKE_UP)
+            wait = _GRACE
+
+    previous = signal.signal(_WAKE_UP, interrupt)
+    sender = threading.Thread(target=send_interruptions, daemon=True)
+    sender.start()
     try:
-        yield
+        running = True
+        return function()
     finally:
         running = False
-        timer.cancel()
-        timer.join()  # from here on no signal can come
+        left.set()
+        sender.join()  # from here on no signal can come
         signal.signal(_WAKE_UP, previous)
+        if time.monotonic() - start >= seconds:
+            raise _OutOfTime
+
+
+async def _await_in_time(call: Awaitable, seconds: float | None) -> Any:
+    """As `_call_in_time`, for a coroutine. One that catches its cancellation and goes on is left behind, not awaited."""
+    start = time.monotonic()
+    task = asyncio.ensure_future(call)
+    await asyncio.wait({task}, timeout=seconds)
+    if seconds is not None and time.monotonic() - start >= seconds:
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE)
+        raise _OutOfTime
+    return task.result()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oblr_trl.scores.head_factors import HeadFactors
 from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.score_pass import ScorePass
 
@@ -56,34 +55,26 @@ class ScoringModel:
         self.seconds += time.perf_counter() - start
         return SimpleNamespace(log_probs=output.log_probs)
 
-    def result(self, gather: Callable[[Tensor], Tensor], token_weights: Tensor | None = None) -> ScoreOutput:
+    def result(self, gather: Callable[[Tensor], Tensor], sequence_weights: Tensor | None = None) -> ScoreOutput:
         """
         All chunks of all processes.
 
         Args:
             gather (`Callable`):
                 Gathers a tensor over processes.
-            token_weights (`torch.Tensor` of shape `(B, C)` or `(B, 1)`, *optional*):
-                Weights that became known after the pass, beside those it was given. One per sequence scales its score; one
-                per token needs a pass that defers its token weights.
+            sequence_weights (`torch.Tensor` of shape `(B, 1)`, *optional*):
+                What every token weight of a sequence is multiplied by, where that became known after the pass.
         """
         log_probs = torch.cat([output.log_probs for output in self._outputs])
-        factors = [output.head_factors for output in self._outputs if output.head_factors is not None]
-        if factors:
-            weights = torch.ones_like(self._token_weights) if token_weights is None else token_weights
-            return ScoreOutput(log_probs, sketches=gather(HeadFactors.cat(factors).sketch(weights)))
-        assert token_weights is None or token_weights.size(1) == 1, "the pass does not defer its token weights"
-        scale = 1.0 if token_weights is None else token_weights
+        weights = torch.ones_like(self._token_weights[:, :1]) if sequence_weights is None else sequence_weights
+        assert weights.shape == (log_probs.size(0), 1), "weights of single tokens must be known before the pass"
 
-        def collect(parts: list[Tensor | None], scale: Tensor | float) -> Tensor | None:
+        def collect(parts: list[Tensor | None], scale: Tensor) -> Tensor | None:
             tensors = [part for part in parts if part is not None]
             return gather(torch.cat(tensors) * scale) if tensors else None
 
         return ScoreOutput(
             log_probs,
-            sketches=collect([output.sketches for output in self._outputs], scale),
-            squared_norms=collect(
-                [output.squared_norms for output in self._outputs],
-                1.0 if token_weights is None else token_weights.squeeze(1).square(),
-            ),
+            sketches=collect([output.sketches for output in self._outputs], weights),
+            squared_norms=collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square()),
         )

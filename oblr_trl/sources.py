@@ -1,10 +1,11 @@
-"""What `datasets.load_dataset` does not do: one call for files, directories and hub data sets, whose errors name the field."""
+"""What `datasets` and `transformers` do not do: errors that name the field, for files, directories and hub ids alike."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedConfig
 
 from oblr_trl.tasks import nearest
 
@@ -48,6 +49,24 @@ def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> 
             f"{str(error) or 'it has no rows'}. Give a hub id, a local directory laid out like a hub data set, or a "
             ".json, .jsonl or .parquet file."
         ) from error
+
+
+def check_model(name: str, *, revision: str | None = None) -> None:
+    """Refuse a model that is no local directory and that the hub, or offline its cache, does not give; reads no weights."""
+    if Path(name).is_dir():
+        return
+    hub = ""
+    if not name.startswith((".", "/")):
+        try:
+            PreTrainedConfig.get_config_dict(name, revision=revision)
+        except OSError as error:
+            hub = f", and the hub gives none of that name ({str(error).splitlines()[0].rstrip('.')})"
+        else:
+            return
+    raise ValueError(
+        f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory){hub}: "
+        "correct the path or the hub id."
+    )
 
 
 def check_column(column: str, columns: Collection[str], *, field_name: str, source: str) -> None:

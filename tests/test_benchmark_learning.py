@@ -133,6 +133,15 @@ def test_the_section_says_what_the_record_holds():
             "test_size": 8,
         },
         "summary": summary_of_five_methods(),
+        "runs": [
+            {"stage": stage, "policy": "p", "optimizer": "adamw", "method": method, "mean_multiplier": multiplier}
+            for stage, method, multiplier in (
+                ("tuning", "oblrpo", 0.05),
+                ("tuning", "oblrpo", 0.2),
+                ("tuning", "grpo", 1.0),
+                ("evaluation", "oblrpo", 0.4),
+            )
+        ],
     }
     text = section.markdown(record)
     assert (
@@ -143,11 +152,16 @@ def test_the_section_says_what_the_record_holds():
     assert "| GRPO (TRL's defaults) | 0 of 1 (0.50) | 0 of 1 (0.80) | 1 of 1 (0.10) |" in text
     assert "does not: nowhere on the grid" in text
     assert (
-        "its baseline alone, at a constant rate (AdamW, equal rollouts): above zero on 0 of 1 tasks, below on 1"
+        "its baseline alone, at a constant rate (AdamW): equal rollouts above zero on 0 of 1 tasks, below on 1; equal time"
         in text
     )
+    # 1 / 0.2 = 5 and 1 / 0.05 = 20.
+    assert "mean multiplier over the grid was 0.050 to 0.200 on p (AdamW), with a floor of 0.05: its effective" in text
+    assert "rates lay 5 to 20 times below the grid" in text
+    assert "A run of OBLR-PO took 1.33 to 1.33 times the processor seconds of Dr. GRPO's" in text  # 4 s and 3 s
     # Areas of 0.4, 0.4, last: 0.4 + (last - 0.4) / 4, at the three rates 0.425, 0.5 and 0.375 or 0.325.
-    grid = section.summary(record)
+    grid = section.markdown(record)
+    assert "over the grid of" not in section.summary(record)
     assert "| OBLR-PO | 0.433 |" in grid
     assert "| GRPO (TRL's defaults) | 0.417 |" in grid
     record["summary"]["adamw"]["p"]["ours_minus"]["rival"]["area"]["low"] = -0.01

@@ -4,15 +4,19 @@ What happens to the other processes is in tests/backends/test_faults.py.
 """
 
 import asyncio
+import ctypes
 import json
 import math
+import shutil
 import signal
 import time
+import traceback
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.checkpoints import last_complete_checkpoint
@@ -54,6 +58,131 @@ def test_a_reward_function_that_takes_too_long_is_interrupted(tmp_path):
         with pytest.raises(TimeoutError, match=rf"'{reward.__name__}' took longer than reward_timeout=0.5 seconds"):
             train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, reward_timeout=0.5)
         assert time.monotonic() - before < 50
+
+
+WAIT = 20  # seconds: how long what follows goes on if nothing interrupts it
+
+
+def catches_exceptions():
+    """As a client that gives a completion nothing when its judge fails."""
+    try:
+        time.sleep(WAIT)
+    except Exception:
+        return 0.0
+
+
+def catches_everything():
+    try:
+        time.sleep(WAIT)
+    except:  # noqa: E722
+        return 0.0
+
+
+def tries_again():
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            catches_everything()
+            time.sleep(WAIT)
+        except BaseException:
+            continue
+
+
+def waits_in_its_clean_up():
+    try:
+        time.sleep(WAIT)
+    finally:
+        time.sleep(WAIT)
+
+
+def raises_an_error_of_its_own():
+    try:
+        time.sleep(WAIT)
+    except BaseException as error:
+        raise KeyError("no such answer") from error
+
+
+def holds_the_interpreter_lock():
+    ctypes.PyDLL(None).usleep(500_000)  # microseconds; nothing can interrupt it
+
+
+async def catches_its_cancellation():
+    try:
+        await asyncio.sleep(WAIT)
+    except asyncio.CancelledError:
+        return 0.0
+
+
+async def tries_again_when_cancelled():
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            await asyncio.sleep(WAIT)
+        except (asyncio.CancelledError, TimeoutError):
+            continue
+
+
+async def blocks_the_event_loop():
+    time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        catches_exceptions,
+        catches_everything,
+        tries_again,
+        waits_in_its_clean_up,
+        raises_an_error_of_its_own,
+        holds_the_interpreter_lock,
+        catches_its_cancellation,
+        tries_again_when_cancelled,
+        blocks_the_event_loop,
+    ],
+)
+def test_the_time_limit_holds_whatever_a_reward_function_catches(wait):
+    def reward(prompts):
+        return [wait() for _ in prompts]
+
+    async def async_reward(prompts):
+        return [await wait() for _ in prompts]
+
+    guard = RewardGuard(timeout=0.25)
+    signal_handler = signal.getsignal(signal.SIGURG)
+    before = time.monotonic()
+    if asyncio.iscoroutinefunction(wait):
+        asyncio.new_event_loop().run_until_complete(guard.guard(async_reward)(prompts=["a", "b"]))
+    else:
+        guard.guard(reward)(prompts=["a", "b"])
+
+    assert time.monotonic() - before < WAIT
+    error = guard.take_error()
+    assert isinstance(error, TimeoutError)
+    assert "reward' took longer than reward_timeout=0.25 seconds" in str(error)
+    assert signal.getsignal(signal.SIGURG) is signal_handler
+
+
+def test_the_error_of_a_time_limit_shows_where_the_function_was():
+    guard = RewardGuard(timeout=0.25)
+    guard.guard(lambda prompts: [catches_exceptions() for _ in prompts])(prompts=["a"])
+
+    assert "in catches_exceptions" in "".join(traceback.format_exception(guard.take_error()))
+
+
+def test_of_two_rewards_that_fail_the_first_error_is_kept():
+    def fails(message):
+        def reward(prompts):
+            raise KeyError(message)
+
+        return reward
+
+    guard = RewardGuard()
+    for message in ("first", "second"):
+        guard.guard(fails(message))(prompts=["a"])
+
+    assert guard.take_error().args == ("first",)
+    guard.guard(fails("of the next batch"))(prompts=["a"])
+    assert guard.take_error().args == ("of the next batch",)
 
 
 def test_a_timeout_of_the_reward_function_itself_is_passed_on(tmp_path):
@@ -151,7 +280,8 @@ class _StepThree(OBLRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         logps, *others = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self.state.global_step == 2 and self.poison == "loss" and logps.requires_grad:
+        # Only in the first of the step's two batches: the second one's loss is finite.
+        if self._step == 4 and self.poison == "loss" and logps.requires_grad:
             logps = logps * math.nan
         return logps, *others
 
@@ -232,8 +362,40 @@ def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
 
 
-def test_a_run_resumed_between_two_steps_on_the_same_rollouts_equals_an_uninterrupted_one(tmp_path):
-    window = {"steps_per_generation": 3, "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "logging_steps": 1}
+def test_checkpoints_of_weights_only_are_skipped_and_refused_with_the_remedy(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, **saving)
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "weights", max_steps=2, save_only_model=True, **saving)
+    newest = (tmp_path / "weights" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    assert f"Skipping {newest}: it holds weights only, as save_only_model=True writes it." in caplog.messages
+    with pytest.raises(ValueError, match=r"weights only, as save_only_model=True .*pass it as the model.*=False"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=str(newest), **saving)
+    with pytest.raises(ValueError, match="There is no complete checkpoint in `output_dir`"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "weights", resume_from_checkpoint=True, **saving)
+
+
+def test_a_checkpoint_of_grpo_is_refused_with_the_remedy(tmp_path):
+    train(GRPOTrainer, GRPOConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=r"not written by `OBLRPOTrainer`.*resume it with the trainer that wrote it"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    """As text, checkpoint-9 comes after checkpoint-10."""
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    for step in (9, 10):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f"checkpoint-{step}")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(("steps_per_generation", "num_iterations"), [(3, 1), (1, 2), (2, 2)])
+def test_a_run_resumed_between_two_steps_on_the_same_rollouts_equals_an_uninterrupted_one(
+    tmp_path, steps_per_generation, num_iterations
+):
+    window = {"steps_per_generation": steps_per_generation, "num_iterations": num_iterations, "max_steps": 6}
+    window |= {"save_strategy": "steps", "save_steps": 1}
     whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **window)
     for step in (1, 2, 3):
         resumed = train(

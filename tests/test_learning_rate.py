@@ -129,7 +129,7 @@ def test_a_changed_learning_rate_holds_from_the_checkpoint_on(tmp_path, caplog, 
     # Step 3 has the same batch at the same weights, hence the same multiplier: a tenth of the rate at the same place of the schedule.
     assert after[2] == pytest.approx(before[2] / 10)
     assert after[3] < after[2]
-    assert "initial learning rates [0.0001, 0.0001] instead of the checkpoint's [0.001, 0.001]" in caplog.text
+    assert "initial learning rates [0.0001, 0.0001], not the checkpoint's [0.001, 0.001]" in caplog.text
 
 
 @pytest.mark.parametrize(

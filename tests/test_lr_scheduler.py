@@ -87,11 +87,13 @@ def test_a_resumed_scheduler_equals_an_uninterrupted_one(schedule):
     assert run(second_optimizer, second, ratios[2:]) == whole[2:]
 
 
-def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one_until_the_next_step():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one(schedule):
+    """Until the schedule's next step, or, where that goes on from the rate that is there, from then on."""
     plain_optimizer, wrapped_optimizer = optimizer(), optimizer()
-    plain = SCHEDULES["lambda"](plain_optimizer)
-    wrapped = SNRScheduler(SCHEDULES["lambda"](wrapped_optimizer), min_factor=0.05)
-    for step, ratio in enumerate((0.5, 0.4, 0.3)):
+    plain = SCHEDULES[schedule](plain_optimizer)
+    wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_factor=0.05)
+    for step, ratio in enumerate((0.5, 0.4, 0.3, 0.2)):
         for opt in (plain_optimizer, wrapped_optimizer):
             if step == 1:  # as a callback does in `on_step_begin`
                 opt.param_groups[1]["lr"] = 0.7
@@ -99,9 +101,11 @@ def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one_until_the_
         wrapped.set_ratio(ratio)  # a second batch of the step does not multiply it again
         assert rates(wrapped_optimizer) == pytest.approx([ratio * lr for lr in rates(plain_optimizer)])
         for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
+            if step == 2:  # too late for this step's multiplier
+                opt.param_groups[0]["lr"] = 0.6
             opt.step()
             scheduler.step()
-    assert rates(wrapped_optimizer) == pytest.approx([0.3 * lr for lr in rates(plain_optimizer)])
+    assert rates(wrapped_optimizer) == pytest.approx([0.2 * lr for lr in rates(plain_optimizer)])
 
 
 @pytest.mark.parametrize(
@@ -115,13 +119,14 @@ def test_a_restored_schedule_goes_on_from_other_initial_rates(wrap):
         saved.step()
     other = optimizer((0.3, 0.04))
     restored = wrap(SCHEDULES["lambda"](other))
-    wanted = initial_lrs(other)
+    wanted = initial_lrs(restored)
     other.load_state_dict(opt.state_dict())
     restored.load_state_dict(saved.state_dict())
     assert restore_initial_lrs(restored, wanted) == [0.1, 0.02]
     multiplier = 0.5 if isinstance(restored, SNRScheduler) else 1.0
     assert rates(other) == pytest.approx([multiplier * 0.3 / 3, multiplier * 0.04 / 3])  # 1 / (1 + 2 steps)
-    assert initial_lrs(other) == wanted
+    assert initial_lrs(restored) == wanted
+    assert [group["initial_lr"] for group in other.param_groups] == wanted
     other.step()
     restored.step()
     assert rates(other) == pytest.approx([multiplier * 0.3 / 4, multiplier * 0.04 / 4])
@@ -131,10 +136,10 @@ def test_a_restored_schedule_goes_on_from_other_initial_rates(wrap):
 def test_a_schedule_that_depends_on_its_past_cannot_go_on_from_another_rate():
     opt, other = optimizer(), optimizer((0.3, 0.02))
     saved, restored = (SNRScheduler(SCHEDULES["exponential"](o)) for o in (opt, other))
-    wanted = initial_lrs(other)
+    wanted = initial_lrs(restored)
     other.load_state_dict(opt.state_dict())
     restored.load_state_dict(saved.state_dict())
-    assert restore_initial_lrs(restored, initial_lrs(opt)) == [0.1, 0.02]
+    assert restore_initial_lrs(restored, [0.1, 0.02]) == [0.1, 0.02]
     with pytest.raises(ValueError, match=r"\[0.1, 0.02\], this run has \[0.3, 0.02\], and a `ExponentialLR`"):
         restore_initial_lrs(restored, wanted)
 

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data import CANDIDATES_PER_PROMPT, DataArguments
+from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.rewards import RewardArguments, load_rewards
 from oblr_trl.scripts import start_model
 from oblr_trl.scripts.train import main, make_parser, parse
@@ -161,6 +162,20 @@ def test_a_gpu_recipe_takes_one_step_of_128_prompts_of_8_completions_for_each_ge
     assert args.steps_per_generation == args.gradient_accumulation_steps
     assert args.num_iterations == 1
     assert f"= {128 * 8} = 128 prompts x 8" in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
+    text = path.read_text()
+    (gpus,) = {int(n) for n in re.findall(r"x (\d+) GPUs = 1024", text)} or {1}
+
+    args = parse(["--config", str(path), *ON_CPU])[1]
+
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
+    prompts, rest = divmod(rows, args.num_generations)
+    assert rest == 0
+    assert prompts >= MIN_PROMPTS
+    assert f"{prompts} prompts x {args.num_generations}" in text
 
 
 @pytest.mark.parametrize("path", GPU_RECIPES, ids=name_of)

@@ -1,6 +1,7 @@
 """The README's results belong to the records, and a stale README or figure is found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,38 @@ def change(path: Path, old: str, new: str) -> None:
 
 def test_readme_and_figures_belong_to_the_records():
     assert report.stale() == [], "run `make report` and commit what it writes"
+
+
+def short_version() -> str:
+    return README.read_text().split("In short, and said plainly:")[1].split(report.BEGIN)[0]
+
+
+def test_every_number_of_the_short_version_stands_in_the_results():
+    results = (report.ROOT / "docs" / "results.md").read_text()
+    numbers = re.findall(r"\d+\.\d+", short_version())
+
+    assert len(numbers) >= 12
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", results), number
+
+
+def test_what_the_short_version_says_of_effective_rates_and_collapse_is_so():
+    record = json.loads((report.ROOT / "benchmarks" / "results" / "learning.json").read_text())
+    effective, collapsing = [], []
+    for run in record["runs"]:
+        if (run["stage"], run["optimizer"]) != ("tuning", "adamw"):
+            continue
+        accuracies = [float(number) for number in run["accuracies"].split()]
+        if run["method"] == "oblrpo":
+            effective.append(run["learning_rate"] * run["mean_multiplier"])
+        # The multiplier of a method at a constant rate is 1. Collapse: below half of the accuracy at the start.
+        elif run["method"] != "snr_only" and accuracies[-1] < 0.5 * accuracies[0]:
+            collapsing.append(run["learning_rate"])
+
+    assert "every other method collapsed at higher effective rates than any of its runs had" in " ".join(
+        short_version().split()
+    )
+    assert max(effective) < min(collapsing)
 
 
 def test_the_command_says_what_is_stale_and_fails(monkeypatch, copy, capsys):

@@ -6,10 +6,10 @@ With vLLM, which always needs one, the same is shown in tests/vllm.
 import pytest
 import torch
 from peft import LoraConfig
+from trl import GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.scores.score_pass import ScorePass
-from tests.tiny_models import random_batch, tiny_model, train
+from tests.tiny_models import train
 
 # Two optimizer steps on every generation batch: from the second on the policy is not the one that generated it.
 OFF_POLICY = {
@@ -17,6 +17,12 @@ OFF_POLICY = {
     "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,
     "max_steps": 2,
+}
+
+AVERAGED = {
+    "use_vllm": True,
+    "vllm_importance_sampling_mode": "token_mask",
+    "importance_sampling_level": "sequence",
 }
 
 
@@ -100,44 +106,52 @@ def test_the_reference_model_of_an_adapter_is_not_scored(tmp_path, monkeypatch):
     torch.testing.assert_close(ours["advantages"], theirs["advantages"])
 
 
-def test_weights_that_come_after_the_pass_are_those_of_the_pass():
-    """Sketches are linear in the token weights: factors with later weights equal a pass that knew them."""
-    input_ids, attention_mask, completion_mask = random_batch()
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    targets = input_ids[:, -completion_mask.size(1) :]
-    weights = completion_mask * torch.rand(completion_mask.shape)
-    for architecture in ("qwen3", "qwen3_untied"):
-        model = tiny_model(architecture)
-        settings = {"scope": "lm_head", "sketch_dim": 256}
-        direct = ScorePass(model, **settings)(inputs, targets, weights)
-        deferred = ScorePass(model, defers_token_weights=True, **settings)(inputs, targets, completion_mask.float())
-
-        assert deferred.sketches is None
-        later = torch.where(completion_mask.bool(), weights, 7.0)  # what stands at masked tokens must not matter
-        torch.testing.assert_close(deferred.head_factors.sketch(later), direct.sketches)
-        torch.testing.assert_close(
-            deferred.log_probs[completion_mask.bool()], direct.log_probs[completion_mask.bool()]
-        )
-
-
-def test_only_the_output_projections_sketch_can_wait_for_token_weights():
-    for settings in ({"scope": "all"}, {"scope": "lm_head", "methods": ("exact",)}):
-        with pytest.raises(ValueError, match="`defers_token_weights` needs"):
-            ScorePass(tiny_model(), defers_token_weights=True, **settings)
-
-
 @pytest.mark.parametrize(
-    ("options", "rides", "defers"),
+    ("options", "rides"),
     [
-        ({}, False, False),  # the parent has no old log-probabilities
-        (OFF_POLICY, True, False),
-        ({"num_iterations": 2}, True, False),
-        ({"use_vllm": True}, True, False),  # sequence_mask, TRL's default
-        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, False, False),
-        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, False, False),
-        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", "score_scope": "lm_head"}, True, True),
+        ({}, False),  # the parent has no old log-probabilities
+        (OFF_POLICY, True),
+        ({"num_iterations": 2}, True),
+        ({"use_vllm": True}, True),  # sequence_mask, TRL's default
+        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, False),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, False),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", "score_scope": "lm_head"}, False),
+        # differentiates one ratio per sequence, which the ratios of its tokens scale by their mean; `cispo` does not
+        (AVERAGED, True),
+        (AVERAGED | {"loss_type": "cispo"}, False),
     ],
 )
-def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides, defers):
+def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides):
     config = OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
-    assert (config.scores_ride, config.defers_token_weights) == (rides, defers)
+    assert config.scores_ride == rides
+
+
+@pytest.mark.parametrize("scope", ["all", "lm_head"])
+def test_the_reused_forward_has_the_precision_of_trl(tmp_path, scope):
+    """Old log-probabilities are those of TRL under bfloat16, so that the importance ratio starts at 1, not near it.
+
+    The precisions differ by about 1e-3 in the log-probabilities of these tokens, far more than the order of float32 sums does.
+    """
+    logps = {}
+    for name, options in {
+        "bf16": {"bf16": True},
+        "fp32 head": {"bf16": True, "cast_lm_head_to_fp32": True},
+        "fp32": {"bf16": False},
+    }.items():
+        options = OFF_POLICY | options | {"max_steps": 1, "learning_rate": 0.0, "score_scope": scope}
+        trainer = train(_Counting, OBLRPOConfig, tmp_path, **options)
+        (batch,) = trainer.batches
+        with torch.no_grad():
+            expected, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+                trainer,
+                trainer.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+            )
+        mask = batch["completion_mask"].bool()
+        logps[name] = batch["old_per_token_logps"][mask]
+        torch.testing.assert_close(logps[name], expected[mask], rtol=0, atol=5e-6)
+    # Random generation is seeded and in float32: the tokens are the same.
+    for name in ("fp32 head", "fp32"):
+        assert (logps[name] - logps["bf16"]).abs().max() > 1e-4

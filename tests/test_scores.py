@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from oblr_trl.scores import reference_scores, score_sketches
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
@@ -154,3 +155,25 @@ def test_scores_do_not_depend_on_the_amount_of_padding():
     zeros = torch.zeros(input_ids.size(0), 4, dtype=torch.long)
     wider = [torch.cat([tensor, zeros], dim=1) for tensor in (input_ids, attention_mask, completion_mask)]
     torch.testing.assert_close(score_sketches(model, *wider, method="exact"), before, rtol=1e-6, atol=0)
+
+
+def test_a_model_that_changes_a_layers_output_in_place_is_scored():
+    """OLMo clamps the outputs of its query, key and value projections in place, here about half of them."""
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        clip_qkv=0.1,
+        pad_token_id=0,
+    )
+    model = OlmoForCausalLM(config).double().eval()
+    batch = random_batch()
+    truth = reference_scores(model, *batch).square().sum(dim=1)
+    assert relative_error(score_sketches(model, *batch, method="exact"), truth) < 1e-10
+    model.config.clip_qkv = None
+    assert (
+        relative_error(reference_scores(model, *batch).square().sum(dim=1), truth) > 1e-3
+    )  # else nothing was clamped

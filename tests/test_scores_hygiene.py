@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from oblr_trl.scores import (
     DenseGradient,
@@ -223,8 +224,16 @@ def test_heads_whose_logits_are_transformed_are_refused():
         score_sketches(model, *random_batch())
 
 
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    """A quantized head is a kind of `nn.Linear`, with a packed or scaled `weight`."""
+    model = tiny_model("qwen3_untied")
+    model.lm_head = FP8Linear(64, 40)
+    with pytest.raises(ValueError, match=r"FP8Linear`, whose own `forward`.*Leave the head out of the quantization"):
+        score_sketches(model, *random_batch(), scope="lm_head")
+
+
 def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():
-    def shapes(num_layers):
+    def scoped(num_layers):
         config = Qwen3Config(
             vocab_size=151936,
             hidden_size=4096,
@@ -236,21 +245,28 @@ def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():
             tie_word_embeddings=False,
         )
         with torch.device("meta"):
-            return resolve_scope(AutoModelForCausalLM.from_config(config), "all", None).shapes
+            return resolve_scope(AutoModelForCausalLM.from_config(config), "all", None)
 
-    def num_bytes(shapes):
-        projections = Projections(shapes, sketch_dim=4096, seed=0, dtype=torch.float32, device=torch.device("cpu"))
-        for name, shape in shapes.items():
+    def num_bytes(parameters):
+        projections = Projections(
+            parameters.shapes,
+            tables=parameters.tables,
+            sketch_dim=4096,
+            seed=0,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        for name, shape in parameters.shapes.items():
             if len(shape) == 2:
                 projections.look_up_rows(name, torch.zeros(1, 1, dtype=torch.long), shape[0])
                 projections.project_columns(name, torch.zeros(1, 1, shape[1]))
             else:
-                projections.add_dense(torch.zeros(1, 4096), name, torch.zeros(1, shape[0]))
+                projections.add_dense(projections.empty_sum(1), name, torch.zeros(1, shape[0]))
         return projections.num_bytes()
 
-    assert num_bytes(shapes(36)) <= 64 * 2**20
+    assert num_bytes(scoped(36)) <= 64 * 2**20
     # the bases are shared: more blocks cost their signs alone, one byte per row and column of a matrix
-    assert num_bytes(shapes(6)) - num_bytes(shapes(4)) < 2 * 100_000
+    assert num_bytes(scoped(6)) - num_bytes(scoped(4)) < 2 * 100_000
 
 
 class LargestTensor(TorchDispatchMode):

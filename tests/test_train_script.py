@@ -104,6 +104,9 @@ def test_task_parameters_can_be_given_on_the_command_line():
         (["--task_params", "{"], r"`task_params` is '{', which is not a JSON object"),
         (["--dataset_name", "x"], r"Exactly one source of prompts is needed"),
         (["stray"], r"not used by the HfArgumentParser: \['stray'\]"),
+        (["--baseline", "gradient_weigted"], r"argument --baseline: invalid choice: 'gradient_weigted' \(choose from"),
+        (["--max_steps", "many"], r"argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--trainer"], r"argument --trainer: expected one argument"),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(arguments, message):
@@ -148,6 +151,63 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
 def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`--config` names .*none.yaml', but there is no such file"):
         parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    "tokens", [[], ["--config"], ["--config", "--max_steps", "3"], ["--max_steps", "3", "--config"]]
+)
+def test_a_command_without_a_recipe_is_refused(tokens):
+    with pytest.raises(ValueError, match=r"No recipe is given: write `--config FILE.yaml`"):
+        parse(tokens)
+
+
+def test_the_help_begins_with_config_an_example_and_our_own_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0] == "usage: python -m oblr_trl.scripts.train --config RECIPE [--KEY VALUE ...]"
+    (example,) = [line for line in lines[:8] if line.startswith("  python -m oblr_trl.scripts.train --config ")]
+    assert parse(example.split()[3:])[1].max_steps == 10  # the example is a command that works
+    order = [
+        "--config RECIPE",
+        "--trainer",
+        "--baseline ",
+        "--lr_adaptation",
+        "--task ",
+        "--reward_funcs",
+        "--max_steps",
+    ]
+    places = [text.index(f"\n  {option}") for option in order if option != "--config RECIPE"]
+    assert text.index("--config RECIPE ") < places[0]
+    assert places == sorted(places)
+    for parser in (make_parser(), make_parser(trainer="grpo")):  # every option is there, whoever declares it
+        words = set(parser.format_help().replace(",", " ").split())
+        assert {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"} <= words
+
+
+@pytest.mark.slow
+def test_a_wrong_command_line_prints_one_line():
+    for script, tokens, start in (
+        ("train", ["--config", OBLRPO, "--baseline", "rlo"], "train: argument --baseline: invalid choice: 'rlo'"),
+        ("evaluate", ["--config"], "evaluate: No recipe is given: write"),
+    ):
+        command = [sys.executable, "-m", f"oblr_trl.scripts.{script}", *tokens]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+        assert result.returncode == 1
+        assert [line[: len(start)] for line in result.stderr.splitlines()] == [start]
+
+
+@pytest.mark.parametrize("name", ["modles/tiny", "Qwen3-tiny", "runs/x/checkpoint-9/", "./modles/tiny"])
+def test_a_misspelt_model_is_refused_without_the_hubs_stack_trace(small, name):
+    with pytest.raises(
+        ValueError, match=rf"`model_name_or_path` is '{name}', but there is no such directory"
+    ) as error:
+        main(*parse(["--config", OBLRPO, *small, "--model_name_or_path", name]))
+
+    assert error.value.__context__ is None  # of which a traceback would show
 
 
 @pytest.mark.parametrize(
@@ -245,6 +305,20 @@ def test_a_run_resumed_from_its_last_checkpoint_equals_an_uninterrupted_one(smal
     assert all(row["grad_norm"] > 0 for row in training_rows(whole))
     assert (resumed / "checkpoint-3").is_dir()
     assert not (resumed / "checkpoint-1").exists()  # the first two steps were not taken again
+
+
+@pytest.mark.parametrize("resume", ["true", "path"])
+def test_a_checkpoint_of_oblr_po_is_refused_for_the_control(small, tmp_path, resume):
+    run = tmp_path / "run"
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    main(*parse(["--config", OBLRPO, *small, *saving, "--eval_strategy", "no", "--eval_on_start", "false"]))
+    wanted = str(run / "checkpoint-2") if resume == "path" else "true"
+    arguments = parse(["--config", GRPO, *small, *saving, "--resume_from_checkpoint", wanted])
+
+    with pytest.raises(
+        ValueError, match=r"written by `OBLRPOTrainer`, and `trainer` is 'grpo'.*trainer: oblrpo.*model_name_or_path: "
+    ):
+        main(*arguments)
 
 
 @pytest.mark.slow

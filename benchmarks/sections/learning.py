@@ -15,17 +15,19 @@ TITLE = "Does it learn faster, and when does it collapse?"
 LABELS = {
     "oblrpo": "OBLR-PO",
     "baseline_only": "its baseline alone",
-    "snr_only": "its rate alone (RLOO + SNR)",
+    "snr_only": "SNR only (with RLOO)",
     "grpo": "GRPO (TRL's defaults)",
     "dr_grpo": "Dr. GRPO",
     "rloo": "RLOO",
     "opo": "OPO",
     "constant_average": "control: constant average rate",
-    "shuffled_multiplier": "control: shuffled factors",
+    "shuffled_multiplier": "control: shuffled multipliers",
 }
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 CONTROLS = ("constant_average", "shuffled_multiplier")
-RIVALS = ("grpo", "dr_grpo", "rloo")
+MEASURES = {"area": "equal rollouts", "area_equal_time": "equal time"}
+# `snr_min_factor` of all runs.
+FLOOR = 0.05
 # Okabe and Ito's, as in `oblr_trl.run_figure`, and a grey; ours is drawn last and thickest.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#888888")
 _LINES = dict(zip(LABELS, _COLOURS, strict=False))
@@ -52,7 +54,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The verdicts, areas at the best rate and over the whole grid."""
+    """The verdicts and the areas at the best rate."""
     settings = record["settings"]
     paragraphs = [
         f"`make study`: {settings['num_steps']} steps of {settings['num_prompts']} prompts x {settings['num_generations']} "
@@ -61,7 +63,6 @@ def summary(record: dict[str, Any]) -> str:
         "accuracy over the steps. Final accuracies, equal time, collapse by rate and every difference with its interval: "
         "[docs/results.md](docs/results.md).",
         _best_table(record),
-        _grid_table(record),
         " ".join(_verdicts(record)),
     ]
     return "\n\n".join(paragraphs)
@@ -82,10 +83,10 @@ def _best_table(record: dict[str, Any]) -> str:
 
 
 def _grid_table(record: dict[str, Any]) -> str:
-    """What is left of the area if the learning rate was not tuned: its mean over the grid."""
+    """The mean of the area over the grid of base rates, which the SNR methods multiply by less than 1."""
     parts = list(_parts(record))
     lines = [
-        "| area, mean over the grid of rates | "
+        "| area, mean over the grid of base rates | "
         + " | ".join(f"{policy}, {OPTIMIZERS[name]}" for policy, name, _ in parts)
         + " |",
         "|---" * (len(parts) + 1) + "|",
@@ -108,13 +109,17 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
     for optimizer, policies in record["summary"].items():
         parts = list(policies.values())
         name = OPTIMIZERS[optimizer]
-        for measure, kind in (("area", "equal rollouts"), ("area_equal_time", "equal time")):
+        for measure, kind in MEASURES.items():
             yield (
                 f"{name}, {kind}: the interval of OBLR-PO minus the best of GRPO, Dr. GRPO and RLOO lies "
                 f"{_count(parts, 'rival', measure)}."
             )
-        halves = [part["half_minus_rival"]["area"] for part in parts]
-        yield f"The same for its baseline alone, at a constant rate ({name}, equal rollouts): {_tally(halves)}."
+        halves = {measure: _tally([part["half_minus_rival"][measure] for part in parts]) for measure in MEASURES}
+        yield (
+            f"The same for its baseline alone, at a constant rate ({name}): "
+            + "; ".join(f"{kind} {halves[measure]}" for measure, kind in MEASURES.items())
+            + "."
+        )
         for control in CONTROLS:
             yield f"Against the {LABELS[control]} (area, {name}): {_count(parts, control, 'area')}."
     for optimizer, policies in record["summary"].items():
@@ -125,6 +130,8 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
             f"With {OPTIMIZERS[optimizer]}, OBLR-PO collapses where one of GRPO and Dr. GRPO does not: "
             f"{', '.join(worse) or 'nowhere on the grid'}."
         )
+    yield _effective_rates(record)
+    yield _times(record)
     edges = [
         f"{LABELS[method]} on {policy} ({OPTIMIZERS[optimizer]})"
         for policy, optimizer, part in _parts(record)
@@ -132,6 +139,32 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
     ]
     if edges:
         yield f"Best rate at an edge of the grid, so perhaps not the best there is: {', '.join(edges)}."
+
+
+def _effective_rates(record: dict[str, Any]) -> str:
+    """At which rates OBLR-PO really trained while tuning: without this the comparison over the grid would mislead."""
+    ranges = {}
+    for policy, optimizer, _ in _parts(record):
+        chosen = {"stage": "tuning", "method": "oblrpo", "policy": policy, "optimizer": optimizer}
+        runs = [run for run in record["runs"] if all(run[name] == value for name, value in chosen.items())]
+        multipliers = [run["mean_multiplier"] for run in runs]
+        ranges[f"{policy} ({OPTIMIZERS[optimizer]})"] = (min(multipliers), max(multipliers))
+    listed = ", ".join(f"{low:.3f} to {high:.3f} on {where}" for where, (low, high) in ranges.items())
+    lowest, highest = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
+    return (
+        f"OBLR-PO's mean multiplier over the grid was {listed}, with a floor of {FLOOR}: its effective rates lay {1 / highest:.0f} to "
+        f"{1 / lowest:.0f} times below the grid, so neither the mean over the grid nor the collapses show that it is safer; that "
+        "needs controls at equal effective rates."
+    )
+
+
+def _times(record: dict[str, Any]) -> str:
+    seconds = [
+        {method: part["evaluation"][method]["cpu_seconds"]["mean"] for method in ("oblrpo", "dr_grpo")}
+        for _, _, part in _parts(record)
+    ]
+    ratios = [entry["oblrpo"] / entry["dr_grpo"] for entry in seconds]
+    return f"A run of OBLR-PO took {min(ratios):.2f} to {max(ratios):.2f} times the processor seconds of Dr. GRPO's."
 
 
 def _count(parts: list[Part], other: str, measure: str) -> str:
@@ -159,7 +192,7 @@ def _table(part: Part, policy: str, optimizer: str) -> str:
         f"**{policy}, {OPTIMIZERS[optimizer]}** (start {part['start_accuracy']:.3f}; equal time: "
         f"{part['equal_time_seconds']:.1f} s)",
         "",
-        "| | rate | factor | area | OBLR-PO minus it | final | area, equal time | OBLR-PO minus it | seconds | collapsed |",
+        "| | rate | multiplier | area | OBLR-PO minus it | final | area, equal time | OBLR-PO minus it | seconds | collapsed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, cell in part["evaluation"].items():

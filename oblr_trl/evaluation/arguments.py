@@ -57,6 +57,12 @@ class EvaluationArguments:
             Whether to turn every string prompt into a conversation, for models with a chat template.
         system_prompt (`str`, *optional*):
             System message put before every conversation.
+        chat_template_kwargs (`dict` or `str`, *optional*):
+            Further arguments of the chat template, e.g. `{"enable_thinking": false}`; on the command line a JSON object.
+        like (`str`, *optional*):
+            A training recipe whose prompts and endings are used: `prompt_template`, `conversational`, `system_prompt`,
+            `chat_template_kwargs`, `stop_token_ids` and, for `max_new_tokens`, `max_completion_length` come from it, whatever
+            this recipe says; those of the command line come first.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature, at least 0; 0 is greedy.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -65,6 +71,8 @@ class EvaluationArguments:
             Number of most likely tokens to sample from. Defaults to all.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
             Longest completion, in tokens.
+        stop_token_ids (`list[int]`, *optional*):
+            Tokens that end a completion, in addition to the model's and the tokenizer's end of text.
         batch_size (`int`, *optional*, defaults to `64`):
             Completions generated, graded and recorded at once; a killed evaluation loses no more than these.
         seed (`int`, *optional*, defaults to `0`):
@@ -98,10 +106,18 @@ class EvaluationArguments:
     prompt_template: str | None = field(default=None, metadata={"help": "Text around every `{prompt}`."})
     conversational: bool = field(default=False, metadata={"help": "Whether to make every prompt a conversation."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message before every conversation."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of the chat template, a JSON object, e.g. `{"enable_thinking": false}`.'},
+    )
+    like: str | None = field(
+        default=None, metadata={"help": "Training recipe whose prompts and stop tokens are used."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Probability of the nucleus."})
     top_k: int | None = field(default=None, metadata={"help": "Number of most likely tokens to sample from."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion, in tokens."})
+    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Further tokens that end a completion."})
     batch_size: int = field(default=64, metadata={"help": "Completions generated and recorded at once."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and of the bootstrap."})
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model."})
@@ -109,7 +125,7 @@ class EvaluationArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Whether to leave the progress bar out."})
 
     def __post_init__(self):
-        for name in ("benchmarks", "files"):
+        for name in ("benchmarks", "files", "chat_template_kwargs"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, _parse_json_object(name, getattr(self, name)))
         for name, values in (

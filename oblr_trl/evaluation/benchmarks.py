@@ -6,10 +6,8 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 
 from oblr_trl.answers import as_latex, compile_answer_pattern, extract_answer
@@ -219,31 +217,6 @@ def load_problems(
         if reference and answer is not None
     ]
     return ProblemSet(benchmark=benchmark, problems=problems, excluded=unparsable)
-
-
-def benchmark_datasets(
-    recipe: str | Path, *, only: Sequence[str] | None = None, files: Mapping[str, str] | None = None
-) -> dict[str, Dataset]:
-    """
-    The benchmarks of an evaluation recipe as `eval_dataset` of a trainer of TRL: columns `prompt`, `solution`, `benchmark`.
-
-    The prompts are the evaluation's; the answers stand between dollar signs, as `accuracy_reward` needs them. TRL logs a row for
-    each, all with the key `eval_reward`; [`~evaluation.rewards.math_accuracy`] adds one of its own, e.g. `eval_accuracy/gsm8k`.
-
-    Args:
-        recipe (`str` or `Path`):
-            For example `"recipes/evaluation/math.yaml"`.
-        only, files:
-            As in [`parse_benchmarks`].
-    """
-    settings = yaml.safe_load(Path(recipe).read_text())
-    names = ("prompt_template", "conversational", "system_prompt", "unparsable_answers")
-    asking = {name: settings[name] for name in names if name in settings}
-    sets = [
-        load_problems(benchmark, **asking)
-        for benchmark in parse_benchmarks(settings.get("benchmarks"), files=files, only=only)
-    ]
-    return {problem_set.benchmark.name: problem_set.as_dataset() for problem_set in sets}
 
 
 def _parse_entry(name: str, entry: Any, defaults: dict[str, Any]) -> Benchmark:

@@ -58,6 +58,19 @@ def choose_backend(wanted: str) -> str:
     return wanted
 
 
+def check_adapter(args: EvaluationArguments, backend: str) -> None:
+    """Refuse an adapter for vLLM; transformers loads it with its model."""
+    name = str(args.model_name_or_path).rstrip("/")
+    if backend == "vllm" and _base_model(args) != args.model_name_or_path:
+        raise ValueError(
+            f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set `backend: transformers`, or "
+            f"merge it into its model and evaluate {name + '-merged'!r}:\n"
+            'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
+            f"M.from_pretrained('{name}', dtype='auto').merge_and_unload().save_pretrained('{name}-merged'); "
+            f"T.from_pretrained('{name}').save_pretrained('{name}-merged')\""
+        )
+
+
 def load_tokenizer(args: EvaluationArguments) -> Any:
     """The model's tokenizer, padding on the left."""
     tokenizer = AutoTokenizer.from_pretrained(
@@ -68,9 +81,11 @@ def load_tokenizer(args: EvaluationArguments) -> Any:
     return tokenizer
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[Any], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
     """
-    Token ids of prompts: text as the tokenizer encodes it, conversations through its chat template.
+    Token ids of prompts as TRL's trainers encode them: text by the tokenizer, conversations through its chat template.
 
     Raises:
         `ValueError`: conversations without a chat template.
@@ -82,8 +97,10 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
             "The prompts are conversations, but the tokenizer has no chat template: set `conversational: false`, or "
             "evaluate a model whose tokenizer has one."
         )
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    encoded = tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
+    return encoded["input_ids"]
 
 
 def check_lengths(args: EvaluationArguments, longest_prompt: int) -> None:
@@ -160,11 +177,6 @@ class VLLMGenerator:
         from vllm import LLM
 
         self.args = args
-        if _base_model(args) != args.model_name_or_path:
-            raise ValueError(
-                f"`model_name_or_path` {args.model_name_or_path!r} holds an adapter, which `backend: vllm` does not load "
-                "here: merge it into its model (`merge_and_unload`) and save that, or set `backend: transformers`."
-            )
         self.eos_token_ids = eos_token_ids(args, tokenizer)
         self.engine = LLM(
             model=args.model_name_or_path,
@@ -207,14 +219,18 @@ class VLLMGenerator:
 
 
 def eos_token_ids(args: EvaluationArguments, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: those of the model's generation configuration, and the tokenizer's."""
+    """The tokens that end a completion: those of the generation configuration, of the tokenizer, and `stop_token_ids`."""
     try:
         configured = GenerationConfig.from_pretrained(
             _base_model(args), revision=args.model_revision or "main"
         ).eos_token_id
     except OSError:  # a model may come without one
         configured = None
-    found = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    found = {
+        tokenizer.eos_token_id,
+        *(args.stop_token_ids or []),
+        *(configured if isinstance(configured, list) else [configured]),
+    }
     return sorted(found - {None})
 
 

@@ -19,6 +19,16 @@ from oblr_trl.evaluation.records import RESULTS_JSON, SETTINGS_FILE, Records
 
 AVERAGE = "avg"
 MEAN_ROW = "mean of the benchmarks"
+# Of which a comparison says where they differ; prompts have to be the same.
+COMPLETION_SETTINGS = (
+    "answer_format",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_new_tokens",
+    "stop_token_ids",
+    "chat_template_kwargs",
+)
 INTERVAL_NOTE = "In percent; in brackets the 95 % bootstrap interval over problems"
 
 
@@ -166,9 +176,9 @@ def _comparison_notes(results: Mapping[str, Any], settings: Mapping[str, Any], s
         left_out = [name for name in result["benchmarks"] if name not in shared]
         if left_out:
             notes.append(f"{label}: {', '.join(left_out)} left out, since not every model was evaluated on it")
-    for key in ("answer_format", "temperature", "top_p", "top_k", "max_new_tokens"):
+    for key in COMPLETION_SETTINGS:
         found = {label: entry["settings"].get(key) for label, entry in settings.items()}
-        if len(set(found.values())) > 1:
+        if len(set(map(str, found.values()))) > 1:
             notes.append(f"warning: {key} differs: {', '.join(f'{label} {value}' for label, value in found.items())}")
     return notes
 

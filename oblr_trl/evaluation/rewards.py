@@ -31,7 +31,7 @@ def math_accuracy(
         solution (`list[str]`):
             Reference answers.
         benchmark (`list[str]`, *optional*):
-            Names of the sets that the prompts are from, as [`~evaluation.benchmarks.benchmark_datasets`] has them.
+            Names of the sets that the prompts are from, as [`~evaluation.training.benchmark_datasets`] has them.
         log_metric (`Callable`, *optional*):
             Given by the trainer.
     """

@@ -77,12 +77,15 @@ class ModelAnswers:
     def __init__(self, args: EvaluationArguments, backend: str, problem_sets: Sequence[ProblemSet]):
         self.args, self.backend = args, backend
         self.tokenizer = load_tokenizer(args)
+        assert not isinstance(args.chat_template_kwargs, str)  # parsed by EvaluationArguments
         self.prompt_ids = {
             (problem_set.benchmark.name, problem.index): ids
             for problem_set in problem_sets
             for problem, ids in zip(
                 problem_set.problems,
-                encode_prompts(self.tokenizer, [problem.prompt for problem in problem_set.problems]),
+                encode_prompts(
+                    self.tokenizer, [problem.prompt for problem in problem_set.problems], args.chat_template_kwargs
+                ),
                 strict=True,
             )
         }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from oblr_trl.planning.setup import Setup
 from oblr_trl.planning.shapes import ModelShape
-from oblr_trl.scores.projections import is_small, projected_widths
+from oblr_trl.scores.projections import factored_widths, projected_widths
 
 _FLOAT32 = 4
 
@@ -43,11 +43,12 @@ def projection_bytes(shapes: Iterator[tuple[str, tuple[int, ...]]], sketch_dim: 
     """Bytes of all projections when every one has been drawn: one float32 basis per shape, one sign per row and column."""
     bases: dict[tuple[str, int, int], int] = {}
     signs = 0
-    for _, sizes in shapes:
-        if len(sizes) != 2 or is_small(*sizes, sketch_dim):
+    for name, sizes in shapes:
+        widths = factored_widths(sizes, sketch_dim, is_table=name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if widths is None:
             signs += math.prod(sizes)
             continue
-        for side, dim, width in zip(("rows", "columns"), sizes, projected_widths(*sizes, sketch_dim), strict=True):
+        for side, dim, width in zip(("rows", "columns"), sizes, widths, strict=True):
             signs += dim
             if width != dim:
                 bases[side, dim, width] = dim * width * _FLOAT32
@@ -63,11 +64,7 @@ def sketch_bytes(setup: Setup) -> int:
     """Sketches on one process: those of its own completions, and all of them after the gather."""
     assert setup.scoring is not None
     completions = setup.schedule.completions_per_process + setup.schedule.completions_per_batch
-    total = completions * setup.scoring.sketch_dim * _FLOAT32
-    if setup.scoring.defers:
-        widths = projected_widths(setup.shape.vocab_size, setup.shape.hidden_size, setup.scoring.sketch_dim)
-        total += setup.schedule.completions_per_process * setup.completion_length * sum(widths) * _FLOAT32
-    return total
+    return completions * setup.scoring.sketch_dim * _FLOAT32
 
 
 def gather_bytes(num_completions: int, sketch_dim: int, num_processes: int) -> int:

@@ -111,14 +111,11 @@ class Scoring:
         scope (`str`): `"all"`, `"last_k"` or `"lm_head"`.
         last_k (`int`, *optional*): Blocks of `"last_k"`.
         sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch.
-        defers (`bool`, *optional*, defaults to `False`):
-            Whether projected factors are kept per token until vLLM's importance ratio is known.
     """
 
     scope: str
     last_k: int | None = None
     sketch_dim: int = 4096
-    defers: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What becomes of the per-sequence gradients of one pass: a sketch, or exact squared norms."""
 
 from collections import Counter, defaultdict
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -37,19 +36,17 @@ class SketchAccumulator:
 
     def __init__(self, batch_size: int, projections: Projections) -> None:
         self._projections = projections
-        self._sketch = torch.zeros(
-            batch_size, projections.sketch_dim, dtype=projections.dtype, device=projections.device
-        )
+        self._total = projections.empty_sum(batch_size)
 
     def add(self, name: str, gradient: PerSequenceGradient, num_rows: int, num_uses: int) -> None:
         """Project one gradient and add it."""
         if isinstance(gradient, DenseGradient):
-            self._projections.add_dense(self._sketch, name, gradient.values)
+            self._projections.add_dense(self._total, name, gradient.values)
             return
         rows = self._project_rows(name, gradient, num_rows)
         columns = self._projections.project_columns(name, gradient.columns)
         # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-        self._projections.add_matrix(self._sketch, name, torch.bmm(rows.mT, columns))
+        self._projections.add_matrix(self._total, name, torch.bmm(rows.mT, columns))
 
     def _project_rows(self, name: str, gradient: OuterProduct, num_rows: int) -> Tensor:
         rows = gradient.rows
@@ -62,7 +59,7 @@ class SketchAccumulator:
 
     def result(self) -> Tensor:
         """The sketches, of shape `(B, sketch_dim)`."""
-        return self._sketch
+        return self._projections.sketch(self._total)
 
 
 class ExactNormAccumulator:
@@ -107,11 +104,4 @@ def _at_least(product: OuterProduct, dtype: torch.dtype) -> OuterProduct:
     rows = product.rows
     if isinstance(rows, DenseRows):
         rows = DenseRows(rows.values.to(dtype))
-    elif isinstance(rows, HeadRows):
-        rows = replace(
-            rows,
-            hidden=rows.hidden.to(dtype),
-            coefficients=rows.coefficients.to(dtype),
-            log_normalizer=rows.log_normalizer.to(dtype),
-        )
     return OuterProduct(rows, product.columns.to(dtype))

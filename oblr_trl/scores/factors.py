@@ -49,6 +49,7 @@ class HeadRows:
         targets (`torch.Tensor` of shape `(B, T)`): The tokens \\( y_t \\).
         coefficients (`torch.Tensor` of shape `(B, T)`): \\( c_t \\), the seed of the token over the temperature.
         log_normalizer (`torch.Tensor` of shape `(B, T)`): log-sum-exp of the logits.
+        other_probs (`torch.Tensor` of shape `(B, T)`): \\( 1 - \mathrm{softmax}(l_t)_{y_t} \\), which a difference would lose.
         temperature (`float`): What the logits are divided by.
         projected (`torch.Tensor` of shape `(B, T, r)`, *optional*): The factor times a projection, where it was asked for.
     """
@@ -59,18 +60,23 @@ class HeadRows:
     targets: Tensor
     coefficients: Tensor
     log_normalizer: Tensor
+    other_probs: Tensor
     temperature: float
     projected: Tensor | None = None
 
     def columns(self, start: int, end: int) -> Tensor:
         """The factor's columns for the vocabulary slice, of shape `(B, T, end - start)`."""
         bias = None if self.bias is None else self.bias[start:end].to(self.hidden.dtype)
+        # In the precision of the pass, whose normaliser belongs to logits rounded like these.
         logits = torch.nn.functional.linear(self.hidden, self.weight[start:end].to(self.hidden.dtype), bias)
-        negated = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
+        logits = logits.to(self.log_normalizer.dtype)
+        values = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
         inside = (self.targets >= start) & (self.targets < end)
         index = (self.targets - start).clamp(0, end - start - 1).unsqueeze(-1)
-        negated.scatter_add_(-1, index, inside.unsqueeze(-1).to(negated.dtype))
-        return negated * self.coefficients.unsqueeze(-1)
+        values.scatter_(
+            -1, index, torch.where(inside.unsqueeze(-1), self.other_probs.unsqueeze(-1), values.gather(-1, index))
+        )
+        return values * self.coefficients.unsqueeze(-1)
 
 
 Rows = DenseRows | IndexRows | HeadRows
@@ -137,7 +143,7 @@ def _row_gram(first: Rows, second: Rows, vocab_tile: int) -> Tensor:
         case DenseRows(a), IndexRows(b):
             return a.gather(2, b.unsqueeze(1).expand(-1, a.size(1), -1))
         case HeadRows(), HeadRows() if first is second:
-            gram = first.hidden.new_zeros(*first.hidden.shape[:2], first.hidden.size(1))
+            gram = first.coefficients.new_zeros(*first.hidden.shape[:2], first.hidden.size(1))
             for start in range(0, first.weight.size(0), vocab_tile):
                 tile = first.columns(start, min(start + vocab_tile, first.weight.size(0)))
                 gram += torch.einsum("btv,bsv->bts", tile, tile)
@@ -151,7 +157,7 @@ def _row_gram(first: Rows, second: Rows, vocab_tile: int) -> Tensor:
 
 def _head_at_indices(head: HeadRows, indices: Tensor, vocab_tile: int) -> Tensor:
     """Entries of the head's row factor at each sequence's own vocabulary indices, `(B, T, T')`."""
-    gram = head.hidden.new_zeros(*head.hidden.shape[:2], indices.size(1))
+    gram = head.coefficients.new_zeros(*head.hidden.shape[:2], indices.size(1))
     for start in range(0, head.weight.size(0), vocab_tile):
         end = min(start + vocab_tile, head.weight.size(0))
         inside = ((indices >= start) & (indices < end)).unsqueeze(1)  # (B, 1, T')

@@ -1,8 +1,12 @@
-"""The output projection and log-softmax, forward and gradient in one pass over the vocabulary.
+r"""The output projection and log-softmax, forward and gradient in one pass over the vocabulary.
 
-Differs from a fused cross-entropy in what it sums: beside the log-normaliser it carries `softmax @ weight`, which is the
-gradient of the hidden states, and `softmax @ projection`, which is the head's own sketch. All three come from one set of
+Differs from a fused cross-entropy in what it sums: in addition to the log-normaliser it carries `softmax @ weight`, which gives
+the gradient of the hidden states, and `softmax @ projection`, which gives the head's own sketch. All three come from one set of
 logits tiles by the online softmax, so neither the logits nor a second pass over the vocabulary is needed.
+
+The softmax is that over all tokens but the target y, because a low-entropy policy's gradient is a small difference of large numbers,
+\\( W_y - \sum_v p_v W_v \\), and what half precision rounds off them exceeds it. The same without the difference:
+\\( (1 - p_y) (W_y - \sum_{v \ne y} q_v W_v) \\), where q is the softmax without the target.
 
 Shapes: M token positions, d hidden features, V vocabulary, r projected vocabulary.
 """
@@ -24,6 +28,7 @@ class HeadPass(NamedTuple):
     Args:
         log_probs (`torch.Tensor` of shape `(M,)`): \\( \log p(y) \\).
         log_normalizer (`torch.Tensor` of shape `(M,)`): log-sum-exp of the logits over temperature.
+        other_probs (`torch.Tensor` of shape `(M,)`): \\( 1 - p(y) \\), accurate where it is small.
         grad_hidden (`torch.Tensor` of shape `(M, d)`, *optional*): \\( \nabla_h \log p(y) \\).
         projected_rows (`torch.Tensor` of shape `(M, r)`, *optional*):
             \\( (e_y - \mathrm{softmax})^\top P / \tau \\): the row factor of the weight's gradient, projected.
@@ -31,6 +36,7 @@ class HeadPass(NamedTuple):
 
     log_probs: Tensor
     log_normalizer: Tensor
+    other_probs: Tensor
     grad_hidden: Tensor | None
     projected_rows: Tensor | None
 
@@ -74,10 +80,11 @@ def head_pass(
         _token_tile(hidden_tile, weight, bias, target_tile, temperature, projection, needs_grad_hidden)
         for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
     ]
-    log_probs, log_normalizer, grad_hidden, projected = zip(*tiles, strict=True)
+    log_probs, log_normalizer, other_probs, grad_hidden, projected = zip(*tiles, strict=True)
     return HeadPass(
         torch.cat(log_probs),
         torch.cat(log_normalizer),
+        torch.cat(other_probs),
         torch.cat(grad_hidden) if needs_grad_hidden else None,
         torch.cat(projected) if projection is not None else None,
     )
@@ -93,7 +100,7 @@ def _token_tile(
     needs_grad_hidden: bool,
 ) -> HeadPass:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # What the softmax averages: rows of the weight, rows of the projection, or both.
+    # What the softmax without the target averages: rows of the weight, rows of the projection, or both.
     wanted = [weight] if needs_grad_hidden else []
     wanted += [projection] if projection is not None else []
     averages = [hidden.new_zeros(hidden.size(0), values.size(1), dtype=dtype) for values in wanted]
@@ -109,8 +116,10 @@ def _token_tile(
         # Taken from the tile, rounded as every other logit: the loss does the same, so that its ratio to these is 1.
         local = targets - start
         inside = (local >= 0) & (local < logits.size(1))
-        at_target = logits.gather(1, local.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
-        target_logits += torch.where(inside, at_target, 0.0)
+        index = local.clamp(0, logits.size(1) - 1).unsqueeze(1)
+        at_target = logits.gather(1, index)
+        target_logits += torch.where(inside, at_target.squeeze(1), 0.0)
+        logits.scatter_(1, index, torch.where(inside.unsqueeze(1), -torch.inf, at_target))
         new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
         rescale = torch.exp(maximum - new_maximum)
         probs = logits.sub_(new_maximum).exp_()
@@ -122,14 +131,16 @@ def _token_tile(
         ]
         maximum = new_maximum
 
-    log_normalizer = (maximum + normalizer.log()).squeeze(1)
+    log_odds = target_logits - (maximum + normalizer.log()).squeeze(1)  # of the target against all others
+    log_probs, other_probs = torch.nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
     gradients = [
-        values[targets].to(dtype).sub_(average / normalizer) / temperature
+        values[targets].to(dtype).sub_(average / normalizer).mul_(other_probs.unsqueeze(1) / temperature)
         for average, values in zip(averages, wanted, strict=True)
     ]
     return HeadPass(
-        target_logits - log_normalizer,
-        log_normalizer,
+        log_probs,
+        target_logits - log_probs,
+        other_probs,
         gradients[0] if needs_grad_hidden else None,
         gradients[-1] if projection is not None else None,
     )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from oblr_trl.scores.accumulators import Accumulator
 from oblr_trl.scores.factors import HeadRows, OuterProduct, PerSequenceGradient
 from oblr_trl.scores.head import head_pass
-from oblr_trl.scores.head_factors import HeadFactors
 from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters
 from oblr_trl.scores.taps import frozen_parameters, tapped
@@ -34,14 +33,11 @@ class ScoreOutput:
         log_probs (`torch.Tensor` of shape `(B, C)`): Log-probability of every completion token; 0 where the token weight is.
         sketches (`torch.Tensor` of shape `(B, k)`, *optional*): Score sketches, if the method "sketch" was asked for.
         squared_norms (`torch.Tensor` of shape `(B,)`, *optional*): Exact squared score norms, for the method "exact".
-        head_factors ([`~scores.head_factors.HeadFactors`], *optional*): In place of both, where the token weights are still
-            unknown.
     """
 
     log_probs: Tensor
     sketches: Tensor | None = None
     squared_norms: Tensor | None = None
-    head_factors: HeadFactors | None = None
 
 
 class OnePass:
@@ -71,6 +67,8 @@ class OnePass:
         self.hidden: Tensor | None = None
         self.grad_hidden: Tensor | None = None
         self.log_probs: Tensor | None = None
+        # By which each sequence's seed is larger than asked for, of shape (B, 1).
+        self.scale = torch.ones_like(token_weights[:, :1])
 
     def run(self) -> ScoreOutput:
         try:
@@ -102,8 +100,8 @@ class OnePass:
                 self._warn_of_uncalled(calls)
             self.uses = self.scoped.num_uses(calls)
             assert self.log_probs is not None
-            if self.owner.defers_token_weights:
-                return ScoreOutput(self.log_probs, head_factors=self._head_factors())
+            # Autocast is for the model: the products of scores keep the precision that they come in.
+            stack.enter_context(_no_autocast(self.hidden))
             with torch.no_grad():
                 for name, product in self.head_products.items():
                     self._add(name, product)
@@ -111,7 +109,12 @@ class OnePass:
                 self._backward(anchor)
             with torch.no_grad():
                 results = dict(zip(self.owner.methods, (a.result() for a in self.accumulators), strict=True))
-        return ScoreOutput(self.log_probs, results.get("sketch"), results.get("exact"))
+        sketches, squared_norms = results.get("sketch"), results.get("exact")
+        return ScoreOutput(
+            self.log_probs,
+            None if sketches is None else sketches / self.scale,
+            None if squared_norms is None else squared_norms / self.scale.squeeze(1).square(),
+        )
 
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
         self.active = True
@@ -137,7 +140,7 @@ class OnePass:
 
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> None:
         self.accumulators = self.owner.accumulators(self.scoped, hidden.size(0), hidden)
-        projection = self._head_projection(head, hidden)
+        projections = self._head_projections(head, hidden)
         scored = self.token_weights != 0
         result = head_pass(
             hidden[scored],
@@ -145,20 +148,23 @@ class OnePass:
             head.bias,
             self.targets[scored],
             temperature=self.owner.temperature,
-            projection=projection,
+            projection=torch.cat(projections, dim=1) if projections else None,
             needs_grad_hidden=self.needs_backward,
         )
-        weights = self.token_weights[scored].to(result.log_probs.dtype)
 
-        def spread(values: Tensor) -> Tensor:
-            """From scored positions back to (B, C, ...), zero elsewhere."""
-            out = values.new_zeros(*scored.shape, *values.shape[1:])
+        def spread(values: Tensor, elsewhere: float = 0.0) -> Tensor:
+            """From scored positions back to (B, C, ...)."""
+            out = values.new_full((*scored.shape, *values.shape[1:]), elsewhere)
             out[scored] = values
             return out
 
         self.log_probs = spread(result.log_probs)
+        token_weights = self.token_weights.to(result.log_probs.dtype)  # (B, C)
         if result.grad_hidden is not None:
-            self.grad_hidden = spread(result.grad_hidden * weights.unsqueeze(1))
+            grad_hidden = spread(result.grad_hidden) * token_weights.unsqueeze(-1)
+            self.scale = _inverse_power_of_two(grad_hidden)
+            self.grad_hidden = grad_hidden * self.scale.unsqueeze(-1)
+            token_weights = token_weights * self.scale
         weight = self._kept(head.weight)
         assert weight is not None
         rows = HeadRows(
@@ -166,15 +172,16 @@ class OnePass:
             weight=weight,
             bias=self._kept(head.bias),
             targets=self.targets,
-            coefficients=self.token_weights.to(hidden.dtype) / self.owner.temperature,
-            log_normalizer=spread(result.log_normalizer),
+            coefficients=token_weights / self.owner.temperature,
+            log_normalizer=spread(result.log_normalizer, torch.inf),
+            other_probs=spread(result.other_probs),
             temperature=self.owner.temperature,
         )
         projected: dict[str, Tensor] = {}
-        if projection is not None:
-            assert result.projected_rows is not None
-            parts = spread(result.projected_rows * weights.unsqueeze(1)).tensor_split(len(self.scoped.head_names), -1)
-            projected = dict(zip(self.scoped.head_names, parts, strict=True))
+        if result.projected_rows is not None:
+            parts = spread(result.projected_rows) * token_weights.unsqueeze(-1)
+            widths = [projection.size(1) for projection in projections]
+            projected = dict(zip(self.scoped.head_names, parts.split(widths, -1), strict=True))
         columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
         for name, full_name in self.scoped.head_names.items():
             own = HeadRows(**{**vars(rows), "projected": projected.get(name)})
@@ -187,23 +194,13 @@ class OnePass:
             return gathered
         return gathered.detach().clone()
 
-    def _head_factors(self) -> HeadFactors:
-        projections = self.owner.projections(self.scoped, self.accumulators[0].result().dtype, self.targets.device)
-        factors = {}
-        for name, product in self.head_products.items():
-            assert isinstance(product.rows, HeadRows)
-            assert product.rows.projected is not None
-            factors[name] = (product.rows.projected, projections.project_columns(name, product.columns))
-        return HeadFactors(projections, factors)
-
-    def _head_projection(self, head: nn.Linear, hidden: Tensor) -> Tensor | None:
-        if "sketch" not in self.owner.methods or not self.scoped.head_names:
-            return None
+    def _head_projections(self, head: nn.Linear, hidden: Tensor) -> list[Tensor]:
+        """Row projections of the head's parameters in scope, in the order of their names; none where nothing is sketched."""
+        if "sketch" not in self.owner.methods:
+            return []
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         projections = self.owner.projections(self.scoped, dtype, hidden.device)
-        num_rows = head.weight.size(0)
-        parts = [projections.rows(name, num_rows) for name in self.scoped.head_names.values()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return [projections.rows(name, head.weight.size(0)) for name in self.scoped.head_names.values()]
 
     def _on_layer(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
         rule = find_score_rule(module)
@@ -225,8 +222,7 @@ class OnePass:
             return  # every parameter of the scope sits in the output projection
         seed = torch.zeros_like(self.hidden)
         seed[:, -self.targets.size(1) - 1 : -1] = self.grad_hidden.to(seed.dtype)
-        with _no_autocast(self.hidden):
-            torch.autograd.grad(self.hidden, anchor, grad_outputs=seed)
+        torch.autograd.grad(self.hidden, anchor, grad_outputs=seed)
 
     def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
         uncalled = [next(iter(names.values())) for module, names in self.scoped.names.items() if not calls[module]]
@@ -235,6 +231,13 @@ class OnePass:
                 f"{len(uncalled)} layers with trainable parameters were not called in the scoring pass and count as zero "
                 f"score: {', '.join(uncalled[:3])}{', ...' if len(uncalled) > 3 else ''}. Freeze them if they are unused."
             )
+
+
+def _inverse_power_of_two(gradients: Tensor) -> Tensor:
+    """What brings each sequence's largest entry to [1/2, 1), exactly: gradients of long completions, or of tokens with p near 1,
+    are below what float16 resolves. Of shape `(B, 1)`, and at most 2^60, whose square is still finite."""
+    _, exponents = torch.frexp(gradients.abs().amax(dim=(1, 2)))
+    return torch.ldexp(torch.ones_like(gradients[:, :1, 0]), exponents.clamp(min=-60).neg().unsqueeze(1))
 
 
 def _no_autocast(reference: Tensor):

@@ -71,6 +71,7 @@ class ScopedParameters:
         first_block (`nn.Module`, *optional*): Block at which a `last_k` scope begins.
         head (`nn.Module`): The output projection.
         head_names (`dict[str, str]`): As `names`, for the output projection; empty where it is frozen.
+        tables (`set[str]`): Names of parameters with a row for every token: of embeddings and of the output projection.
     """
 
     head: nn.Module
@@ -78,6 +79,7 @@ class ScopedParameters:
     names: dict[nn.Module, dict[str, str]] = field(default_factory=dict)
     first_block: nn.Module | None = None
     head_names: dict[str, str] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
 
     def num_uses(self, calls: Counter[nn.Module]) -> Counter[str]:
         """How often each parameter is used in a pass in which the layers were called `calls` times."""
@@ -101,7 +103,7 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     scoped = ScopedParameters(head=_output_projection(model))
     if scope == "lm_head":
         for name, parameter in scoped.head.named_parameters(recurse=False):
-            _use(scoped, scoped.head_names, name, f"lm_head.{name}", parameter)
+            _use(scoped, scoped.head, name, f"lm_head.{name}", parameter)
         return scoped
 
     included = None
@@ -126,8 +128,7 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
             _check_adapter(modules, module_name, f"{module_name}.{trainable[0][0]}")
         for name, parameter in trainable:
             full_name = known.setdefault(id(parameter), f"{module_name}.{name}")
-            names = scoped.head_names if module is scoped.head else scoped.names.setdefault(module, {})
-            _use(scoped, names, name, full_name, parameter)
+            _use(scoped, module, name, full_name, parameter)
     _check_inside_language_model(model, scoped)
     for module, names in scoped.names.items():
         _check_rule(module, names)
@@ -139,8 +140,11 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     return scoped
 
 
-def _use(scoped: ScopedParameters, names: dict[str, str], name: str, full_name: str, parameter: nn.Parameter) -> None:
+def _use(scoped: ScopedParameters, module: nn.Module, name: str, full_name: str, parameter: nn.Parameter) -> None:
+    names = scoped.head_names if module is scoped.head else scoped.names.setdefault(module, {})
     names[name] = full_name
+    if module is scoped.head or isinstance(module, nn.Embedding):
+        scoped.tables.add(full_name)
     # DeepSpeed ZeRO-3 keeps the full shape of a partitioned parameter in `ds_shape`; `shape` is empty there.
     scoped.shapes[full_name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -160,6 +164,13 @@ def _output_projection(model: Any) -> nn.Module:
         raise ValueError(
             f"The model's output embeddings are a {type(head).__name__}; only a plain `nn.Linear` head is supported. Use "
             "another model class."
+        )
+    if next(cls for cls in type(head).__mro__ if "forward" in cls.__dict__) is not nn.Linear:
+        raise ValueError(
+            f"The model's output embeddings are a `{_qualified_name(head)}`, whose own `forward` computes the logits, for "
+            "example from quantized weights; the scoring pass computes them from `weight` as `nn.Linear` does. Leave the head "
+            "out of the quantization: `llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` of other methods, both "
+            "as ['lm_head']."
         )
     config = model.config.get_text_config()
     for name, neutral in (

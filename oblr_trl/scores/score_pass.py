@@ -47,13 +47,9 @@ class ScorePass:
             Dtype of the output projection. If not given, autocast's where autocast is on, else the model's.
         gradient_checkpointing (`bool`, *optional*):
             Whether the pass checkpoints the model's blocks. As the model is set if not given.
-        defers_token_weights (`bool`, *optional*, defaults to `False`):
-            Return projected factors instead of sketches, for token weights that become known after the pass. Only for the
-            scope `"lm_head"` and the method `"sketch"`.
 
     Raises:
-        `ValueError`: For an unknown method, a `sketch_dim` below 1, a `temperature` that is not positive, or token weights
-        deferred for another scope or method.
+        `ValueError`: For an unknown method, a `sketch_dim` below 1, or a `temperature` that is not positive.
     """
 
     def __init__(
@@ -68,7 +64,6 @@ class ScorePass:
         temperature: float = 1.0,
         head_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool | None = None,
-        defers_token_weights: bool = False,
     ) -> None:
         for method in methods:
             if method not in METHODS:
@@ -77,8 +72,6 @@ class ScorePass:
             raise ValueError(f"`sketch_dim` must be at least 1, got {sketch_dim}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        if defers_token_weights and (scope != "lm_head" or methods != ("sketch",)):
-            raise ValueError("`defers_token_weights` needs `scope='lm_head'` and `methods=('sketch',)`.")
         self.model = model
         self.scope = scope
         self.last_k = last_k
@@ -88,7 +81,6 @@ class ScorePass:
         self.temperature = temperature
         self.head_dtype = head_dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.defers_token_weights = defers_token_weights
         self._projections: Projections | None = None
         self._projected_shapes: dict[str, tuple[int, ...]] = {}
 
@@ -130,6 +122,11 @@ class ScorePass:
         if self._projections is None or self._projected_shapes != scoped.shapes:
             self._projected_shapes = dict(scoped.shapes)
             self._projections = Projections(
-                scoped.shapes, sketch_dim=self.sketch_dim, seed=self.seed, dtype=dtype, device=device
+                scoped.shapes,
+                tables=scoped.tables,
+                sketch_dim=self.sketch_dim,
+                seed=self.seed,
+                dtype=dtype,
+                device=device,
             )
         return self._projections

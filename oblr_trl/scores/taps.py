@@ -27,7 +27,8 @@ class _IdentityTap(torch.autograd.Function):
     def forward(ctx, output: Tensor, anchor: Tensor, inputs: Tensor, module: nn.Module, observer: Observer) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.module, ctx.observer = module, observer
-        return output.view_as(output)
+        # Not a view, which autograd would not let the model change in place (OLMo clamps queries, keys and values).
+        return output.detach()
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

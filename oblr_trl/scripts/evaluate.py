@@ -2,6 +2,7 @@
 
     python -m oblr_trl.scripts.evaluate --config recipes/evaluation/math.yaml --model_name_or_path Qwen/Qwen3-4B-Base
 
+A trained model is asked as its recipe asked it, with the same prompts, stop tokens and length, by `--like RECIPE`.
 A killed evaluation continues where it was when the same command is given again. Any key of the recipe can be given on the
 command line too, a misspelt one fails and names the nearest. All data are read and checked before the model is loaded. Several
 evaluated models are compared by `python -m oblr_trl.scripts.compare LABEL=DIR LABEL=DIR`.
@@ -12,14 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from oblr_trl.evaluation.arguments import EvaluationArguments
 from oblr_trl.evaluation.benchmarks import ProblemSet, load_problems, parse_benchmarks
-from oblr_trl.evaluation.generation import choose_backend
+from oblr_trl.evaluation.generation import check_adapter, choose_backend
 from oblr_trl.evaluation.records import (
     RESULTS_JSON,
     RESULTS_MARKDOWN,
@@ -30,7 +30,17 @@ from oblr_trl.evaluation.records import (
 )
 from oblr_trl.evaluation.results import format_results, summarize_all
 from oblr_trl.evaluation.run import Answers, ModelAnswers, RecordedAnswers, evaluate_benchmark
-from oblr_trl.recipe_files import check_keys, command_line, given_keys, known_keys, read_recipe
+from oblr_trl.evaluation.training import training_prompt_settings
+from oblr_trl.recipe_files import (
+    RecipeParser,
+    check_keys,
+    command_line,
+    given_keys,
+    known_keys,
+    parse_or_exit,
+    read_recipe,
+)
+from oblr_trl.sources import check_model
 
 # What decides over completions and grades, beside model and problems; a resumed evaluation may change the other keys.
 MODEL_SETTINGS = (
@@ -42,11 +52,19 @@ MODEL_SETTINGS = (
     "top_p",
     "top_k",
     "max_new_tokens",
+    "stop_token_ids",
     "batch_size",
     "seed",
     "vllm_tensor_parallel_size",
 )
-PROMPT_SETTINGS = ("prompt_template", "conversational", "system_prompt", "unparsable_answers", "answer_format")
+PROMPT_SETTINGS = (
+    "prompt_template",
+    "conversational",
+    "system_prompt",
+    "chat_template_kwargs",
+    "unparsable_answers",
+    "answer_format",
+)
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
@@ -59,6 +77,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
         settings = _settings(args, PROMPT_SETTINGS) | {"completions": _file_fingerprint(Path(args.completions_file))}
     else:
         backend = choose_backend(args.backend)
+        check_adapter(args, backend)
         answers = ModelAnswers(args, backend, problem_sets)
         settings = _settings(args, (*MODEL_SETTINGS, *PROMPT_SETTINGS))
         settings |= {"backend": backend, "weights": weights_fingerprint(name)}
@@ -120,10 +139,7 @@ def _check_source(args: EvaluationArguments) -> str:
         return args.completions_file
     assert args.model_name_or_path is not None
     name = args.model_name_or_path = os.path.expanduser(args.model_name_or_path)
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise ValueError(
-            f"`model_name_or_path` is {name!r}, but there is no such directory: give a hub id or a model's."
-        )
+    check_model(name, revision=args.model_revision)
     return name
 
 
@@ -141,10 +157,14 @@ def _file_fingerprint(path: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Parser of the evaluation script."""
-    dataclass_types: list[Any] = [EvaluationArguments]
-    return TrlParser(dataclass_types, prog="python -m oblr_trl.scripts.evaluate", allow_abbrev=False)
+    return RecipeParser(
+        [EvaluationArguments],
+        module="oblr_trl.scripts.evaluate",
+        description="Evaluate a model on benchmarks with verifiable answers: avg@k and pass@k with intervals.",
+        example="--config recipes/evaluation/gsm8k.yaml --model_name_or_path Qwen/Qwen3-0.6B-Base",
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
@@ -158,8 +178,12 @@ def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
     parser = make_parser()
     check_keys(given_keys(tokens, read_recipe(tokens)), known_keys(parser))
     (args,) = parser.parse_args_and_config(tokens)
-    return args
+    if args.like is None:
+        return args
+    given = [key.replace("-", "_") for key in given_keys(tokens, {})]
+    settings = training_prompt_settings(args.like)
+    return replace(args, **{name: value for name, value in settings.items() if name not in given})
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(parse_or_exit(parse, "evaluate"))

@@ -211,7 +211,7 @@ def _prompt_length(args: GRPOConfig, shape: ModelShape) -> int:
 def _scoring(args: GRPOConfig) -> Scoring | None:
     if not isinstance(args, OBLRPOConfig) or not args.needs_scores:
         return None
-    return Scoring(args.score_scope, args.score_last_k, args.score_sketch_dim, args.defers_token_weights)
+    return Scoring(args.score_scope, args.score_last_k, args.score_sketch_dim)
 
 
 def _adapter(model_args: ModelConfig) -> Adapter | None:

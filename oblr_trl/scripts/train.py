@@ -16,13 +16,23 @@ from typing import Any, cast
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from oblr_trl.checkpoints import last_complete_checkpoint
+from oblr_trl.checkpoints import last_complete_checkpoint, refuse_for_grpo
 from oblr_trl.data import DataArguments, load_prompts
 from oblr_trl.diagnosis import DiagnosisCallback
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.oblrpo_trainer import OBLRPOTrainer
-from oblr_trl.recipe_files import check_keys, command_line, flag_value, given_keys, known_keys, read_recipe
+from oblr_trl.recipe_files import (
+    RecipeParser,
+    check_keys,
+    command_line,
+    flag_value,
+    given_keys,
+    known_keys,
+    parse_or_exit,
+    read_recipe,
+)
 from oblr_trl.rewards import RewardArguments, load_rewards
+from oblr_trl.sources import check_model
 
 TRAINERS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer]]] = {
     "oblrpo": (OBLRPOConfig, OBLRPOTrainer),
@@ -64,6 +74,8 @@ def main(
     )
     _check_model(model_args)
     checkpoint = _checkpoint_to_resume(training_args)
+    if checkpoint is not None and script_args.trainer == "grpo":
+        refuse_for_grpo(checkpoint)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -102,6 +114,7 @@ def _check_model(model_args: ModelConfig) -> None:
             f"`model_name_or_path` is {name!r}, but there is no such directory. The start model of the tiny recipes is made "
             f"by `python -m oblr_trl.scripts.start_model --output_dir {name}`."
         )
+    check_model(name, revision=model_args.model_revision)
 
 
 def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
@@ -122,17 +135,13 @@ def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
     return wanted
 
 
-def make_parser(
-    subparsers: argparse._SubParsersAction | None = None, prog: str | None = None, trainer: str = "oblrpo"
-) -> TrlParser:
+def make_parser(subparsers: argparse._SubParsersAction | None = None, trainer: str = "oblrpo") -> TrlParser:
     """
     Parser of the training script; its keys depend on the trainer.
 
     Args:
         subparsers (`argparse._SubParsersAction`, *optional*):
             Where to add the parser as a subcommand, as TRL's command line does.
-        prog (`str`, *optional*):
-            Name of the program in help texts.
         trainer (`str`, *optional*, defaults to `"oblrpo"`):
             `"oblrpo"` or `"grpo"`.
     """
@@ -145,7 +154,12 @@ def make_parser(
     )
     if subparsers is not None:
         return subparsers.add_parser("oblrpo", help="Run the OBLR-PO training script", dataclass_types=dataclass_types)
-    return TrlParser(list(dataclass_types), prog=prog)
+    return RecipeParser(
+        dataclass_types,
+        module="oblr_trl.scripts.train",
+        description="Train from a YAML recipe, by OBLR-PO or by its control, TRL's own GRPO.",
+        example="--config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --max_steps 10",
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple:
@@ -180,4 +194,4 @@ def _check_keys(keys: list[str], parser: TrlParser, trainer: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse())
+    main(*parse_or_exit(parse, "train"))

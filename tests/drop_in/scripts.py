@@ -15,6 +15,8 @@ both_trainers = pytest.mark.parametrize("trainer_class", [GRPOTrainer, OBLRPOTra
 CONFIGS = {GRPOTrainer: GRPOConfig, OBLRPOTrainer: OBLRPOConfig}
 OPTIONS = {GRPOTrainer: {}, OBLRPOTrainer: {"score_method": "exact"}}
 G = 4  # completions per prompt
+# Two optimizer steps on every generation batch, which has as many rows as by default and comes as often.
+OFF_POLICY = {"per_device_train_batch_size": 2 * G, "steps_per_generation": 2, "max_steps": 4}
 
 
 def recording(trainer_class):

@@ -3,14 +3,16 @@
 import pytest
 
 from tests.drop_in.expected_advantages import assert_advantages
-from tests.drop_in.scripts import CONFIGS, G, both_trainers, run
+from tests.drop_in.scripts import CONFIGS, OFF_POLICY, G, both_trainers, run
 
 
 @both_trainers
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func', which is an experimental feature")
 @pytest.mark.parametrize("with_mask", [False, True], ids=["", "with env_mask"])
-def test_a_rollout_function_writes_the_completions(tmp_path, trainer_class, with_mask):
-    """Row i of call n completes with tokens that the test knows, and hands over its own reward."""
+@pytest.mark.parametrize("options", [{}, OFF_POLICY], ids=["on policy", "off policy"])
+def test_a_rollout_function_writes_the_completions(tmp_path, trainer_class, with_mask, options):
+    """Row i of call n completes with tokens that the test knows, and hands over its own reward. Off policy there is a forward
+    pass for old log-probabilities, which knows of no mask."""
     num_calls = 0
 
     def rollout(prompts, trainer):
@@ -40,6 +42,7 @@ def test_a_rollout_function_writes_the_completions(tmp_path, trainer_class, with
         trainer_class,
         tmp_path,
         trainer={"rollout_func": rollout, "reward_funcs": lambda completions, points, **kwargs: points},
+        **options,
     )
     assert num_calls == 2
     for call, batch in enumerate(trainer.batches):

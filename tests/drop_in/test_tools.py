@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from oblr_trl import OBLRPOTrainer, length_weighted_baseline
 from tests.drop_in.chats import chat_model, chat_tokenizer, questions
 from tests.drop_in.expected_advantages import assert_advantages, squared_norms
-from tests.drop_in.scripts import both_trainers, run, texts
+from tests.drop_in.scripts import OFF_POLICY, G, both_trainers, run, texts
 from tests.tiny_models import logged
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'environment_factory', which is an experimental feature")
@@ -100,9 +101,8 @@ def last_digit(completion):
     return int(completion[-1]["content"][-1]) / 9
 
 
-@both_trainers
-def test_tools_are_called_and_their_tokens_are_no_part_of_the_score(tmp_path, trainer_class):
-    trainer = run(
+def run_with_tools(trainer_class, tmp_path, **options):
+    return run(
         trainer_class,
         tmp_path,
         trainer={
@@ -113,7 +113,15 @@ def test_tools_are_called_and_their_tokens_are_no_part_of_the_score(tmp_path, tr
             "reward_funcs": lambda completions, **kwargs: [last_digit(completion) for completion in completions],
         },
         max_completion_length=128,
+        **options,
     )
+
+
+@both_trainers
+@pytest.mark.parametrize("options", [{}, OFF_POLICY], ids=["on policy", "off policy"])
+def test_tools_are_called_and_their_tokens_are_no_part_of_the_score(tmp_path, trainer_class, options):
+    """Off policy there is a forward pass for old log-probabilities, which knows of no tool mask."""
+    trainer = run_with_tools(trainer_class, tmp_path, **options)
     used = set()
     for batch in trainer.batches:
         rows = zip(batch["completion_ids"], batch["completion_mask"], batch["tool_mask"], strict=True)
@@ -139,6 +147,17 @@ def test_tools_are_called_and_their_tokens_are_no_part_of_the_score(tmp_path, tr
     batch = trainer.batches[0]
     with_tools = squared_norms(trainer, batch, token_weights=batch["completion_mask"])
     assert (with_tools / squared_norms(trainer, batch) - 1).abs().max() > 0.1  # else the mask had no effect to test
+
+
+def test_a_completions_length_counts_the_tokens_of_the_loss_and_not_those_of_tools(tmp_path):
+    trainer = run_with_tools(OBLRPOTrainer, tmp_path, baseline="length_weighted", lr_adaptation="none")
+    for batch in trainer.batches:
+        rewards = torch.tensor([int(text[-1]) / 9 for text in texts(trainer, batch)]).view(-1, G)
+        lengths = (batch["completion_mask"] * batch["tool_mask"]).sum(dim=1).view(-1, G)
+        with_tools = batch["completion_mask"].sum(dim=1).view(-1, G)
+        expected = rewards - length_weighted_baseline(rewards, lengths)
+        assert (expected - (rewards - length_weighted_baseline(rewards, with_tools))).abs().max() > 1e-3
+        torch.testing.assert_close(batch["advantages"].view_as(expected), expected)
 
 
 class Guessing:

@@ -67,7 +67,9 @@ def test_models_are_compared_by_differences_paired_by_problem(tmp_path, capsys):
 
 def test_a_benchmark_of_one_model_alone_and_other_settings_are_noted(tmp_path):
     both = score(tmp_path / "both", 8)
-    one = score(tmp_path / "one", 8, "--answer_format", "latex", benchmarks=("aime25",))
+    one = score(
+        tmp_path / "one", 8, "--answer_format", "latex", "--chat_template_kwargs", '{"a": 1}', benchmarks=("aime25",)
+    )
 
     comparison = main([both, f"one={one}"])
 
@@ -75,6 +77,7 @@ def test_a_benchmark_of_one_model_alone_and_other_settings_are_noted(tmp_path):
     assert comparison["notes"] == [
         "out: amc23 left out, since not every model was evaluated on it",
         "warning: answer_format differs: out any, one latex",
+        "warning: chat_template_kwargs differs: out None, one {'a': 1}",
     ]
 
 

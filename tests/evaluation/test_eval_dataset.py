@@ -8,8 +8,8 @@ from trl.rewards import accuracy_reward
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.evaluation.benchmarks import benchmark_datasets
 from oblr_trl.evaluation.rewards import math_accuracy
+from oblr_trl.evaluation.training import benchmark_datasets
 from oblr_trl.scripts.train import main, parse
 from tests.evaluation.files import MATH, ROOT, gsm8k_rows, math500_rows, write_benchmarks, write_jsonl
 

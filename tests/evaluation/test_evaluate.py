@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -172,7 +174,9 @@ def test_conversations_reach_the_model_through_its_chat_template(gsm8k, model_di
     assert [row["completions"] for row in chats] == [row["completions"] for row in texts]
 
 
-def test_an_adapter_is_evaluated_with_its_model(gsm8k, model_dir, tmp_path):
+def test_an_adapter_is_evaluated_with_its_model_or_refused_with_the_command_that_merges_it(
+    gsm8k, model_dir, tmp_path, monkeypatch
+):
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora)
     adapter.save_pretrained(tmp_path / "adapter")
@@ -186,6 +190,19 @@ def test_an_adapter_is_evaluated_with_its_model(gsm8k, model_dir, tmp_path):
     texts = [[row["completions"] for row in read_jsonl(tmp_path / name / "gsm8k.jsonl")] for name in "ab"]
     assert texts[0] != texts[1]
 
+    # vLLM gets the merged model, which the command in its refusal makes.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="holds an adapter, which `backend: vllm` does not load") as refusal:
+        evaluate(*common, "--model_name_or_path", tmp_path / "adapter", "--backend", "vllm")
+    monkeypatch.undo()
+    command = str(refusal.value).splitlines()[-1]
+    assert command.startswith("python -c ")
+    subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True, timeout=120)
+    evaluate(*common, "--model_name_or_path", tmp_path / "adapter-merged", "--output_dir", tmp_path / "c")
+
+    assert [row["completions"] for row in read_jsonl(tmp_path / "c" / "gsm8k.jsonl")] == texts[1]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapter-merged").dtype == torch.float32
+
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
@@ -194,6 +211,8 @@ def test_an_adapter_is_evaluated_with_its_model(gsm8k, model_dir, tmp_path):
         ("--batch_size", "8", r"`batch_size` was 4 when .* is 8 now.*set it back, or set another `output_dir`"),
         ("--seed", "3", r"`seed` was 0 .* is 3 now"),
         ("--num_completions", "3", r"`benchmarks.gsm8k.num_completions` was 2 .* is 3 now"),
+        ("--stop_token_ids", "5", r"`stop_token_ids` was None .* is \[5\] now"),
+        ("--chat_template_kwargs", '{"a": 1}', r"`chat_template_kwargs` was None .* is {'a': 1} now"),
         ("--answer_format", "latex", r"`answer_format` was 'any' .* is 'latex' now"),
         ("--prompt_template", "{prompt}", r"`prompt_template` was .* is '{prompt}' now"),
         ("--files", None, r"`benchmarks.gsm8k.problems` was '\w+' .* is '\w+' now"),

@@ -31,6 +31,10 @@ RATIO_RUNS: dict[str, dict[str, Any]] = {
     )
     for mode in modes
 }
+# The loss differentiates one ratio per sequence, so that every token has the mean of its tokens' ratios.
+RATIO_RUNS["all-exact-token_truncate-averaged"] = RATIO_RUNS["all-exact-token_truncate"] | {
+    "importance_sampling_level": "sequence"
+}
 
 # Runs of three steps with the algorithm at its defaults, on an engine that is in order.
 SYNCED_RUNS = ("full", "snr", "lora", "zero_3", "zero_3_lora")

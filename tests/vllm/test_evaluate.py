@@ -6,6 +6,7 @@ import os
 
 import pytest
 import vllm
+from transformers import AutoTokenizer
 
 from oblr_trl.scripts.evaluate import main, parse
 from tests.evaluation.files import GSM8K, gsm8k_rows, make_model, write_jsonl
@@ -36,11 +37,17 @@ def records(directory):
     return [json.loads(line) for line in (directory / "gsm8k.jsonl").read_text().splitlines()]
 
 
-def test_greedy_completions_are_those_of_transformers(command, tmp_path):
+@pytest.mark.parametrize("stops", ["", "?-"], ids=["end-of-text", "stop-tokens"])
+def test_greedy_completions_are_those_of_transformers(command, tmp_path, stops):
+    if stops:
+        tokenizer = AutoTokenizer.from_pretrained(command[command.index("--model_name_or_path") + 1])
+        command = [*command, "--stop_token_ids", *map(str, tokenizer.convert_tokens_to_ids(list(stops)))]
     for backend in ("vllm", "transformers"):
         main(parse([*command, "--backend", backend, "--output_dir", str(tmp_path / backend)]))
 
     assert records(tmp_path / "vllm") == records(tmp_path / "transformers")
+    truncated = [flag for record in records(tmp_path / "vllm") for flag in record["truncated"]]
+    assert all(truncated) == (not stops)
     assert json.loads((tmp_path / "vllm" / "settings.json").read_text())["settings"]["backend"] == "vllm"
 
 

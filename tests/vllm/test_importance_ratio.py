@@ -45,14 +45,17 @@ def largest_difference(squared_norms, others):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_scores_of_a_run_are_those_of_the_oracle_with_the_ratio(base, run_named, name):
-    scope, method, mode = name.split("-")
+    scope, method, mode, *averaged = name.split("-")
     batches = run_named(name).batches()
     assert len(batches) == 2
 
     for batch in batches:
         ratio = batch["importance_sampling_ratio"].double()
         torch.testing.assert_close(ratio, expected_ratio(batch, mode, 0.7, 1.5), rtol=1e-5, atol=1e-6)
-        with_ratio = oracle_squared_norms(base, batch, scope, ratio.expand(batch["completion_mask"].shape))
+        mask = batch["completion_mask"]
+        if averaged:
+            ratio = (ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+        with_ratio = oracle_squared_norms(base, batch, scope, ratio.expand(mask.shape))
         assert largest_difference(batch["weights"], with_ratio) < (1e-5 if method == "exact" else SKETCH_ERROR)
         assert largest_difference(batch["sketches"].square().sum(dim=-1), with_ratio) < SKETCH_ERROR
         assert largest_difference(batch["weights"], oracle_squared_norms(base, batch, scope, None)) > 2 * SKETCH_ERROR

@@ -1,0 +1,103 @@
+"""What training and evaluation take from each other: a training recipe's prompts and stop tokens, benchmarks as `eval_dataset`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import GRPOConfig
+
+from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.evaluation.benchmarks import load_problems, parse_benchmarks
+from oblr_trl.recipe_files import read_recipe_file
+
+
+def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:
+    """
+    What shapes a prompt or ends a completion in a training recipe, as keys of [`~evaluation.arguments.EvaluationArguments`].
+
+    Args:
+        recipe (`str` or `Path`):
+            A recipe of `oblr_trl.scripts.train`, e.g. `"recipes/Qwen3-4B-Base/oblrpo/config_math.yaml"`.
+
+    Returns:
+        `dict`: `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs`, `stop_token_ids` and
+        `max_new_tokens`.
+
+    Raises:
+        `ValueError`: a file that is no training recipe, or that shapes completions by a setting that the evaluation lacks.
+    """
+    settings = read_recipe_file(recipe, flag="like")
+    if "benchmarks" in settings:
+        raise ValueError(f"`like` is {str(recipe)!r}, which is a recipe of an evaluation: name one of a training.")
+    names = {field.name for field in dataclasses.fields(DataArguments)}
+    data_args = DataArguments(**{name: value for name, value in settings.items() if name in names})
+    generation = _as_dict(settings.get("generation_kwargs"))
+    stop_token_ids = [*_as_list(generation.pop("stop_token_ids", [])), *_as_list(generation.pop("eos_token_id", []))]
+    unknown = [f"generation_kwargs.{name}" for name in generation]
+    unknown += ["vllm_structured_outputs_regex"] if settings.get("vllm_structured_outputs_regex") else []
+    if unknown:
+        raise ValueError(
+            f"`like` is {str(recipe)!r}, whose `{unknown[0]}` shapes completions as the evaluation cannot: leave `like` out, and "
+            "set `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs` and `stop_token_ids` instead."
+        )
+    return {
+        "prompt_template": data_args.prompt_template,
+        "conversational": _is_conversational(data_args),
+        "system_prompt": data_args.system_prompt,
+        "chat_template_kwargs": _as_dict(settings.get("chat_template_kwargs")) or None,
+        "stop_token_ids": stop_token_ids or None,
+        "max_new_tokens": settings.get("max_completion_length", GRPOConfig.max_completion_length),
+    }
+
+
+def benchmark_datasets(
+    recipe: str | Path,
+    *,
+    only: Sequence[str] | None = None,
+    files: Mapping[str, str] | None = None,
+    like: str | Path | None = None,
+) -> dict[str, Dataset]:
+    """
+    The benchmarks of an evaluation recipe as `eval_dataset` of a trainer of TRL: columns `prompt`, `solution`, `benchmark`.
+
+    The prompts are the evaluation's; the answers stand between dollar signs, as `accuracy_reward` needs them. TRL logs a row for
+    each, all with the key `eval_reward`; [`~evaluation.rewards.math_accuracy`] adds one of its own, e.g. `eval_accuracy/gsm8k`.
+
+    Args:
+        recipe (`str` or `Path`):
+            For example `"recipes/evaluation/math.yaml"`.
+        only, files:
+            As in [`~evaluation.benchmarks.parse_benchmarks`].
+        like (`str` or `Path`, *optional*):
+            Training recipe whose prompts are used instead of the evaluation's.
+    """
+    settings = read_recipe_file(recipe, flag="recipe")
+    if like is not None:
+        settings |= training_prompt_settings(like)
+    names = ("prompt_template", "conversational", "system_prompt", "unparsable_answers")
+    asking = {name: settings[name] for name in names if name in settings}
+    sets = [
+        load_problems(benchmark, **asking)
+        for benchmark in parse_benchmarks(settings.get("benchmarks"), files=files, only=only)
+    ]
+    return {problem_set.benchmark.name: problem_set.as_dataset() for problem_set in sets}
+
+
+def _is_conversational(data_args: DataArguments) -> bool:
+    if data_args.conversational or data_args.system_prompt is not None:  # which is refused for text
+        return True
+    if data_args.task is not None or data_args.prompt_template is not None:  # which is refused for conversations
+        return False
+    return isinstance(load_prompts(data_args, with_test=False)["train"][0]["prompt"], list)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    """A copy; TRL takes JSON too."""
+    return dict(json.loads(value) if isinstance(value, str) else value or {})
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return [value] if isinstance(value, int) else value
