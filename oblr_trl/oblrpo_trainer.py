@@ -235,9 +235,11 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         self._log_train_metrics(baseline_metrics(batch, baselines) | {"baseline/prior_strength": prior_strength})
         if self.args.baseline == "group_mean":
             advantages = self.accelerator.gather(output["advantages"]).view_as(rewards)
-            # Of equal rewards the parent's mean may differ by rounding.
-            dead = rewards.amin(dim=1, keepdim=True) == rewards.amax(dim=1, keepdim=True)
-            advantages = advantages.masked_fill(dead, 0.0).masked_fill(rewards.isnan(), math.nan)
+            unscorable = rewards.isnan()
+            lowest = rewards.masked_fill(unscorable, math.inf).amin(dim=1, keepdim=True)
+            highest = rewards.masked_fill(unscorable, -math.inf).amax(dim=1, keepdim=True)
+            # Of equal rewards the parent's mean may differ by rounding, which would pass for a gradient.
+            advantages = advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
         else:
             advantages = (rewards - baselines) / self._reward_scale(rewards)
             self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())

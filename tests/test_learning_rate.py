@@ -185,6 +185,20 @@ def test_the_snr_of_the_group_mean_leaves_missing_rewards_out(tmp_path):
         assert noise == pytest.approx(gradient_moments(gradients).noise, rel=1e-3)
 
 
+def test_equal_rewards_tell_the_snr_of_the_group_mean_nothing(tmp_path):
+    """In float32 the mean of eight 0.01 is not 0.01."""
+    assert torch.full((8,), 0.01).mean() != 0.01
+    trainer = train(
+        OBLRPOTrainer,
+        OBLRPOConfig,
+        tmp_path,
+        reward=lambda completions, **kwargs: [None] + [0.01] * (len(completions) - 1),
+        baseline="group_mean",
+    )
+    assert logged(trainer, "lr_multiplier") == [0.05] * 3
+    assert trainer._gradient_snr.state_dict()["weight"] == 0
+
+
 class OnSecondProcess(OBLRPOTrainer):
     """Writes advantages as the second of two processes would."""
 
