@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.scopes import resolve_scope
 
 _CHUNK_SIZE = 64
 
@@ -70,16 +71,21 @@ def sketched_gradient(model: Any, gradient: Tensor, *, sketch_dim: int, seed: in
     """
     shapes = {name: tuple(part.shape) for name, part in model.named_parameters() if part.requires_grad}
     projections = Projections(
-        shapes, sketch_dim=sketch_dim, seed=seed, dtype=torch.float32, device=torch.device("cpu")
+        shapes,
+        tables=resolve_scope(model, "all", None).tables,
+        sketch_dim=sketch_dim,
+        seed=seed,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
-    sketch = torch.zeros(1, sketch_dim)
+    total = projections.empty_sum(1)
     parts = gradient.float().split([torch.Size(shape).numel() for shape in shapes.values()])
     for (name, shape), part in zip(shapes.items(), parts, strict=True):
         matrix = part.view(shape)
         if len(shape) == 2:
             # Each axis is the last one of a tensor once: (C, R) to (C, r), then (r, C) to (r, c).
             projected = projections.project_rows(name, matrix.T.unsqueeze(0)).transpose(1, 2)
-            projections.add_matrix(sketch, name, projections.project_columns(name, projected))
+            projections.add_matrix(total, name, projections.project_columns(name, projected))
         else:
-            projections.add_dense(sketch, name, part.unsqueeze(0))
-    return sketch[0]
+            projections.add_dense(total, name, part.unsqueeze(0))
+    return projections.sketch(total)[0]

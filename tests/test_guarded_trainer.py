@@ -223,7 +223,7 @@ def test_prompts_beyond_the_models_vocabulary_are_refused_before_generation(tmp_
         digit_reward,
         OBLRPOConfig(
             str(tmp_path),
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=16,
             max_completion_length=4,
             bf16=False,
             use_cpu=True,
@@ -250,7 +250,7 @@ def test_completions_beyond_the_models_vocabulary_are_refused(tmp_path):
         digit_reward,
         OBLRPOConfig(
             str(tmp_path),
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=16,
             max_completion_length=4,
             bf16=False,
             use_cpu=True,
@@ -329,7 +329,7 @@ def test_an_optimizer_without_rates_is_refused(tmp_path):
     model = tiny_model(num_layers=1)
     before = weights_of(model)
     with pytest.raises(
-        ValueError, match=r"needs an optimizer whose parameter groups have an `lr`.*lr_adaptation='none'"
+        ValueError, match=r"needs an optimizer that steps by the `lr` of its parameter groups.*lr_adaptation='none'"
     ):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(Rateless(model.parameters()), None))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -111,7 +111,7 @@ def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
 )
 def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level, ratio, reused):
     """Squared norms hold the square of a sequence's ratio, whether it was known before the pass or multiplied on afterwards."""
-    options = {"importance_sampling_level": level, "score_method": "exact", "per_device_train_batch_size": 8}
+    options = {"importance_sampling_level": level, "score_method": "exact", "per_device_train_batch_size": 16}
     trainer = construct(tmp_path, OBLRPOTrainer, OBLRPOConfig, **options)
     batch = batch_with_ratio(ratio)
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused

@@ -278,7 +278,8 @@ REFUSED = {
 
 
 def construct(output_dir, config, **options):
-    args = OBLRPOConfig(str(output_dir), use_cpu=True, bf16=False, report_to="none", **options)
+    defaults = {"per_device_train_batch_size": 32, "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = OBLRPOConfig(str(output_dir), **(defaults | options))
     return OBLRPOTrainer(
         tiny_model("qwen3_untied", num_layers=2),
         digit_reward,

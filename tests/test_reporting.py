@@ -175,7 +175,7 @@ def test_the_completions_table_has_the_advantages_that_were_trained_on(report):
 
 
 def test_what_is_unknown_is_null_in_wandb_and_an_infinite_strength_is_infinite(report):
-    known = {"score/pass_time", "lr_multiplier", "baseline/prior_strength"}
+    known = {"score/pass_time", "lr_multiplier", "baseline/prior_strength", "gradient_snr/num_prompts"}
     for name in METRICS:
         values = in_wandb(report.unknown, name)
         if name == "baseline/prior_strength":
@@ -221,7 +221,7 @@ def test_every_metric_of_the_readme_arrives_in_tensorboard(report):
 
 def test_what_is_unknown_is_missing_in_tensorboard(report):
     found, _ = scalars(report.unknown)
-    known = {"score/pass_time", "lr_multiplier", "baseline/prior_strength"}
+    known = {"score/pass_time", "lr_multiplier", "baseline/prior_strength", "gradient_snr/num_prompts"}
     assert {name for name in METRICS if f"train/{name}" in found} == known
     assert list(found["train/baseline/prior_strength"].values()) == [math.inf] * NUM_STEPS
 

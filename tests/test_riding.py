@@ -122,7 +122,9 @@ def test_the_reference_model_of_an_adapter_is_not_scored(tmp_path, monkeypatch):
     ],
 )
 def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides):
-    config = OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
+    config = OBLRPOConfig(
+        str(tmp_path), **({"per_device_train_batch_size": 32, "bf16": False, "use_cpu": True} | options)
+    )
     assert config.scores_ride == rides
 
 
