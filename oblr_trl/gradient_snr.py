@@ -1,4 +1,4 @@
-"""Signal and noise of the policy gradient, from per-prompt gradients of one batch, and the learning-rate factor rho.
+"""Signal and noise of the policy gradient, from per-prompt gradients of one batch, and the learning-rate multiplier rho.
 
 Shapes: N prompts, k coordinates of a gradient (or of a sketch that preserves inner products). Plain numbers come out.
 """
@@ -57,7 +57,7 @@ def gradient_moments(per_prompt_gradients: Tensor) -> GradientMoments:
 
 def snr_ratio(signal: float, noise: float, num_prompts: float) -> float:
     r"""
-    Learning-rate factor \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\) with
+    Learning-rate multiplier \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\) with
     \\( \mathrm{SNR} = \|\nabla J\|^2 / \mathrm{tr}(H) \\).
 
     Computed as signal / (signal + noise / N) with a negative signal read as 0

@@ -55,7 +55,7 @@ class OBLRPOConfig(GRPOConfig):
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
-            factor back at the start (see [`~gradient_snr.GradientSNR`]).
+            multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_factor (`float`, *optional*, defaults to `0.05`):
             Minimum multiplier of the learning rate, in [0, `snr_max_factor`], and its value while rho is unknown. Above 0, a
             run whose signal drowns in noise goes on slowly instead of standing still. 0 is the paper.
@@ -319,7 +319,7 @@ class OBLRPOConfig(GRPOConfig):
             _refuse(
                 "lr_scheduler_type",
                 SchedulerType(self.lr_scheduler_type).value,
-                "it sets the learning rate from an evaluation metric, which the SNR factor would overwrite",
+                "it sets the learning rate from an evaluation metric, which the SNR multiplier would overwrite",
                 "use a schedule of steps, or lr_adaptation='none'",
             )
         optimizer = OptimizerNames(self.optim).value
