@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from oblr_trl import OBLRPOConfig
+from oblr_trl.planning import setup as planning_setup
 from oblr_trl.planning.launch import Backend, read_backend
 from oblr_trl.planning.memory import base_parameter_bytes, optimizer_bytes, plan_memory, plan_vllm, projection_bytes
 from oblr_trl.planning.models import PUBLISHED, read_config
@@ -35,6 +36,22 @@ ACTIVATION_FACTOR = 1.2
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_block_once():
+    """Most tests plan the same few models: every distinct block is measured once."""
+    known, measure = {}, planning_setup.saved_block_bytes
+
+    def remembered(config, peft_config, **settings):
+        key = (config.to_json_string(), str(peft_config), str(settings))
+        if key not in known:
+            known[key] = measure(config, peft_config, **settings)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning_setup, "saved_block_bytes", remembered)
+        yield
 
 
 def small_config(num_layers=2, **changes):
