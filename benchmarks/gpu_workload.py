@@ -1,5 +1,6 @@
 """The passes that the GPU benchmark measures: a random Qwen3 of a published shape and one micro-batch without padding."""
 
+import copy
 import os
 import socket
 from dataclasses import dataclass
@@ -8,16 +9,26 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from oblr_trl.planning import PUBLISHED_SHAPES, ModelShape
+from oblr_trl.planning.models import PUBLISHED
 from oblr_trl.scores import ScorePass
 
 SHAPES = {
-    "Qwen3-4B": PUBLISHED_SHAPES["Qwen/Qwen3-4B-Base"],
-    "Qwen3-8B": PUBLISHED_SHAPES["Qwen/Qwen3-8B-Base"],
-    "tiny": ModelShape("qwen3", 64, 192, 3, 2, 1, 32, 512, tied=True, max_positions=128),
+    "Qwen3-4B": PUBLISHED["Qwen/Qwen3-4B-Base"],
+    "Qwen3-8B": PUBLISHED["Qwen/Qwen3-8B-Base"],
+    "tiny": Qwen3Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    ),
 }
 SCOPES: dict[str, dict[str, Any]] = {
     "all": {"scope": "all"},
@@ -55,20 +66,10 @@ class Case:
     zero3: bool
 
 
-def build_model(shape: ModelShape, device: torch.device, seed: int) -> Any:
+def build_model(config: PretrainedConfig, device: torch.device, seed: int) -> Any:
     """A Qwen3 of the shape with random weights, made on the device and in its dtype."""
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied,
-        attn_implementation="sdpa",
-    )
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -90,8 +91,8 @@ class Workload:
     """
 
     def __init__(self, args: Settings, case: Case, device: torch.device) -> None:
-        shape = SHAPES[case.shape]
-        model = build_model(shape, device, args.seed)
+        config = SHAPES[case.shape]
+        model = build_model(config, device, args.seed)
         # As GRPOTrainer prepares a model.
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         if case.lora:
@@ -106,7 +107,7 @@ class Workload:
         self.model = model
         generator = torch.Generator().manual_seed(args.seed)
         size = (args.batch_size, case.sequence_length)
-        self.input_ids = torch.randint(0, shape.vocab_size, size, generator=generator).to(device)
+        self.input_ids = torch.randint(0, config.vocab_size, size, generator=generator).to(device)
         self._num_tokens = case.sequence_length * 3 // 4
         self._score_passes = {
             name: ScorePass(model, sketch_dim=args.sketch_dim, seed=args.seed, **settings)

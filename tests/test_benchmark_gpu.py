@@ -7,7 +7,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import gpu
-from oblr_trl.planning.scale import scale_document
 
 
 def parse(*argv):
@@ -77,11 +76,3 @@ def test_ratios_and_verdicts():
     assert gpu._verdicts("all", ratios["all"], "cuda").endswith("goal time 0.75, peak 1.00: MISSED")
     assert gpu._verdicts("lm_head_riding", ratios["lm_head_riding"], "cuda").endswith("met")
     assert "goal" not in gpu._verdicts("all", ratios["all"], "cpu")
-
-
-def test_the_scale_document_takes_up_a_measured_gpu(tmp_path):
-    case = {"shape": "Qwen3-4B", "sequence_length": 1024, "lora": False, "checkpointing": True, "zero3": False}
-    case["ratios"] = {"all": {"time": 0.71, "peak": 0.9}}
-    (tmp_path / "gpu.json").write_text(json.dumps({"cases": [case]}))
-    row = next(line for line in scale_document(tmp_path).splitlines() if line.startswith("| Qwen3-4B | 8 x 1024"))
-    assert row == "| Qwen3-4B | 8 x 1024 | 0.71 (measured) | not measured | not measured | not measured |"

@@ -1,39 +1,34 @@
 """The planner against real models on the meta device, tensors in memory, saved activations and measured peaks."""
 
+import copy
 import json
-import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig, TrainingArguments
+from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from oblr_trl.planning import Adapter, Backend, Generation, ModelShape, Schedule, Scoring, Setup, plan_memory
-from oblr_trl.planning.activations import block_bytes_per_token
-from oblr_trl.planning.launch import read_backend
-from oblr_trl.planning.memory import base_parameter_bytes, optimizer_bytes, plan_vllm
-from oblr_trl.planning.optimizers import state_bytes
-from oblr_trl.planning.scale import scale_document
-from oblr_trl.planning.scoring import gather_bytes, operations_per_token, projection_bytes, scoped_shapes
-from oblr_trl.planning.shapes import LINEAR_LAYERS, PUBLISHED_SHAPES
+from oblr_trl import OBLRPOConfig
+from oblr_trl.planning import setup as planning_setup
+from oblr_trl.planning.launch import Backend, read_backend
+from oblr_trl.planning.memory import base_parameter_bytes, optimizer_bytes, plan_memory, plan_vllm, projection_bytes
+from oblr_trl.planning.models import PUBLISHED, read_config
+from oblr_trl.planning.setup import Setup
 from oblr_trl.scores import ScorePass
+from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scripts import plan
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "recipes/Qwen3-4B-Base/oblrpo/config_math.yaml"
 ZERO3 = "recipes/accelerate_configs/zero3.yaml"
-QWEN3_4B, QWEN3_8B = PUBLISHED_SHAPES["Qwen/Qwen3-4B-Base"], PUBLISHED_SHAPES["Qwen/Qwen3-8B-Base"]
-ALL_LINEAR = Adapter(16, LINEAR_LAYERS)
+QWEN3_4B, QWEN3_8B = PUBLISHED["Qwen/Qwen3-4B-Base"], PUBLISHED["Qwen/Qwen3-8B-Base"]
+ALL_LINEAR = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+QUERIES_VALUES = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 # How far the estimate of an activation peak may be from the measured one, either way.
 ACTIVATION_FACTOR = 1.2
 
@@ -43,54 +38,76 @@ def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def small_shape(num_layers=2, **changes):
+@pytest.fixture(scope="module", autouse=True)
+def each_block_once():
+    """Most tests plan the same few models: every distinct block is measured once."""
+    known, measure = {}, planning_setup.saved_block_bytes
+
+    def remembered(config, peft_config, **settings):
+        key = (config.to_json_string(), str(peft_config), str(settings))
+        if key not in known:
+            known[key] = measure(config, peft_config, **settings)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning_setup, "saved_block_bytes", remembered)
+        yield
+
+
+def small_config(num_layers=2, **changes):
     numbers = {
         "hidden_size": 256,
         "intermediate_size": 640,
-        "num_heads": 4,
-        "num_kv_heads": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 32,
         "vocab_size": 512,
-        "tied": True,
-        "max_positions": 2048,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
     }
-    return ModelShape("qwen3", num_layers=num_layers, **(numbers | changes))
+    return Qwen3Config(num_hidden_layers=num_layers, **(numbers | changes))
 
 
-def real_model(shape, dtype=torch.float32, adapter=None, device="cpu"):
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=shape.max_positions,
-    )
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(dtype).train()
-        if adapter is not None:
-            model = get_peft_model(model, LoraConfig(r=adapter.rank, target_modules=list(adapter.target_layers)))
-    return model
+def real_model(config, dtype=torch.float32, adapter=None):
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    return model if adapter is None else get_peft_model(model, copy.deepcopy(adapter))
 
 
-def make_setup(shape=None, **changes):
+def recipe(config_class=OBLRPOConfig, **changes):
     fields = {
-        "shape": shape or small_shape(),
-        "backend": Backend("none", 1, False),
-        "schedule": Schedule(1, 2, 1, 1, 1, 2, False, True, False),
-        "generation": Generation("server"),
-        "prompt_length": 16,
-        "completion_length": 32,
-        "checkpointing": False,
-        "optimizer": "adamw_torch",
-        "gpu_memory": 80e9,
-        "scoring": Scoring("all"),
-        "masked_attention": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 2,
+        "max_completion_length": 32,
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "bf16": False,
+        "use_cpu": True,
+        # Elsewhere than on the GPU.
+        "use_vllm": True,
+        "vllm_mode": "server",
     }
-    return Setup(**(fields | changes))
+    if config_class is OBLRPOConfig:
+        fields["lr_adaptation"] = "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one prompt per step
+        return config_class(**(fields | changes))
+
+
+def make_setup(
+    config=None, backend=None, adapter=None, *, parameter_bytes=4, weight_bits=None, masked=False, **changes
+):
+    return Setup(
+        args=recipe(**changes),
+        backend=backend or Backend("none", 1, False),
+        config=config or small_config(),
+        prompt_length=16,
+        gpu_memory=80e9,
+        peft_config=adapter,
+        parameter_bytes=parameter_bytes,
+        weight_bits=weight_bits,
+        masked=masked,
+    )
 
 
 def items(setup):
@@ -113,33 +130,25 @@ def items(setup):
         ("meta-llama/Meta-Llama-3-70B", 141_107_412_992 // 2),
     ],
 )
-def test_the_known_shapes_have_as_many_parameters_as_the_published_models(name, published):
-    assert PUBLISHED_SHAPES[name].num_parameters() == published
+def test_the_known_models_have_as_many_parameters_as_the_published_ones(name, published):
+    assert make_setup(PUBLISHED[name]).num_base == published
 
 
-@pytest.mark.parametrize("shape", [QWEN3_4B, QWEN3_8B], ids=["4B", "8B"])
-def test_parameters_and_bytes_equal_those_of_the_real_model_on_the_meta_device(shape):
-    model = real_model(shape, torch.bfloat16, device="meta")
-    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert dict(shape.parameter_shapes()) == real
-    assert shape.num_parameters() == model.num_parameters()
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    # ZeRO-3 over 8 processes, weights and gradients bfloat16: an eighth of the model each.
-    planned = items(make_setup(shape, backend=Backend("zero3", 8, True)))
-    assert planned["parameters"] == planned["gradients"] == num_bytes // 8
-    assert planned["optimizer states"] == 12 * model.num_parameters() // 8
-
-
+# A (r x d_in) and B (d_out x r) of each target, in 36 blocks: 4B has d = 2560, q = 4096, k = v = 1024; 8B has d = q = 4096,
+# k = v = 1024 and an MLP of 12288.
 @pytest.mark.parametrize(
-    ("shape", "adapter"),
-    [(QWEN3_4B, Adapter(16, ("q_proj", "v_proj"))), (QWEN3_8B, Adapter(32, LINEAR_LAYERS))],
+    ("config", "adapter", "trained"),
+    [
+        (QWEN3_4B, QUERIES_VALUES, 36 * 16 * ((2560 + 4096) + (2560 + 1024))),
+        (QWEN3_8B, ALL_LINEAR, 36 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))),
+    ],
     ids=["4B-qv", "8B-all"],
 )
-def test_adapters_equal_those_of_peft_on_the_meta_device(shape, adapter):
-    model = real_model(shape, adapter=adapter, device="meta")
-    trainable, total = model.get_nb_trainable_parameters()
-    assert adapter.num_parameters(shape) == trainable
-    assert adapter.num_parameters(shape) + shape.num_parameters() == total
+def test_an_adapter_is_counted_and_the_base_model_without_it(config, adapter, trained):
+    setup = make_setup(config, adapter=adapter)
+    assert setup.num_trained == trained
+    assert setup.num_base == make_setup(config).num_base
+    assert setup.num_linear == make_setup(config).num_linear
 
 
 @pytest.mark.parametrize(
@@ -158,15 +167,20 @@ def test_adapters_equal_those_of_peft_on_the_meta_device(shape, adapter):
     ],
     ids=["qwen2", "llama with biases"],
 )
-def test_other_decoders_are_counted_by_name(config):
+def test_other_decoders_are_planned_too(config):
+    config.num_key_value_heads = 2
+    setup = make_setup(config, gradient_checkpointing=False)
     model = AutoModelForCausalLM.from_config(config)
-    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert dict(ModelShape.from_config(config.to_dict()).parameter_shapes()) == real
+    assert items(setup)["parameters"] == 4 * model.num_parameters()
+    assert setup.kv_size == 2 * 16
+    # At least the residual stream of 2 x 48 tokens in 2 blocks, in float32.
+    assert items(setup)["activations of training"] > 2 * 48 * 2 * 64 * 4
 
 
-def test_a_model_that_is_not_covered_is_refused():
+def test_a_model_that_is_not_covered_is_refused(tmp_path):
+    Qwen3MoeConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"qwen3, qwen2, llama.*'qwen3_moe'"):
-        ModelShape.from_config({"model_type": "qwen3_moe"})
+        read_config(str(tmp_path))
 
 
 # Gradients and optimizer states
@@ -176,8 +190,8 @@ def test_a_model_that_is_not_covered_is_refused():
 @pytest.mark.parametrize("adapter", [None, ALL_LINEAR], ids=["full", "lora"])
 @pytest.mark.parametrize(("optimizer", "momentum"), [("adamw_torch", False), ("sgd", False), ("sgd", True)])
 def test_parameters_gradients_and_states_equal_tensors_in_memory(dtype, adapter, optimizer, momentum):
-    shape = small_shape(num_layers=1)
-    model = real_model(shape, dtype, adapter)
+    config = small_config(num_layers=1)
+    model = real_model(config, dtype, adapter)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizer == "sgd":
         real = torch.optim.SGD(trainable, momentum=0.9 if momentum else 0.0)
@@ -193,7 +207,8 @@ def test_parameters_gradients_and_states_equal_tensors_in_memory(dtype, adapter,
     def num_bytes(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    setup = make_setup(shape, adapter=adapter, optimizer=optimizer, momentum=momentum, parameter_bytes=dtype.itemsize)
+    optim_args = "momentum=0.9" if momentum else None
+    setup = make_setup(config, adapter=adapter, optim=optimizer, optim_args=optim_args, parameter_bytes=dtype.itemsize)
     assert items(setup)["parameters"] == num_bytes(model.parameters())
     assert items(setup)["gradients"] == num_bytes(parameter.grad for parameter in trainable)
     assert optimizer_bytes(setup) == num_bytes(states)
@@ -201,7 +216,7 @@ def test_parameters_gradients_and_states_equal_tensors_in_memory(dtype, adapter,
 
 def test_backends_divide_what_they_shard():
     # P parameters over 4 processes in bfloat16: ZeRO keeps 12 bytes a parameter of optimizer, FSDP 2 float32 weights and 8.
-    shape, P = QWEN3_4B, QWEN3_4B.num_parameters()
+    P = 4_022_468_096
     expected = {
         "ddp": (4 * P, 4 * P, 8 * P),
         "zero1": (2 * P, 2 * P, 12 * P // 4),
@@ -210,22 +225,29 @@ def test_backends_divide_what_they_shard():
         "fsdp2": (4 * P // 4, 4 * P // 4, 8 * P // 4),
     }
     for kind, numbers in expected.items():
-        planned = items(make_setup(shape, backend=Backend(kind, 4, True)))
+        planned = items(make_setup(QWEN3_4B, Backend(kind, 4, True)))
         assert (planned["parameters"], planned["gradients"], planned["optimizer states"]) == numbers
-    offloaded = items(make_setup(shape, backend=Backend("zero3", 4, True, True, True)))
+    offloaded = items(make_setup(QWEN3_4B, Backend("zero3", 4, True, True, True)))
     assert not {"parameters", "gradients", "optimizer states"} & set(offloaded)
 
 
-def test_eight_bit_states_and_quantized_weights():
-    # 2 x (65536 + 4 x 256 scales) for the matrix, 2 x 4 x 64 for the small vector, 2 x 4 x 8192 for the embedding.
-    shapes = [("q_proj.weight", (256, 256)), ("norm.weight", (64,)), ("model.embed_tokens.weight", (128, 64))]
-    assert state_bytes(shapes, "adamw_8bit", parameter_bytes=4) == 2 * (65536 + 1024) + 512 + 65536
-    assert state_bytes(shapes, "adafactor", parameter_bytes=4) == 4 * (512 + 64 + 192)
+def test_eight_bit_and_factored_states():
+    # d = 256, V = 512: the embedding and what is smaller than 4096 numbers (norms) keep two float32 states, matrices two of one
+    # byte with a float32 scale for every 256.
+    setup = make_setup(optim="adamw_8bit")
+    small = 512 * 256 + sum(parameter.numel() for parameter in setup.trained.values() if parameter.ndim == 1)
+    matrices = setup.num_trained - small
+    assert optimizer_bytes(setup) == 2 * 4 * small + 2 * (matrices + 4 * matrices // 256)
+    # Adafactor: a sum for every row and column of a matrix, a vector as it is.
+    factored = make_setup(optim="adafactor")
+    assert optimizer_bytes(factored) == 4 * sum(sum(parameter.shape) for parameter in factored.trained.values())
+
+
+def test_quantized_weights():
     # 4 bits and a float32 scale per 64 weights in the blocks' linear layers, 2 bytes elsewhere.
-    shape = small_shape()
-    linear = shape.num_linear_parameters()
-    setup = make_setup(shape, adapter=ALL_LINEAR, weight_bits=4, parameter_bytes=2)
-    assert base_parameter_bytes(setup) == linear // 2 + linear // 16 + 2 * (shape.num_parameters() - linear)
+    setup = make_setup(adapter=ALL_LINEAR, weight_bits=4, parameter_bytes=2)
+    linear = setup.num_linear
+    assert base_parameter_bytes(setup) == linear // 2 + linear // 16 + 2 * (setup.num_base - linear)
 
 
 # Activations
@@ -233,7 +255,7 @@ def test_eight_bit_states_and_quantized_weights():
 
 def saved_bytes_per_token(num_layers, dtype, autocast, adapter, masked, scoring):
     """Bytes of the tensors that autograd saves beside weights and their copies, over the number of tokens."""
-    model = real_model(small_shape(num_layers), dtype, adapter)
+    model = real_model(small_config(num_layers), dtype, adapter)
     input_ids = torch.randint(0, 512, (2, 48))
     mask = torch.ones_like(input_ids)
     mask[0, : 3 if masked else 0] = 0
@@ -260,7 +282,7 @@ def saved_bytes_per_token(num_layers, dtype, autocast, adapter, masked, scoring)
 
 
 @pytest.mark.parametrize("scoring", [False, True], ids=["training", "scoring"])
-@pytest.mark.parametrize("adapter", [None, ALL_LINEAR, Adapter(16, ("q_proj", "v_proj"))], ids=["full", "all", "qv"])
+@pytest.mark.parametrize("adapter", [None, ALL_LINEAR, QUERIES_VALUES], ids=["full", "all", "qv"])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "masked"),
     [
@@ -277,29 +299,57 @@ def test_a_block_keeps_exactly_what_autograd_saves_of_it(dtype, autocast, masked
         backend=Backend("none", 1, autocast),
         adapter=adapter,
         parameter_bytes=dtype.itemsize,
-        masked_attention=masked,
+        masked=masked,
     )
-    assert block_bytes_per_token(setup, scoring=scoring) == pytest.approx(three - two, abs=1e-6)
+    planned = setup.score_block_bytes if scoring else setup.train_block_bytes
+    assert planned == pytest.approx(2 * 48 * (three - two))
+
+
+def test_dropout_of_an_adapter_is_counted_unless_it_is_disabled(capsys, tmp_path):
+    def activations(*flags):
+        record = tmp_path / "plan.json"
+        lora = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--per_device_train_batch_size", "1"]
+        plan.main(["--config", RECIPE, "--accelerate_config", ZERO3, *lora, *flags, "--json", str(record)])
+        held = {item["name"]: item["bytes"] for item in json.loads(record.read_text())["items"]}
+        return held["head or block in training's backward"]
+
+    without = activations("--lora_dropout", "0")
+    assert activations("--lora_dropout", "0.1") > 1.1 * without  # a mask and a product for every input of an adapter
+    assert activations("--lora_dropout", "0.1", "--disable_dropout", "true") == without
 
 
 def test_estimated_peaks_are_near_those_measured_on_the_cpu():
     record = json.loads((ROOT / "benchmarks/results/score_memory.json").read_text())
     settings = record["settings"]
     d, heads = settings["hidden_size"], settings["hidden_size"] // 64
-    shape = ModelShape(
-        "qwen3", d, 3 * d, settings["num_layers"], heads, heads // 2, 64, settings["vocab_size"], True, 32768
+    config = Qwen3Config(
+        vocab_size=settings["vocab_size"],
+        hidden_size=d,
+        intermediate_size=3 * d,
+        num_hidden_layers=settings["num_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=64,
+        tie_word_embeddings=True,
     )
-    scopes = {"all": Scoring("all"), "last_k": Scoring("last_k", 1), "lm_head": Scoring("lm_head")}
+    scopes = {"all": {}, "last_k": {"score_last_k": 1}, "lm_head": {}}
     for case in record["cases"]:
         for name in ("train_floor", *scopes):
-            setup = make_setup(
-                shape,
-                schedule=Schedule(1, case["batch_size"], 1, 1, 1, 2, False, True, False),
+            scored = {"score_scope": name, **scopes[name]} if name in scopes else {"config_class": GRPOConfig}
+            setup = Setup(
+                args=recipe(
+                    per_device_train_batch_size=case["batch_size"],
+                    max_completion_length=case["sequence_length"] * 3 // 4,
+                    gradient_checkpointing=case["checkpointing"],
+                    **scored,
+                ),
+                backend=Backend("none", 1, False),
+                config=config,
                 prompt_length=case["sequence_length"] // 4,
-                completion_length=case["sequence_length"] * 3 // 4,
-                checkpointing=case["checkpointing"],
-                adapter=Adapter(settings["lora_r"], LINEAR_LAYERS) if case["lora"] else None,
-                scoring=scopes.get(name),
+                gpu_memory=80e9,
+                peft_config=LoraConfig(r=settings["lora_r"], target_modules="all-linear") if case["lora"] else None,
+                parameter_bytes=4,
+                masked=False,
             )
             phase = "score" if name in scopes else "train"
             # There before the measured pass: parameters, and for `train_floor` gradients.
@@ -315,7 +365,7 @@ def test_estimated_peaks_are_near_those_measured_on_the_cpu():
 
 def test_checkpointing_keeps_the_inputs_of_blocks_alone():
     # 2 sequences of 48 tokens, 2 blocks, 256 features of 4 bytes.
-    assert items(make_setup(checkpointing=True))["activations of training"] == 2 * 48 * 2 * 256 * 4
+    assert items(make_setup(gradient_checkpointing=True))["activations of training"] == 2 * 48 * 2 * 256 * 4
 
 
 # Scoring
@@ -325,30 +375,13 @@ def test_checkpointing_keeps_the_inputs_of_blocks_alone():
 @pytest.mark.parametrize(("scope", "last_k"), [("all", None), ("last_k", 1), ("lm_head", None)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_projections_take_as_many_bytes_as_the_real_ones(scope, last_k, adapter, tied):
-    shape = small_shape(tied=tied)
-    score_pass = ScorePass(real_model(shape, adapter=adapter), scope=scope, last_k=last_k, sketch_dim=1024)
+    config = small_config(tie_word_embeddings=tied)
+    score_pass = ScorePass(real_model(config, adapter=adapter), scope=scope, last_k=last_k, sketch_dim=1024)
     input_ids = torch.randint(0, 512, (2, 16))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     score_pass(inputs, input_ids[:, -8:], torch.ones(2, 8))
-    setup = make_setup(shape, adapter=adapter, scoring=Scoring(scope, last_k, 1024))
-    assert projection_bytes(scoped_shapes(setup), 1024) == score_pass._projections.num_bytes()
-
-
-def test_what_a_process_receives_in_the_gather():
-    # 1024 completions x 4096 numbers x 4 bytes = 16 MiB, of which a quarter is its own.
-    assert gather_bytes(1024, 4096, 4) == 12 * 2**20
-
-
-def test_the_operations_of_a_pass():
-    # Without attention's own term (T = 0), head and sketches being small: forward 1, training 3, scoring 2 of 2 n.
-    shape = small_shape(vocab_size=1)
-    n = shape.num_linear_parameters()
-    operations = operations_per_token(shape, length=0, sketch_dim=1, last_k=1, checkpointing=False)
-    assert operations.train / (2 * n) == pytest.approx(3, rel=1e-2)
-    assert operations.score_all / (2 * n) == pytest.approx(2, rel=2e-2)
-    assert operations.score_last_k / (2 * n) == pytest.approx(1.5, rel=2e-2)
-    checkpointed = operations_per_token(shape, length=0, sketch_dim=1, last_k=1, checkpointing=True)
-    assert checkpointed.train - operations.train == 2 * n
+    scored = resolve_scope(make_setup(config, adapter=adapter).model, scope, last_k)
+    assert projection_bytes(scored, 1024) == score_pass._projections.num_bytes()
 
 
 # Rollouts and vLLM
@@ -356,19 +389,29 @@ def test_the_operations_of_a_pass():
 
 def test_counts_of_a_schedule():
     # 2 sequences x 4 processes x 8 micro-batches = 64 completions a batch = 16 prompts of 4; steps of 2 micro-batches = 16.
-    schedule = Schedule(4, 2, 2, 8, 1, 4, needs_old_logps=True, needs_scores=True, scores_ride=False)
-    assert (schedule.completions_per_batch, schedule.prompts_per_batch) == (64, 16)
-    assert (schedule.completions_per_step, schedule.prompts_per_step) == (16, 4)
-    assert (schedule.steps_per_batch, schedule.old_logps_passes, schedule.scoring_passes) == (4, 8, 8)
+    batch = {"gradient_accumulation_steps": 2, "steps_per_generation": 8, "num_generations": 4}
+    setup = make_setup(backend=Backend("ddp", 4, False), use_vllm=False, **batch)
+    assert plan.count_rollouts(setup) == {
+        "prompts_per_step": 4,
+        "completions_per_step": 16,
+        "prompts_per_batch": 16,
+        "completions_per_batch": 64,
+        "steps_per_batch": 4,
+        "old_logps_passes": 0,  # the scoring pass takes their place
+        "scoring_passes": 8,
+    }
+    control = make_setup(backend=Backend("ddp", 4, False), config_class=GRPOConfig, **batch)
+    assert plan.count_rollouts(control)["old_logps_passes"] == 8
 
 
 def test_the_kv_cache_of_a_colocated_vllm():
     # 0.5 x 80 GB less 2 x 4.02e9 of weights; 36 layers x 2 x 8 heads x 128 x 2 bytes a token; 48 tokens a sequence.
-    vllm = plan_vllm(make_setup(QWEN3_4B, generation=Generation("colocate", vllm_share=0.5)))
+    colocated = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.5}
+    vllm = plan_vllm(make_setup(QWEN3_4B, **colocated))
     assert vllm.kv_bytes_per_token == 36 * 2 * 8 * 128 * 2 == 147_456
     assert vllm.kv_cache == 40_000_000_000 - 2 * 4_022_468_096
     assert vllm.sequences == vllm.kv_cache // (147_456 * 48)
-    asleep = plan_memory(make_setup(QWEN3_4B, generation=Generation("colocate", vllm_share=0.5, sleeps=True)))
+    asleep = plan_memory(make_setup(QWEN3_4B, vllm_enable_sleep_mode=True, **colocated))
     share = next(item for item in asleep.items if item.name.startswith("vLLM"))
     assert share.phases == ("generate",)
 
@@ -478,17 +521,17 @@ def test_counting_as_on_other_machines_leaves_no_trace():
 
 def test_an_unknown_model_without_a_hub_is_refused():
     with pytest.raises(ValueError, match="give --model_config"):
-        plan.read_shape("Qwen/Qwen3-5B-Base")
+        read_config("Qwen/Qwen3-5B-Base")
     with pytest.raises(ValueError, match="make the model first"):
-        plan.read_shape("./no-such-model")
+        read_config("./no-such-model")
 
 
 def test_a_local_config_is_read(tmp_path):
     Qwen3Config(num_hidden_layers=3, tie_word_embeddings=True).save_pretrained(tmp_path)
-    shape, source = plan.read_shape(str(tmp_path))
-    assert shape.num_layers == 3
+    config, source = read_config(str(tmp_path))
+    assert config.num_hidden_layers == 3
     assert source == str(tmp_path / "config.json")
-    assert plan.read_shape("Qwen/Qwen3-4B-Base", str(tmp_path / "config.json"))[0] == shape
+    assert read_config("Qwen/Qwen3-4B-Base", str(tmp_path / "config.json"))[0].num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -529,12 +572,3 @@ def test_fsdp_1_is_refused(tmp_path):
     file.write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}\n")
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         read_backend(str(file), num_gpus=None, bf16=True)
-
-
-def test_the_scale_document_is_up_to_date():
-    command = "python -m oblr_trl.scripts.plan --scale > docs/scale.md"
-    assert (ROOT / "docs/scale.md").read_text() == scale_document(), f"run: {command}"
-
-
-def test_the_scale_document_tells_what_was_not_measured(tmp_path):
-    assert scale_document(tmp_path).count("not measured") > math.prod((2, 2, 4))

@@ -1,164 +1,87 @@
-"""What memory depends on, in the planner's own words: the adapter, the backend, generation, scoring, and all together."""
+"""What a plan is made from, and the counts and sizes that follow from it."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any
 
-from oblr_trl.planning.schedule import Schedule
-from oblr_trl.planning.shapes import ModelShape
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PretrainedConfig
+from trl import GRPOConfig
 
-BackendKind = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """
-    A LoRA adapter.
-
-    Args:
-        rank (`int`): Rank r.
-        target_layers (`tuple[str, ...]`): Names of the linear layers that get one, such as `"q_proj"`.
-    """
-
-    rank: int
-    target_layers: tuple[str, ...]
-
-    def parameter_shapes(self, shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every parameter: A (r x d_in) and B (d_out x r) of each target."""
-        linear = shape.linear_shapes()
-        for layer in range(shape.num_layers):
-            for name in self.target_layers:
-                d_out, d_in = linear[name]
-                yield f"layers.{layer}.{name}.lora_A", (self.rank, d_in)
-                yield f"layers.{layer}.{name}.lora_B", (d_out, self.rank)
-
-    def num_parameters(self, shape: ModelShape) -> int:
-        """Number of the adapter's parameters."""
-        return sum(math.prod(sizes) for _, sizes in self.parameter_shapes(shape))
-
-
-@dataclass(frozen=True)
-class Backend:
-    """
-    How the model is spread over processes.
-
-    Args:
-        kind (`str`): `"none"`, `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"` or `"fsdp2"`.
-        num_processes (`int`): Processes, one GPU each.
-        mixed_bf16 (`bool`): Whether it computes in bfloat16 whatever the parameters are kept in.
-        offloads_optimizer (`bool`, *optional*, defaults to `False`): Whether optimizer states live in main memory.
-        offloads_parameters (`bool`, *optional*, defaults to `False`): Whether parameters do.
-        reshards (`bool`, *optional*, defaults to `True`):
-            Whether FSDP 2 gives gathered parameters back between forward and backward.
-    """
-
-    kind: BackendKind
-    num_processes: int
-    mixed_bf16: bool
-    offloads_optimizer: bool = False
-    offloads_parameters: bool = False
-    reshards: bool = True
-
-    @property
-    def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed's engine holds the model."""
-        return self.kind.startswith("zero")
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether every process keeps only its part of the parameters."""
-        return self.kind in ("zero3", "fsdp2")
-
-    @property
-    def shards_gradients(self) -> bool:
-        """Whether every process keeps only its part of the gradients."""
-        return self.kind in ("zero2", "zero3", "fsdp2")
-
-    @property
-    def shards_states(self) -> bool:
-        """Whether every process keeps only its part of the optimizer's states."""
-        return self.is_deepspeed or self.kind == "fsdp2"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """
-    How completions are made.
-
-    Args:
-        mode (`str`): `"transformers"`, `"colocate"` (vLLM on the training GPUs) or `"server"` (vLLM elsewhere).
-        vllm_share (`float`, *optional*, defaults to `0.0`): `vllm_gpu_memory_utilization` of a colocated vLLM.
-        tensor_parallel (`int`, *optional*, defaults to `1`): GPUs per vLLM engine.
-        sleeps (`bool`, *optional*, defaults to `False`): Whether vLLM gives its memory back while it is not generating.
-        gathers_parameters (`bool`, *optional*, defaults to `True`):
-            Whether sharded parameters are gathered while transformers generates (`ds3_gather_for_generation`).
-    """
-
-    mode: Literal["transformers", "colocate", "server"]
-    vllm_share: float = 0.0
-    tensor_parallel: int = 1
-    sleeps: bool = False
-    gathers_parameters: bool = True
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """
-    The scoring pass.
-
-    Args:
-        scope (`str`): `"all"`, `"last_k"` or `"lm_head"`.
-        last_k (`int`, *optional*): Blocks of `"last_k"`.
-        sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch.
-    """
-
-    scope: str
-    last_k: int | None = None
-    sketch_dim: int = 4096
+from oblr_trl.oblrpo_config import OBLRPOConfig
+from oblr_trl.planning.launch import Backend
+from oblr_trl.planning.models import linear_layers, meta_model, saved_block_bytes
 
 
 @dataclass(frozen=True)
 class Setup:
     """
-    Everything that a plan is made from.
+    A recipe, its launch and its model.
 
     Args:
-        shape ([`ModelShape`]): The model.
-        backend ([`Backend`]): How it is spread.
-        schedule ([`Schedule`]): Counts of batches.
-        generation ([`Generation`]): How completions are made.
+        args ([`~trl.GRPOConfig`]): The recipe.
+        backend ([`Backend`]): How the model is spread.
+        config ([`~transformers.PretrainedConfig`]): The model.
         prompt_length (`int`): Longest prompt, in tokens.
-        completion_length (`int`): `max_completion_length`.
-        checkpointing (`bool`): Gradient checkpointing.
-        optimizer (`str`): Name as in `optim`.
         gpu_memory (`float`): Bytes of one GPU.
-        scoring ([`Scoring`], *optional*): The scoring pass, if there is one.
-        adapter ([`Adapter`], *optional*): LoRA, if it is used.
-        parameter_bytes (`int`, *optional*, defaults to `4`): Bytes of a parameter as it is loaded (`dtype`).
+        peft_config ([`~peft.LoraConfig`], *optional*): Its adapter.
+        parameter_bytes (`int`, *optional*, defaults to `2`): Bytes of a parameter as it is loaded (`dtype`).
         weight_bits (`int`, *optional*): Bits of a quantized weight (`load_in_4bit`, `load_in_8bit`).
-        momentum (`bool`, *optional*, defaults to `False`): Whether SGD keeps a momentum.
-        reference_model (`bool`, *optional*, defaults to `False`): Whether a second model is held for a KL term.
-        masked_attention (`bool`, *optional*, defaults to `True`):
-            Whether SDPA gets a mask, as it does with padding. It then holds repeated keys and values, and the mask.
+        masked (`bool`, *optional*, defaults to `True`): Whether attention gets a mask, as SDPA does with padding.
     """
 
-    shape: ModelShape
+    args: GRPOConfig
     backend: Backend
-    schedule: Schedule
-    generation: Generation
+    config: PretrainedConfig
     prompt_length: int
-    completion_length: int
-    checkpointing: bool
-    optimizer: str
     gpu_memory: float
-    scoring: Scoring | None = None
-    adapter: Adapter | None = None
-    parameter_bytes: int = 4
+    peft_config: LoraConfig | None = None
+    parameter_bytes: int = 2
     weight_bits: int | None = None
-    momentum: bool = False
-    reference_model: bool = False
-    masked_attention: bool = True
+    masked: bool = True
+
+    @cached_property
+    def model(self) -> Any:
+        """The model on the meta device."""
+        return meta_model(self.config, self.peft_config)
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.trained.values())
+
+    @cached_property
+    def num_base(self) -> int:
+        """Number of parameters of the base model."""
+        return self.model.num_parameters() - (self.num_trained if self.peft_config is not None else 0)
+
+    @cached_property
+    def num_linear(self) -> int:
+        """Number of weights of the linear layers of all blocks."""
+        return sum(layer.weight.numel() for layer in linear_layers(self.model).values())
+
+    @cached_property
+    def kv_size(self) -> int:
+        """Features of the keys of one token in one block."""
+        return next(layer.out_features for name, layer in linear_layers(self.model).items() if "k_proj" in name)
+
+    @property
+    def scoring(self) -> OBLRPOConfig | None:
+        """The recipe where it has a scoring pass."""
+        return self.args if isinstance(self.args, OBLRPOConfig) and self.args.needs_scores else None
+
+    @property
+    def completion_length(self) -> int:
+        """Longest completion, in tokens."""
+        assert self.args.max_completion_length is not None
+        return self.args.max_completion_length
 
     @property
     def sequence_length(self) -> int:
@@ -166,33 +89,35 @@ class Setup:
         return self.prompt_length + self.completion_length
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of one micro-batch of longest sequences."""
-        return self.schedule.micro_batch * self.sequence_length
+    def micro_batches(self) -> int:
+        """Micro-batches that one generation batch is cut into."""
+        assert self.args.steps_per_generation is not None
+        return self.args.steps_per_generation
 
     @property
-    def num_trainable(self) -> int:
-        """Number of trained parameters."""
-        return self.shape.num_parameters() if self.adapter is None else self.adapter.num_parameters(self.shape)
+    def completions_per_process(self) -> int:
+        """Completions of one generation batch on one process."""
+        return self.args.per_device_train_batch_size * self.micro_batches
 
     @property
-    def num_frozen(self) -> int:
-        """Number of parameters that are not trained."""
-        return 0 if self.adapter is None else self.shape.num_parameters()
+    def needs_old_logps(self) -> bool:
+        """Whether TRL runs a forward pass for old log-probabilities, which the scoring pass may take the place of."""
+        has_moved = self.args.gradient_accumulation_steps % (self.micro_batches * self.args.num_iterations) != 0
+        return has_moved or (self.args.use_vllm and self.args.vllm_importance_sampling_correction)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of a base parameter as the backend holds it while it trains."""
         if self.backend.is_deepspeed and self.backend.mixed_bf16:
             return 2
-        if self.backend.kind == "fsdp2" and self.backend.mixed_bf16 and self.adapter is None:
+        if self.backend.kind == "fsdp2" and self.backend.mixed_bf16 and self.peft_config is None:
             return 4  # accelerate lifts what is trained to float32, and computes with copies
         return self.parameter_bytes
 
     @property
-    def trainable_bytes(self) -> int:
+    def trained_bytes(self) -> int:
         """Bytes of a trained parameter; PEFT keeps adapters in float32, but for quantized models TRL casts them."""
-        if self.adapter is None or (self.backend.is_deepspeed and self.backend.mixed_bf16):
+        if self.peft_config is None or (self.backend.is_deepspeed and self.backend.mixed_bf16):
             return self.held_bytes
         if self.backend.kind == "fsdp2" and self.backend.mixed_bf16:
             return 4
@@ -207,3 +132,30 @@ class Setup:
     def autocasts(self) -> bool:
         """Whether autocast makes bfloat16 copies of float32 weights in every pass."""
         return self.backend.mixed_bf16 and self.backend.kind in ("none", "ddp")
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a number of the residual stream: autocast leaves norms and sums in the parameters' dtype."""
+        return self.held_bytes if self.autocasts else self.compute_bytes
+
+    @cached_property
+    def train_block_bytes(self) -> int:
+        """Bytes that autograd keeps of one micro-batch of longest sequences in one block."""
+        return self._block_bytes(scoring=False)
+
+    @cached_property
+    def score_block_bytes(self) -> int:
+        """The same in the scoring pass."""
+        return self._block_bytes(scoring=True)
+
+    def _block_bytes(self, *, scoring: bool) -> int:
+        dtypes = {2: torch.bfloat16, 4: torch.float32}
+        return self.args.per_device_train_batch_size * saved_block_bytes(
+            self.config,
+            self.peft_config,
+            length=self.sequence_length,
+            dtypes=(dtypes[self.stream_bytes], dtypes[self.trained_bytes]),
+            autocast=self.autocasts,
+            masked=self.masked,
+            scoring=scoring,
+        )
