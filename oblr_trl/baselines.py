@@ -223,9 +223,11 @@ class AutomaticPriorStrength:
 
     def update(self, rewards: Tensor, weights: Tensor) -> None:
         """Score every strength of the grid on a batch whose baseline has been taken already; always leave-one-out, because
-        a baseline that sees its own reward makes any prior look harmful. A batch that carries no information (no scored
-        completion, no weight, or rewards that are all equal) changes nothing."""
+        a baseline that sees its own reward makes any prior look harmful. A batch that carries no information (fewer than two
+        scored groups, no weight, or rewards that are all equal) changes nothing."""
         scored = ~rewards.isnan()
+        if scored.any(dim=1).sum() < 2:  # without another group all strengths tie
+            return
         scale = weights[scored].double().mean().item()
         if not scale > 0 or rewards[scored].min() == rewards[scored].max():
             return

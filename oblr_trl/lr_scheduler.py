@@ -56,10 +56,14 @@ class SNRScheduler(LRScheduler):
 
     def set_ratio(self, ratio: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
-        self._take_foreign_lrs()
         self.multiplier = min(max(ratio, self.min_factor), self.max_factor)
-        self._write_lrs()
+        self.multiply()
         return self.multiplier
+
+    def multiply(self) -> None:
+        """Multiply the rates that somebody else has written since, if any: once per step that has no new \\( \\rho \\)."""
+        self._take_foreign_lrs()
+        self._write_lrs()
 
     def step(self) -> None:  # type: ignore[override]
         """Advance the wrapped schedule by one optimizer step; the multiplier stays until the next batch sets it."""
@@ -146,7 +150,8 @@ def initial_lrs(scheduler: Any) -> list[float]:
     inner = scheduler.scheduler if isinstance(scheduler, SNRScheduler) else scheduler
     if isinstance(inner, LambdaLR):
         return [float(lr) for lr in inner.base_lrs]
-    return [float(group.get("initial_lr", group["lr"])) for group in inner.optimizer.param_groups]
+    # Not every schedule notes them down as torch's do (ReduceLROnPlateau, those of DeepSpeed), and a checkpoint's rate is a later one.
+    return [float(group.setdefault("initial_lr", float(group["lr"]))) for group in inner.optimizer.param_groups]
 
 
 def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:

@@ -159,6 +159,12 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
 
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and isinstance(self._schedule, SNRScheduler):
+            self._schedule.multiply()  # also in steps on rollouts of an earlier one, which set no ratio
+        return inputs
+
     # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
     def _generate_and_score_completions(self, inputs):
         training = self.model.training

@@ -236,3 +236,14 @@ def test_the_automatic_strength_does_not_depend_on_the_unit_of_a_batchs_weights(
         plain.update(rewards, weights)
         scaled.update(rewards, unit * weights)
     assert scaled.state_dict()["variances"] == pytest.approx(plain.state_dict()["variances"], rel=1e-5)
+
+
+def test_a_batch_with_one_scored_group_leaves_the_automatic_strength_alone():
+    """It has no prior, so that all strengths tie, and the first of the grid would win."""
+    automatic = AutomaticPriorStrength()
+    rewards = torch.full((4, 8), NAN)
+    rewards[0] = torch.arange(8.0)
+    automatic.update(rewards, torch.ones(4, 8))
+    automatic.update(rewards[:1], torch.ones(1, 8))
+    assert automatic.state_dict() == AutomaticPriorStrength().state_dict()
+    assert automatic.value == 16

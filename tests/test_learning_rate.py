@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
 from tests.test_trainer import Recording, RecordingSGD, oracle_scores, some_unscorable
-from tests.tiny_models import digit_reward, logged, tiny_model, train
+from tests.tiny_models import digit_reward, logged, prompts, tiny_model, train
 
 PAPER = {"snr_ema_decay": 0.0, "snr_min_factor": 0.0}
 # Two generation batches of 4 prompts in every optimizer step.
@@ -217,3 +217,57 @@ def test_every_process_keeps_its_own_slice_of_the_advantages(tmp_path):
     trainer = train(OnSecondProcess, OBLRPOConfig, tmp_path, max_steps=1)
     assert torch.equal(trainer.written, trainer.all_advantages[16:])
     assert not torch.equal(trainer.written, trainer.all_advantages[:16])
+
+
+@pytest.mark.parametrize("options", [SHARED, {"num_iterations": 2}], ids=str)
+def test_a_rate_set_by_a_callback_is_multiplied_also_in_a_step_on_old_rollouts(tmp_path, options):
+    class Everywhere(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.7
+
+    model = tiny_model(num_layers=2)
+    optimizer = RecordingSGD(model.parameters(), lr=0.05)
+    options = options | {"optimizers": (optimizer, None), "callbacks": [Everywhere()], "max_steps": 4}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
+    first, second = logged(trainer, "lr_multiplier")  # one per generation batch of two steps
+    assert optimizer.used == pytest.approx([0.7 * first, 0.7 * first, 0.7 * second, 0.7 * second])
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_of_the_evaluations_is_resumed_after_it_changed_the_rate(tmp_path, schedule):
+    class Evaluated(OBLRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, eval_dataset=prompts().select(range(2)), **kwargs)
+
+    options = {
+        "lr_adaptation": "none",
+        "baseline": "group_mean",
+        "lr_scheduler_type": schedule,
+        # Never better by so much: the rate falls with every evaluation but the first.
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "mode": "max", "threshold": 1e9},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 8,
+        "metric_for_best_model": "reward",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    if schedule == "greedy":
+        options["lr_scheduler_kwargs"] |= {"min_lr": 1e-6, "threshold_mode": "abs"}
+    whole = train(Evaluated, OBLRPOConfig, tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(Evaluated, OBLRPOConfig, tmp_path / "a", **options, resume_from_checkpoint=checkpoint)
+    rates = logged(whole, "learning_rate")
+    assert rates[3] < rates[0]
+    assert logged(resumed, "learning_rate") == rates
+    with pytest.raises(ValueError, match="initial learning rates"):
+        train(
+            Evaluated,
+            OBLRPOConfig,
+            tmp_path / "b",
+            **options,
+            learning_rate=1e-4,
+            resume_from_checkpoint=checkpoint,
+        )

@@ -58,3 +58,15 @@ def test_the_files_own_scheduler_is_refused_with_the_remedy(model, tmp_path):
     failed = runs.run(tmp_path / "run", model, expect_failure=True, **settings)
     assert "Remedy: remove the `scheduler` section from the DeepSpeed file and set `lr_scheduler_type`" in failed.log
     assert not any(failed.records)  # nothing was generated
+
+
+def test_the_files_own_scheduler_is_resumed_where_nothing_multiplies_it(model, tmp_path):
+    settings = SETTINGS | file(tmp_path, optimizer=OPTIMIZER, scheduler=SCHEDULER)
+    settings |= {"lr_adaptation": "none", "baseline": "group_mean", "warmup_steps": 4}
+    whole = runs.run(tmp_path / "whole", model, **settings)
+    assert whole.learning_rates[2] < whole.learning_rates[3]
+    (tmp_path / "resumed").mkdir()
+    resumed = runs.run(
+        tmp_path / "resumed", model, **settings, resume_from_checkpoint=whole.output_dir / "checkpoint-2"
+    )
+    assert resumed.learning_rates.tolist() == whole.learning_rates[2:].tolist()
