@@ -35,6 +35,8 @@ MIN_RHO = 0.02
 MIN_LEARNING_RATE = GRPOConfig.learning_rate / 5
 # A collapse takes the reward down from its best by this many of its standard deviations over completions.
 MAX_FALL_STDS = 0.5
+# And by this many standard deviations of such an average over batches: of few prompts each, healthy ones fall by up to 6.
+MAX_FALL_ERRORS = 6
 # A policy that is lost at once, too early for a best to fall from, never comes back to this share of where it started, although
 # that was so many standard deviations above: one batch is noisy, all of the later half is not.
 MAX_SHARE_LEFT, MAX_LOST_STDS = 0.5, 0.25
@@ -154,7 +156,9 @@ def _collapse(rows: Rows) -> tuple[str, str] | None:
     window = max(3, len(rewards) // 10)
     means = np.convolve(rewards, np.ones(window) / window, mode="valid")
     best, last = means.max(), means[-1]
-    if best - last <= MAX_FALL_STDS * std:
+    # Of independent normal values two neighbours differ by 2 / sqrt(pi) standard deviations on average.
+    error = float(np.abs(np.diff(rewards)).mean()) * math.sqrt(math.pi / window) / 2
+    if best - last <= max(MAX_FALL_STDS * std, MAX_FALL_ERRORS * error):
         return None
     return run_logs.REWARD, f"mean over {window} logged values fell from {best:.3g} to {last:.3g}{at_rate}"
 

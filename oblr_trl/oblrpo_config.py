@@ -63,7 +63,7 @@ class OBLRPOConfig(GRPOConfig):
             Maximum multiplier of the learning rate.
         reward_timeout (`float`, *optional*):
             Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
-            on all processes. If `None` (default), it may take for ever, as in TRL. Reward models are not limited.
+            on all processes. If `None` (default), it may take indefinitely long, as in TRL. Reward models are not limited.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:

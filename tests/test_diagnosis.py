@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
@@ -98,6 +99,21 @@ def test_a_reward_that_falls_and_stays_down_is_a_collapse():
     assert names(log(reward=[0.5] * 6 + [0.3] * 6)) == []
     assert names(log(reward=[0.1] * 6 + [0.5] * 6)) == []
     assert names(log(reward=[0.5] * 6 + [0.0] + [0.5] * 5)) == []
+
+
+def test_few_prompts_per_step_make_rewards_that_jump_and_no_collapse():
+    # Batches of two prompts, each solved always or never: the mean of three falls from 1 to 0.17, more than half a deviation.
+    # But neighbours differ by 4.5 / 10 on average, which makes the error of such a mean 0.23, and 6 of them 1.38.
+    jumping = [0.5, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.5, 0.0, 0.0]
+
+    assert names(log(11, reward=jumping)) == []
+    # The same fall without the jumps is one: neighbours differ by 0.1.
+    assert names(log(11, reward=[1 - 0.1 * i for i in range(11)])) == ["Policy collapse"]
+
+
+def test_penalties_that_vary_are_no_lost_policy():
+    # Of what lay above the lowest reward, -3, 1.4 of 2 is left: more than half.
+    assert names(log(reward=[-1.0, -3.0, *[-1.6] * 10], reward_std=2.0)) == []
 
 
 def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_started():
@@ -258,6 +274,15 @@ def test_a_failure_is_warned_of_once_while_training_and_told_at_the_end(
     assert warning.startswith("Step 4: Constant rewards\n  reward: 0 for every completion of 4 logged values\n")
     summary = capsys.readouterr().out.split(f"Diagnosis of {tmp_path}\n\n")[1]
     assert summary.startswith("Constant rewards\n  reward: 0 for every completion of 6 logged values\n  remedy: ")
+
+
+def test_one_process_of_several_warns(caplog):
+    for is_zero in (False, True):
+        state = TrainerState(
+            global_step=12, max_steps=12, log_history=log(reward=0.0, reward_std=0.0), is_world_process_zero=is_zero
+        )
+        DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
+        assert bool(warnings(caplog)) == is_zero
 
 
 def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog):

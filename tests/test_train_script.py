@@ -182,6 +182,9 @@ def test_the_help_begins_with_config_an_example_and_our_own_options(capsys):
     places = [text.index(f"\n  {option}") for option in order if option != "--config RECIPE"]
     assert text.index("--config RECIPE ") < places[0]
     assert places == sorted(places)
+    assert text.index("\n  --max_steps") < text.index(
+        "\n  --model_name_or_path"
+    )  # TRL's own classes come after our options too
     for parser in (make_parser(), make_parser(trainer="grpo")):  # every option is there, whoever declares it
         words = set(parser.format_help().replace(",", " ").split())
         assert {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"} <= words

@@ -48,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--margin", type=float, default=0.1, help="part of it to leave free (default: %(default)s)")
     parser.add_argument("--prompt_length", type=int, help="tokens of the longest prompt")
     parser.add_argument("--model_config", help="a config.json, in place of the model's")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 if it cannot run as planned")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if it does not fit, or a prior has no other prompts"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     return parser
 

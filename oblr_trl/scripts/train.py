@@ -118,7 +118,7 @@ def _check_model(model_args: ModelConfig) -> None:
 
 
 def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
-    """The checkpoint directory; `true` means the last whole one in `output_dir`."""
+    """The checkpoint directory; `true` means the last complete one in `output_dir`."""
     wanted: Any = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
