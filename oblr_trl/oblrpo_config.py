@@ -173,10 +173,13 @@ class OBLRPOConfig(GRPOConfig):
 
     @property
     def prompts_per_step(self) -> float:
-        """N: prompts that one optimizer step averages, over all processes."""
+        """N: different prompts that one optimizer step averages, over all processes."""
+        assert self.steps_per_generation is not None  # set by the parent
         assert self.num_generations is not None  # set by the parent
         rows = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-        return rows / self.num_generations
+        # A step that accumulates over several iterations on a batch sees its rows as often.
+        repeats = min(self.num_iterations, max(self.gradient_accumulation_steps / self.steps_per_generation, 1))
+        return rows / self.num_generations / repeats
 
     @property
     def corrects_tokens(self) -> bool:
@@ -251,7 +254,7 @@ class OBLRPOConfig(GRPOConfig):
         batch = (
             f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {self.num_generations} completions (per_device_"
             f"train_batch_size={self.per_device_train_batch_size} x {self.world_size} process(es) x gradient_accumulation_"
-            f"steps={self.gradient_accumulation_steps})"
+            f"steps={self.gradient_accumulation_steps}, num_iterations={self.num_iterations})"
         )
         remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
         if adapts and max(per_step, per_batch) < 2:

@@ -279,16 +279,15 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     def _adapt_learning_rate(self, sketches: Tensor, advantages: Tensor) -> None:
         assert self.args.steps_per_generation is not None  # set by the configuration
-        steps = (
-            self.args.steps_per_generation / self.args.gradient_accumulation_steps
-        )  # that share the batch, where > 1
+        # Optimizer steps that share the batch, where above 1.
+        steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
         self._rho = self._step_snr.add(
             per_prompt_gradients(sketches, advantages),
             step=self.state.global_step,
             sampling_variance=sampling_variance(sketches, advantages, steps),
         )
         num_prompts, num_batches = self._step_snr.num_prompts, self._step_snr.num_batches
-        if num_prompts < 2 and num_batches * steps >= 1:
+        if num_prompts < 2 and num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
                 "multiplier stays as it was, `snr_min_factor` at the start. See for what the reward functions return None."
@@ -310,7 +309,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     def _log_train_metrics(self, metrics: dict[str, float], *, replace: bool = False) -> None:
         for name, value in metrics.items():
             logged = self._metrics["train"][name]
-            if replace:
+            if replace and logged:  # a callback may have logged in the middle of the step
                 logged.pop()
             logged.append(value)
 
@@ -379,7 +378,11 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        compared = _AVERAGED_OPTIONS if self.args.needs_scores else ()
+        args = self.args
+        averages = args.lr_adaptation == "snr" or (
+            args.baseline == "gradient_weighted" and args.baseline_prior_strength is None
+        )
+        compared = _AVERAGED_OPTIONS if averages else ()
         for name in ("baseline", "lr_adaptation", *compared):
             if state.get(name) != getattr(self.args, name):
                 raise ValueError(

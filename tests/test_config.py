@@ -166,3 +166,28 @@ def test_sixteen_prompts_per_step_are_not_warned_of(tmp_path):
         config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16)
         # Two steps of 8 prompts share a batch of 16, from which rho is estimated.
         config(tmp_path, per_device_train_batch_size=64, steps_per_generation=2)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "per_generation", "iterations", "prompts"),
+    [(4, 4, 1, 4), (4, 1, 2, 2), (4, 1, 4, 1), (4, 2, 4, 2), (4, 4, 2, 4), (2, 4, 2, 2)],
+)
+def test_a_prompt_that_a_step_sees_in_several_iterations_counts_once(
+    accumulation, per_generation, iterations, prompts
+):
+    options = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 8,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": per_generation,
+        "num_iterations": iterations,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = OBLRPOConfig("folder", lr_adaptation="none", baseline="leave_one_out", **options)
+        assert plain.prompts_per_step == prompts
+        if prompts == 1:
+            with pytest.raises(ValueError, match="has 1 prompt x 8 completions"):
+                OBLRPOConfig("folder", **options)

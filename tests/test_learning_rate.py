@@ -159,8 +159,13 @@ def test_averages_in_another_unit_are_not_resumed(tmp_path_factory, name, option
         )
 
 
-def test_without_averages_the_loss_may_change_on_resume(tmp_path):
-    plain = {"baseline": "leave_one_out", "lr_adaptation": "none", "save_strategy": "steps", "save_steps": 1}
+@pytest.mark.parametrize(
+    "baseline",
+    [{"baseline": "leave_one_out"}, {"baseline_prior_strength": 16.0}],
+    ids=["leave_one_out", "fixed_prior"],
+)
+def test_without_averages_the_loss_may_change_on_resume(tmp_path, baseline):
+    plain = {"lr_adaptation": "none", "save_strategy": "steps", "save_steps": 1, **baseline}
     train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, **plain)
     checkpoint = str(tmp_path / "checkpoint-1")
     changed = plain | {"loss_type": "dapo", "temperature": 0.9}
@@ -271,3 +276,22 @@ def test_a_schedule_of_the_evaluations_is_resumed_after_it_changed_the_rate(tmp_
             learning_rate=1e-4,
             resume_from_checkpoint=checkpoint,
         )
+
+
+def test_metrics_may_be_logged_in_the_middle_of_a_step(tmp_path):
+    class Logging(OBLRPOTrainer):
+        def _prepare_inputs(self, generation_batch):
+            inputs = super()._prepare_inputs(generation_batch)
+            self.log({})  # as a callback in `on_substep_end` may; it empties the metrics
+            return inputs
+
+    trainer = train(Logging, OBLRPOConfig, tmp_path, max_steps=1, **POOLED)
+    assert logged(trainer, "gradient_snr/num_prompts") == [4, 8]
+
+
+def test_a_second_train_does_not_pool_its_first_batch_with_that_of_the_first(tmp_path):
+    """Both are batches of step 0."""
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1)
+    assert logged(trainer, "gradient_snr/num_prompts") == [4]
+    trainer.train()
+    assert logged(trainer, "gradient_snr/num_prompts") == [4]
