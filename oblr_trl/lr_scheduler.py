@@ -18,7 +18,7 @@ class SNRScheduler(LRScheduler):
     call it before the backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the
     multiplier is `min_factor`; `min_factor=max_factor=1` is the wrapped schedule. A rate that somebody else writes into a
     parameter group (a callback in `on_step_begin`) takes the place of the scheduled one, as it does without this scheduler:
-    until the next step, and multiplied. Whatever an optimizer derives from the rate is multiplied with it, AdamW's decoupled
+    until the next step, and multiplied (so write a scheduled rate, not a part of the one that is there). Whatever an optimizer derives from the rate is multiplied with it, AdamW's decoupled
     weight decay (rate x decay) among it.
 
     Args:

@@ -252,9 +252,9 @@ class OBLRPOConfig(GRPOConfig):
         adapts = self.lr_adaptation == "snr"
         has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
         batch = (
-            f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {self.num_generations} completions (per_device_"
-            f"train_batch_size={self.per_device_train_batch_size} x {self.world_size} process(es) x gradient_accumulation_"
-            f"steps={self.gradient_accumulation_steps}, num_iterations={self.num_iterations})"
+            f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {self.num_generations} completions "
+            f"(per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} process(es) x "
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}, num_iterations={self.num_iterations})"
         )
         remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
         if adapts and max(per_step, per_batch) < 2:
