@@ -272,7 +272,7 @@ def _head_ride() -> str:
         "extra MFLOP a token, k = 16384",
         "of the forward",
     ]
-    return f"""## `lm_head` riding on the old-log-prob forward
+    return f"""## `lm_head` reusing the old-log-prob forward
 
 Where TRL computes old log-probabilities anyway (vLLM with importance-sampling correction, several steps per generation), the
 scoring pass takes the place of that forward pass. Scope `lm_head` then adds the projections alone, 2 V r + 2 d p + 2 p r per
@@ -368,7 +368,7 @@ def _gpu_points(path: Path) -> str:
             cells = [ratios.get(key, {}).get("time") for key in ("all", "last_k", "lm_head", "lm_head_riding")]
             words = (_NOT_MEASURED if cell is None else f"{cell:.2f} (measured)" for cell in cells)
             rows.append((name, f"8 x {length}", *words))
-    return _table(["model", "tokens", "`all`", "`last_k` = 2", "`lm_head`", "`lm_head` riding"], rows)
+    return _table(["model", "tokens", "`all`", "`last_k` = 2", "`lm_head`", "`lm_head` reusing it"], rows)
 
 
 if __name__ == "__main__":

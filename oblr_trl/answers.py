@@ -1,4 +1,4 @@
-"""What a data set calls an answer, as what `math_verify.parse` reads as one: extracted, joined, between dollar signs."""
+"""The answer field of a dataset, as what `math_verify.parse` reads as one: extracted, joined, between dollar signs."""
 
 import re
 from typing import Any

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -295,3 +296,18 @@ def test_a_second_train_does_not_pool_its_first_batch_with_that_of_the_first(tmp
     assert logged(trainer, "gradient_snr/num_prompts") == [4]
     trainer.train()
     assert logged(trainer, "gradient_snr/num_prompts") == [4]
+
+
+def test_one_scored_prompt_in_the_first_batch_of_a_step_is_not_warned_of(tmp_path):
+    """What counts is the step: its second batch of 4 prompts is scored in full."""
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(len(completions))
+        return [value if i < 8 or len(calls) > 1 else None for i, value in enumerate(digit_reward(completions))]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The completions of fewer than two prompts")
+        trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, max_steps=1, **POOLED)
+    assert calls == [32, 32]
+    assert logged(trainer, "gradient_snr/num_prompts") == [5]
