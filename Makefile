@@ -34,14 +34,14 @@ LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mix
 	-m oblr_trl.scripts.train
 
 demo: install  ## Train OBLR-PO and its GRPO control on the CPU and compare them (about 8 minutes)
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(LAUNCH) --config $(RECIPES)/oblrpo/$(TASK) --output_dir $(RUNS)/oblrpo
 	$(LAUNCH) --config $(RECIPES)/grpo/$(TASK) --output_dir $(RUNS)/grpo
 	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
 		--output $(RUNS)/compare.png --json $(RUNS)/compare.json
 
 demo-seeds: install  ## The demo's two methods with three seeds each; writes runs/seeds/compare.json
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	for seed in 0 1 2; do for method in oblrpo grpo; do \
 		$(LAUNCH) --config $(RECIPES)/$$method/$(TASK) --seed $$seed --output_dir runs/seeds/$$method/seed-$$seed || exit 1; \
 	done; done
@@ -73,11 +73,11 @@ quality: install  ## Lint, formatting, types, import layers
 	$(BIN)/lint-imports
 
 notebooks: install  ## Execute the notebooks (about 7 minutes)
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 notebooks-write: install  ## Execute the notebooks and keep their outputs
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
 results: study bench bench-vllm bench-memory bench-precision bench-variance bench-snr report  ## Measure everything that the README shows (hours)
@@ -90,7 +90,7 @@ study: install  ## The learning study: methods x learning rates x seeds x tasks 
 	$(BIN)/python -m benchmarks.learning
 
 bench: install  ## Measure the cost of whole training steps and of the scoring pass; wants an idle machine
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.score_pass
 
@@ -112,11 +112,11 @@ bench-variance: install  ## Measure the gradient's variance under each baseline,
 	$(BIN)/python -m benchmarks.fidelity
 
 bench-snr: install  ## Measure how right rho is
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m benchmarks.snr
 
 ablation: install  ## The demo's ablation, 36 combinations x 3 seeds (hours)
-	$(BIN)/python -m oblr_trl.scripts.start_model
+	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m oblr_trl.scripts.sweep --config recipes/ablation/chain_sum.yaml
 
 clean:  ## Remove what the targets made, but not .venv

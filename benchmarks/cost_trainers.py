@@ -16,8 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.score_pass import ScorePassArguments, build_model
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.rewards import task_reward
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.rewards import task_reward
 from oblr_trl.scores import ScoreOutput, reference_scores
 
 METHODS = {
@@ -142,7 +142,7 @@ def demo_trainers(model: str, methods: list[str], directory: Path, *, rounds: in
     """
     if not (Path(model) / "config.json").exists():
         raise ValueError(
-            f"`demo_model`: there is no model at {model!r}. Make it with `python -m oblr_trl.scripts.start_model`, or leave it "
+            f"`demo_model`: there is no model at {model!r}. Make it with `python -m examples.tiny_qwen3`, or leave it "
             "out with --demo_model ''."
         )
     prompts = load_prompts(DataArguments(task="chain_sum", task_params=DEMO_TASK, train_size=512), with_test=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oblr_trl.baselines import gradient_variance, gradient_weighted_baseline, leave_one_out_baseline
-from oblr_trl.gradient_snr import GradientMoments, gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import GradientMoments, gradient_moments, per_prompt_gradients, rho
 
 # Relative difference below which two weights are one: equal completions differ by rounding.
 _TIE = 1e-4
@@ -115,7 +115,7 @@ def rho_differences(batches: Sequence[dict[str, Any]], scope: str, name: str, nu
 
 def _rho(moments: Sequence[tuple[float, float]], num_prompts: int) -> float:
     mean = GradientMoments(*(sum(values) / len(moments) for values in zip(*moments, strict=True)))
-    return snr_ratio(mean.signal, mean.noise, num_prompts)
+    return rho(mean.signal, mean.noise, num_prompts)
 
 
 def _difference(

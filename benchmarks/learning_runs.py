@@ -20,14 +20,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.policies import POLICIES, policy_directory
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.rewards import task_reward
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.rewards import task_reward
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 # Prompt i of a task uses seed + i: training prompts of two seeds must not overlap.
 SEED_DISTANCE = 1_000_000
 # A step's averages that are kept of TRL's log, where a method logs them.
-LOGGED = ("reward", "grad_norm", "entropy", "gradient_snr/ratio", "variance_ratio/leave_one_out")
+LOGGED = ("reward", "grad_norm", "entropy", "gradient_snr/rho", "variance_ratio/leave_one_out")
 
 
 @dataclass(frozen=True)

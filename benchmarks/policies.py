@@ -3,7 +3,7 @@
     python -m benchmarks.policies
 
 makes those that are missing (each takes one to ten minutes). All are taught by supervised fine-tuning on answers of which a
-part is wrong (`oblr_trl.scripts.start_model`); that part decides how often the policy is right.
+part is wrong (`examples.tiny_qwen3`); that part decides how often the policy is right.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from oblr_trl.scripts.start_model import StartModelArguments, make_start_model
+from examples.tiny_qwen3.start_model import StartModelArguments, make_start_model
 
 # What a task needs of the start model beside its name.
 TASKS: dict[str, dict[str, Any]] = {

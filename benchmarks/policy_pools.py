@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from benchmarks.completion_pool import Completions, sample_completions
 from benchmarks.policies import POLICIES, Policy, policy_directory
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.tasks import decode_entry, make_task
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.tasks import decode_entry, make_task
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import TrlParser
 
 from benchmarks.record import machine, write_record
-from oblr_trl.gradient_snr import gradient_moments, snr_ratio
+from oblr_trl.gradient_snr import gradient_moments, rho
 from oblr_trl.scores import ScorePass
 
 # Mean 1 - p of the completions' tokens.
@@ -98,8 +98,8 @@ def quantities(model: Qwen3ForCausalLM, tokens: Tensor, precision: str | None, s
         output = score_pass(inputs, targets, torch.ones(targets.shape))
     assert output.sketches is not None
     assert output.squared_norms is not None
-    rho = snr_ratio(*gradient_moments(output.sketches), num_prompts=_BATCH_SIZE)
-    return {"sketch": output.sketches.square().sum(1), "exact": output.squared_norms, "rho": torch.tensor([rho])}
+    ratio = rho(*gradient_moments(output.sketches), num_prompts=_BATCH_SIZE)
+    return {"sketch": output.sketches.square().sum(1), "exact": output.squared_norms, "rho": torch.tensor([ratio])}
 
 
 def measure(seed: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Is rho right? Signal, noise and rho as the trainer estimates them, against exact ones from very many rollouts.
 
-    python -m oblr_trl.scripts.start_model
+    python -m examples.tiny_qwen3
     python -m benchmarks.snr
 
 Policies are the start model and snapshots of one real OBLR-PO run. The true signal
@@ -29,10 +29,10 @@ from benchmarks.snr_population import Population, population, rewarded_chunks, s
 from benchmarks.snr_rollouts import Rollouts, draw_rollouts, merged
 from benchmarks.snr_summary import BatchStreams, summarise_batches, verdict
 from benchmarks.snr_truth import Truth, exact_batch_gradients, expected_gradient, gradient_truth
-from oblr_trl.data import DataArguments, load_prompts
+from examples.tiny_qwen3.start_model import TASK, TASK_PARAMS
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.tasks import decode_entry, make_task
 from oblr_trl.gradient_snr import GradientMoments
-from oblr_trl.scripts.start_model import TASK, TASK_PARAMS
-from oblr_trl.tasks import decode_entry, make_task
 
 # Far from the seeds of training, held-out and supervised problems.
 _PROMPT_SEED = 3_000_000_000

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.snr_estimates import ESTIMATORS, estimate_batch
-from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, snr_ratio
+from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, rho
 
 
 def interpolated(path: Mapping[int, GradientMoments]) -> list[GradientMoments]:
@@ -37,7 +37,7 @@ def lag_errors(path: Mapping[int, GradientMoments], decay: float, num_prompts: i
     errors = []
     for moments in interpolated(path):
         snr.update(moments)
-        errors.append(snr_ratio(snr.signal, snr.noise, num_prompts) / snr_ratio(*moments, num_prompts) - 1)
+        errors.append(rho(snr.signal, snr.noise, num_prompts) / rho(*moments, num_prompts) - 1)
     return errors
 
 
@@ -67,7 +67,7 @@ def run_errors(step_gradients: Tensor, path: Mapping[int, GradientMoments], deca
         decays (`Sequence[float]`): Decays to compare.
     """
     num_prompts = step_gradients.size(1)
-    true = torch.tensor([snr_ratio(*m, num_prompts) for m in interpolated(path)][: len(step_gradients)])
+    true = torch.tensor([rho(*m, num_prompts) for m in interpolated(path)][: len(step_gradients)])
     batches = [estimate_batch(gradients) for gradients in step_gradients]
     errors: dict[str, dict[str, Any]] = {}
     for name, estimator in ESTIMATORS.items():

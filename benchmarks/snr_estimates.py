@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.snr_rollouts import Rollouts
 from benchmarks.snr_truth import jackknife_error
 from oblr_trl.advantages import BaselineEstimator, GroupedBatch
-from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, per_prompt_gradients, rho
 
 # Two-sided 95 % of the normal distribution.
 _NORMAL_QUANTILE = 1.96
@@ -57,7 +57,7 @@ class SeparateGradientSNR:
     def add(self, batch: BatchEstimate, num_prompts: int) -> float:
         """Take in a batch and return rho."""
         self._snr.update(batch.moments)
-        return snr_ratio(self._snr.signal, self._snr.noise, num_prompts)
+        return rho(self._snr.signal, self._snr.noise, num_prompts)
 
 
 class PooledGradientSNR:
@@ -84,7 +84,7 @@ class PooledGradientSNR:
         self._noise_weight = decay**2 * self._noise_weight + (1 - decay) ** 2 / num_prompts
         square = self._mean.square().sum().item()
         self.signal = (square - self._noise_weight * self._snr.noise) / self._weight**2
-        return snr_ratio(self.signal, self._snr.noise, num_prompts)
+        return rho(self.signal, self._snr.noise, num_prompts)
 
 
 ESTIMATORS: dict[str, type[SeparateGradientSNR] | type[PooledGradientSNR]] = {

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from oblr_trl import OBLRPOTrainer
-from oblr_trl.data import load_prompts
+from oblr_trl.data.prompt_sets import load_prompts
+from oblr_trl.data.rewards import load_rewards
 from oblr_trl.gradient_snr import per_prompt_gradients
-from oblr_trl.rewards import load_rewards
 from oblr_trl.scripts.train import parse
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -61,8 +61,7 @@ def load_policy(path: str) -> Policy:
     """Model and tokenizer of a local directory, in float32."""
     if not (Path(path) / "config.json").is_file():
         raise ValueError(
-            f"`model` is {path!r}, where there is no model. Make the start model with "
-            "`python -m oblr_trl.scripts.start_model`."
+            f"`model` is {path!r}, where there is no model. Make the start model with `python -m examples.tiny_qwen3`."
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), tokenizer

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.snr_estimates import ESTIMATORS, INTERVALS, BatchEstimate, smoothed_ratios
 from benchmarks.snr_truth import Truth
-from oblr_trl.gradient_snr import snr_ratio
+from oblr_trl.gradient_snr import rho
 
 # By batch size: one stream of batches per order of the prompts.
 BatchStreams = dict[int, list[list[BatchEstimate]]]
@@ -57,7 +57,7 @@ def interval_coverage(batches: Sequence[BatchEstimate], name: str, true: float) 
 
 def ratio_of_means(batches: Sequence[BatchEstimate], num_prompts: int) -> float:
     """rho from the mean signal and the mean noise of many batches."""
-    return snr_ratio(mean(b.moments.signal for b in batches), mean(b.moments.noise for b in batches), num_prompts)
+    return rho(mean(b.moments.signal for b in batches), mean(b.moments.noise for b in batches), num_prompts)
 
 
 def summarise_batches(
@@ -104,7 +104,7 @@ def _summarise_size(
     per_seed = len(streams[0]) // num_seeds
     seeds = [ratio_of_means(streams[0][seed * per_seed :][:per_seed], size) for seed in range(num_seeds)]
     whole = ratio_of_means(batches, size)
-    single = error_summary([snr_ratio(*batch.moments, size) for batch in batches], true.value)
+    single = error_summary([rho(*batch.moments, size) for batch in batches], true.value)
     return {
         "num_prompts": size,
         "noise_factor": noise_factor,

@@ -9,7 +9,7 @@ from oblr_trl.baselines import (
     leave_one_out_baseline,
     length_weighted_baseline,
 )
-from oblr_trl.gradient_snr import GradientSNR, gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import GradientSNR, gradient_moments, per_prompt_gradients, rho
 from oblr_trl.lr_scheduler import SNRScheduler
 from oblr_trl.scores import score_sketches
 
@@ -31,8 +31,8 @@ __all__ = [
     "leave_one_out_baseline",
     "length_weighted_baseline",
     "per_prompt_gradients",
+    "rho",
     "score_sketches",
-    "snr_ratio",
 ]
 
 

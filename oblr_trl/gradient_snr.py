@@ -55,7 +55,7 @@ def gradient_moments(per_prompt_gradients: Tensor) -> GradientMoments:
     return GradientMoments(mean.square().sum().item() - noise / num_prompts, noise)
 
 
-def snr_ratio(signal: float, noise: float, num_prompts: float) -> float:
+def rho(signal: float, noise: float, num_prompts: float) -> float:
     r"""
     Learning-rate multiplier \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\) with
     \\( \mathrm{SNR} = \|\nabla J\|^2 / \mathrm{tr}(H) \\).
@@ -110,8 +110,8 @@ class GradientSNR:
         return self._noise / self._weight if self._weight else math.nan
 
     def ratio(self, num_prompts: float) -> float:
-        """[`snr_ratio`] of the smoothed signal, held back while batches are few, and noise; `nan` before the first batch."""
-        return snr_ratio(self._weight * self.signal, self.noise, num_prompts)
+        """[`rho`] of the smoothed signal, held back while batches are few, and noise; `nan` before the first batch."""
+        return rho(self._weight * self.signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are

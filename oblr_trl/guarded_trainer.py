@@ -12,9 +12,9 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from oblr_trl.checkpoints import last_complete_checkpoint, load_rollouts, load_state, save_rollouts, save_state
+from oblr_trl.faults.processes import raise_everywhere
+from oblr_trl.faults.reward_functions import RewardGuard
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.process_errors import raise_everywhere
-from oblr_trl.reward_guard import RewardGuard
 
 
 class GuardedGRPOTrainer(GRPOTrainer):

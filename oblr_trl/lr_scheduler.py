@@ -14,7 +14,7 @@ class SNRScheduler(LRScheduler):
 
     \\( \eta_t = \eta_0(t)\, \rho_t \\) with \\( \rho_t = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\)
     ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The
-    rate is written into the optimizer's parameter groups as soon as [`set_ratio`][SNRScheduler.set_ratio] is called, so
+    rate is written into the optimizer's parameter groups as soon as [`set_rho`][SNRScheduler.set_rho] is called, so
     call it before the backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the
     multiplier is `min_factor`; `min_factor=max_factor=1` is the wrapped schedule. A rate that somebody else writes into a
     parameter group (a callback in `on_step_begin`) takes the place of the scheduled one, as it does without this scheduler:
@@ -54,7 +54,7 @@ class SNRScheduler(LRScheduler):
         """Initial rates of the wrapped schedule, for callbacks that read them."""
         return self.scheduler.base_lrs
 
-    def set_ratio(self, ratio: float) -> float:
+    def set_rho(self, ratio: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
         self.multiplier = min(max(ratio, self.min_factor), self.max_factor)
         self.multiply()

@@ -156,7 +156,7 @@ def _optimization_rows(args: OBLRPOConfig, optimizer: Any) -> dict[str, str]:
     adaptation = "none"
     if args.lr_adaptation == "snr":
         adaptation = (
-            f"`snr`: schedule x rho, rho clamped to [{args.snr_min_factor:g}, {args.snr_max_factor:g}]; signal and noise "
+            f"`snr`: schedule x rho, rho clamped to [{args.snr_min_multiplier:g}, {args.snr_max_multiplier:g}]; signal and noise "
             f"smoothed with EMA decay {args.snr_ema_decay:g}"
         )
     return {

@@ -56,10 +56,10 @@ class OBLRPOConfig(GRPOConfig):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
             multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
-        snr_min_factor (`float`, *optional*, defaults to `0.05`):
-            Minimum multiplier of the learning rate, in [0, `snr_max_factor`], and its value while rho is unknown. Above 0, a
+        snr_min_multiplier (`float`, *optional*, defaults to `0.05`):
+            Minimum multiplier of the learning rate, in [0, `snr_max_multiplier`], and its value while rho is unknown. Above 0, a
             run whose signal drowns in noise goes on slowly instead of standing still. 0 is the paper.
-        snr_max_factor (`float`, *optional*, defaults to `1.0`):
+        snr_max_multiplier (`float`, *optional*, defaults to `1.0`):
             Maximum multiplier of the learning rate.
         reward_timeout (`float`, *optional*):
             Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
@@ -136,13 +136,13 @@ class OBLRPOConfig(GRPOConfig):
     snr_ema_decay: float = field(
         default=0.9, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
     )
-    snr_min_factor: float = field(
+    snr_min_multiplier: float = field(
         default=0.05,
         metadata={
             "help": "Minimum multiplier of the learning rate, and its value while rho is unknown. 0 is the paper."
         },
     )
-    snr_max_factor: float = field(default=1.0, metadata={"help": "Maximum multiplier of the learning rate."})
+    snr_max_multiplier: float = field(default=1.0, metadata={"help": "Maximum multiplier of the learning rate."})
     reward_timeout: float | None = field(
         default=None,
         metadata={"help": "Longest time in seconds that a reward function may take for one batch. None: no limit."},
@@ -234,12 +234,12 @@ class OBLRPOConfig(GRPOConfig):
             _refuse("score_sketch_dim", self.score_sketch_dim, "it is a length", "use at least 1")
         if not 0 <= self.snr_ema_decay < 1:
             _refuse("snr_ema_decay", self.snr_ema_decay, "it is a decay", "use a number in [0, 1)")
-        if not 0 <= self.snr_min_factor <= self.snr_max_factor:
+        if not 0 <= self.snr_min_multiplier <= self.snr_max_multiplier:
             _refuse(
-                "snr_min_factor",
-                self.snr_min_factor,
-                f"it must lie between 0 and snr_max_factor ({self.snr_max_factor})",
-                "lower it, or raise snr_max_factor",
+                "snr_min_multiplier",
+                self.snr_min_multiplier,
+                f"it must lie between 0 and snr_max_multiplier ({self.snr_max_multiplier})",
+                "lower it, or raise snr_max_multiplier",
             )
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             _refuse("reward_timeout", self.reward_timeout, "it is a time in seconds", "use a positive number, or None")

@@ -31,7 +31,7 @@ from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
-from oblr_trl.scoring_model import FORWARD_KEYS, ScoringModel
+from oblr_trl.scores.scoring_model import FORWARD_KEYS, ScoringModel
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
 
     - scores are random sketches, not full gradients (`score_method="exact"` gives exact norms to the baseline);
     - the baseline has a prior from the other prompts (`baseline_prior_strength=0`);
-    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and the multiplier has a floor (`snr_min_factor=0`);
+    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and the multiplier has a floor (`snr_min_multiplier=0`);
     - the score is that of the loss in use: completion and tool masks, vLLM's importance ratio and, for
       `loss_type="grpo"`, the division by length are part of it (`loss_type="dr_grpo"`, the default, is the plain sum);
     - a KL or entropy term (`beta`, `entropy_coef`), off by default, is not part of signal and noise.
@@ -290,18 +290,18 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         if num_prompts < 2 and num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
-                "multiplier stays as it was, `snr_min_factor` at the start. See for what the reward functions return None."
+                "multiplier stays as it was, `snr_min_multiplier` at the start. See for what the reward functions return None."
             )
         metrics = {
             "gradient_snr/signal": self._gradient_snr.signal,
             "gradient_snr/noise": self._gradient_snr.noise,
-            "gradient_snr/ratio": self._rho,
+            "gradient_snr/rho": self._rho,
             "gradient_snr/num_prompts": num_prompts,
         }
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if not math.isnan(self._rho):
-                schedule.set_ratio(self._rho)
+                schedule.set_rho(self._rho)
             metrics["lr_multiplier"] = schedule.multiplier
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(metrics, replace=num_batches > 1)
@@ -324,10 +324,10 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         if adapts and not isinstance(self._schedule, SNRScheduler):
             check_wrappable(self.lr_scheduler)
             self.lr_scheduler = SNRScheduler(
-                self.lr_scheduler, min_factor=self.args.snr_min_factor, max_factor=self.args.snr_max_factor
+                self.lr_scheduler, min_factor=self.args.snr_min_multiplier, max_factor=self.args.snr_max_multiplier
             )
             if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
-                self.lr_scheduler.set_ratio(self._rho)
+                self.lr_scheduler.set_rho(self._rho)
         lrs = initial_lrs(self._schedule)
         if lrs != self._initial_lrs:
             # In place: for a DeepSpeed file with an optimizer of its own transformers calls this first on a copy of the trainer.
@@ -350,7 +350,7 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         line += f"{args.baseline!r}; learning rate: the schedule (from {rates})"
         if args.lr_adaptation == "none":
             return line + " alone, as in GRPOTrainer."
-        low, high = args.snr_min_factor, args.snr_max_factor
+        low, high = args.snr_min_multiplier, args.snr_max_multiplier
         return (
             f"{line} x rho, {low:g} to {high:g} times it and {low:g} while rho is unknown. A rate that was tuned without this "
             "multiplier is therefore too small; `learning_rate` is logged as applied."

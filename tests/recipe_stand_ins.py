@@ -5,7 +5,7 @@ import json
 import torch
 import yaml
 
-from oblr_trl.scripts.start_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
 SYSTEM_PROMPT = "system: Please reason step by step, and put your final answer within \\boxed{}. user: What is 1 + 2?"

@@ -227,6 +227,6 @@ def test_settings_without_a_ratio_are_refused(argv, message):
 
 
 def test_a_demo_model_that_is_missing_is_named(tmp_path, fresh_threads):
-    with pytest.raises(ValueError, match=r"`demo_model`.*start_model"):
+    with pytest.raises(ValueError, match=r"`demo_model`.*examples.tiny_qwen3"):
         cost.main(parse("--demo_model", str(tmp_path), "--output", str(tmp_path / "cost.json")))
     assert not (tmp_path / "cost.json").exists()

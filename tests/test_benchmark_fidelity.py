@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks import fidelity, policies, policy_pools
 from benchmarks.fidelity_measures import average_ranks, measure_sketches, rank_correlation, rho_differences
 from benchmarks.sections import fidelity as fidelity_section
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 from oblr_trl.baselines import gradient_weighted_baseline
 from oblr_trl.gradient_snr import gradient_moments
-from oblr_trl.tiny_model import build_model, build_tokenizer
 
 
 def random_batch(num_prompts: int = 4, num_completions: int = 5) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from benchmarks import learning, learning_runs, learning_summary
 from benchmarks.learning_runs import METHODS, Method, RunSpec
 from benchmarks.policies import Policy
 from benchmarks.sections import learning as section
-from oblr_trl.tiny_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 
 
 def finished(method="oblrpo", rate=0.1, seed=0, accuracies=(0.4, 0.6, 0.8), seconds=(0.0, 1.0, 2.0), **more):

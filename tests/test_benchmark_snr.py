@@ -24,9 +24,9 @@ from benchmarks.snr_population import population, rewarded_chunks, sketched_grad
 from benchmarks.snr_rollouts import Rollouts, draw_rollouts, merged
 from benchmarks.snr_summary import error_summary, interval_coverage, verdict
 from benchmarks.snr_truth import BatchGradients, exact_batch_gradients, expected_gradient, gradient_truth
-from oblr_trl.gradient_snr import GradientMoments, gradient_moments, snr_ratio
+from examples.tiny_qwen3.model import build_model, build_tokenizer
+from oblr_trl.gradient_snr import GradientMoments, gradient_moments, rho
 from oblr_trl.scores import reference_scores, score_sketches
-from oblr_trl.tiny_model import build_model, build_tokenizer
 from tests.tiny_models import random_batch, tiny_model, tiny_tokenizer
 
 NUM_GENERATIONS = 4
@@ -156,21 +156,21 @@ def test_the_truth_recovers_known_moments_and_its_standard_errors_are_right():
     assert rho.value == pytest.approx(signal / (signal + noise / 32))
 
 
-@pytest.mark.parametrize("rho", [0.3, 0.6, 0.9])
-def test_the_interval_covers_a_known_rho_of_gaussian_gradients(rho):
+@pytest.mark.parametrize("true_rho", [0.3, 0.6, 0.9])
+def test_the_interval_covers_a_known_rho_of_gaussian_gradients(true_rho):
     num_prompts, dim = 32, 30
     scale = torch.ones(dim, dtype=torch.float64)
     mean = torch.zeros(dim, dtype=torch.float64)
-    mean[0] = math.sqrt(rho / (1 - rho) * dim / num_prompts)  # signal = rho / (1 - rho) x noise / N
+    mean[0] = math.sqrt(true_rho / (1 - true_rho) * dim / num_prompts)  # signal = rho / (1 - rho) x noise / N
     batches = [estimate_batch(gradients) for gradients in gaussian_batches(400, num_prompts, mean, scale)]
-    covered = interval_coverage(batches, "log", rho)
+    covered = interval_coverage(batches, "log", true_rho)
     assert (
         0.91 <= covered["coverage"] <= 1
     )  # 0.95 with a standard error of 0.011; it may be too wide, never too narrow
     assert covered["coverage"] + covered["too_high"] + covered["too_low"] == pytest.approx(1)
     assert covered["mean_width"] < 0.75
     low, high = batches[0].intervals["log"]
-    assert low < snr_ratio(*batches[0].moments, num_prompts) < high
+    assert low < rho(*batches[0].moments, num_prompts) < high
 
 
 def test_two_prompts_have_no_interval():
@@ -183,7 +183,7 @@ def test_without_decay_every_estimator_is_that_of_the_single_batch(name):
     batches = [
         estimate_batch(gradients) for gradients in torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(0)) + 1
     ]
-    expected = [snr_ratio(*batch.moments, 6) for batch in batches]
+    expected = [rho(*batch.moments, 6) for batch in batches]
     assert smoothed_ratios(batches, name, 0.0, 6) == pytest.approx(expected)
 
 
@@ -233,7 +233,7 @@ def test_a_path_is_interpolated_in_logarithms_and_a_policy_at_rest_has_no_lag():
         pytest.approx(pair) for pair in ((1, 8), (2, 4), (4, 2))
     ]
     # decay 0.5 after three steps: weights 1, 2 and 4 of 7: signal 21 / 7, noise 24 / 7
-    expected = snr_ratio(21 / 7, 24 / 7, 4) / snr_ratio(4, 2, 4) - 1
+    expected = rho(21 / 7, 24 / 7, 4) / rho(4, 2, 4) - 1
     assert lag_errors(path, 0.5, 4)[-1] == pytest.approx(expected)
     rest = {0: GradientMoments(1.0, 8.0), 5: GradientMoments(1.0, 8.0)}
     assert lag_errors(rest, 0.9, 4) == pytest.approx([0.0] * 6, abs=1e-12)
@@ -246,8 +246,8 @@ def test_the_run_is_held_against_its_own_step_of_the_path():
     path = {step: GradientMoments(max(m.signal, 0.1), m.noise) for step, m in enumerate(moments)}
     path[3] = GradientMoments(1.0, 1.0)  # after the last batch: no batch is held against it
     errors = run_errors(gradients, path, [0.0])
-    expected = [snr_ratio(*m, 4) - snr_ratio(*p, 4) for m, p in zip(moments, path.values(), strict=False)]
-    true = torch.tensor([snr_ratio(*p, 4) for p in list(path.values())[:3]])
+    expected = [rho(*m, 4) - rho(*p, 4) for m, p in zip(moments, path.values(), strict=False)]
+    true = torch.tensor([rho(*p, 4) for p in list(path.values())[:3]])
     assert errors["mean_true_rho"] == pytest.approx(true.mean().item())
     assert errors["constant_rms"] == pytest.approx(true.std(correction=0).item())
     assert errors["errors"]["separate"]["0.0"]["mean"] == pytest.approx(sum(expected) / 3, abs=1e-6)
@@ -293,7 +293,7 @@ def test_settings_that_do_not_fit_name_the_field_and_the_remedy(tmp_path):
         snr.SNRArguments(snapshot_steps=[1, 2])
     with pytest.raises(ValueError, match=r"at least three batches"):
         snr.SNRArguments(num_prompts=16, num_seeds=1, batch_sizes=[4], truth_batch_size=16)
-    with pytest.raises(ValueError, match=r"python -m oblr_trl\.scripts\.start_model"):
+    with pytest.raises(ValueError, match=r"python -m examples\.tiny_qwen3"):
         load_policy(str(tmp_path))
 
 

@@ -24,7 +24,7 @@ from benchmarks.gradient_variance import (
     within_prompt_variances,
 )
 from benchmarks.sections import variance as variance_section
-from oblr_trl.tiny_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 
 
 def random_pool(num_prompts: int = 4, num_completions: int = 8, num_parameters: int = 30) -> tuple[Pool, Tensor]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from oblr_trl.run_figure import smoothing_window
-from oblr_trl.run_logs import RunLog, read_methods
-from oblr_trl.run_summary import band, band_name, seed_curve, smooth
+from oblr_trl.runs.figure import smoothing_window
+from oblr_trl.runs.logs import RunLog, read_methods
+from oblr_trl.runs.summary import band, band_name, seed_curve, smooth
 from oblr_trl.scripts.compare import compare, format_table, main
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -59,7 +59,7 @@ def oblrpo_metrics(multiplier: float | None, rho: float | None, ratio: float | N
         "lr_multiplier": multiplier,
         "gradient_snr/signal": 0.01,
         "gradient_snr/noise": 1.0,
-        "gradient_snr/ratio": rho,
+        "gradient_snr/rho": rho,
         "variance_ratio/leave_one_out": ratio,
         "variance_ratio/group_mean": ratio,
         "variance_ratio/length_weighted": ratio,

@@ -93,8 +93,8 @@ def test_the_document_marks_exactly_the_options_that_are_refused():
         ({"score_sketch_dim": 0}, "cannot honour score_sketch_dim=0"),
         ({"snr_ema_decay": 1.0}, "cannot honour snr_ema_decay=1.0"),
         ({"snr_ema_decay": -0.1}, "cannot honour snr_ema_decay=-0.1"),
-        ({"snr_min_factor": 0.5, "snr_max_factor": 0.2}, "cannot honour snr_min_factor=0.5"),
-        ({"snr_min_factor": -0.5}, "cannot honour snr_min_factor=-0.5"),
+        ({"snr_min_multiplier": 0.5, "snr_max_multiplier": 0.2}, "cannot honour snr_min_multiplier=0.5"),
+        ({"snr_min_multiplier": -0.5}, "cannot honour snr_min_multiplier=-0.5"),
         # refused by TRL
         ({"num_generations": 1}, "at least 2 generations"),
         ({"per_device_train_batch_size": 6, "num_generations": 4}, "must be divisible by num_generations"),

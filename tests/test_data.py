@@ -6,8 +6,8 @@ import sys
 import pytest
 from datasets import Dataset
 
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.tasks import decode_entry, encode_entry, make_task, task_entries
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.tasks import decode_entry, encode_entry, make_task, task_entries
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 distinct questions
 

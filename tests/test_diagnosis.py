@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.diagnosis import DiagnosisCallback, diagnose, format_findings
+from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
 from oblr_trl.scripts import train as train_script
 from tests import recipe_stand_ins
@@ -27,7 +27,7 @@ HEALTHY = {
     "frac_reward_zero_std": 0.1,
     "baseline/shift": 0.2,
     "baseline/effective_group_size": 4.0,
-    "gradient_snr/ratio": 0.2,
+    "gradient_snr/rho": 0.2,
     "lr_multiplier": 0.2,
     "clip_ratio/region_mean": 0.0,
     "sampling/sampling_logp_difference/mean": 0.01,
@@ -61,7 +61,7 @@ def test_a_healthy_log_has_no_findings():
 @pytest.mark.parametrize(
     ("changed", "name", "metric"),
     [
-        ({"gradient_snr/ratio": 0.0, "lr_multiplier": 0.05}, "Learning-rate collapse", "gradient_snr/ratio"),
+        ({"gradient_snr/rho": 0.0, "lr_multiplier": 0.05}, "Learning-rate collapse", "gradient_snr/rho"),
         ({"baseline/shift": [0.2] * 11 + [0.7]}, "Exploding baseline", "baseline/shift"),
         ({"grad_norm": [1.0] * 11 + [11.0]}, "Exploding baseline", "grad_norm"),
         (
@@ -138,7 +138,7 @@ def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large
         "frac_reward_zero_std": [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
         "baseline/shift": [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
         "variance_ratio/leave_one_out": [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
-        "gradient_snr/ratio": 0.0,
+        "gradient_snr/rho": 0.0,
         "lr_multiplier": 0.05,
         "learning_rate": 0.003,
     }
@@ -214,17 +214,17 @@ def test_a_pass_that_takes_most_of_the_step_is_found():
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():
     rows = [{name: value for name, value in row.items() if name != "lr_multiplier"} for row in log()]
-    assert diagnose([row | {"gradient_snr/ratio": 0.0} for row in rows]) == []
+    assert diagnose([row | {"gradient_snr/rho": 0.0} for row in rows]) == []
 
 
 def test_the_beginning_of_a_run_does_not_count():
-    assert names(log(**{"gradient_snr/ratio": [0.0] * 6 + [0.2] * 6})) == []
-    assert names(log(**{"gradient_snr/ratio": [0.2] * 6 + [0.0] * 6})) == ["Learning-rate collapse"]
+    assert names(log(**{"gradient_snr/rho": [0.0] * 6 + [0.2] * 6})) == []
+    assert names(log(**{"gradient_snr/rho": [0.2] * 6 + [0.0] * 6})) == ["Learning-rate collapse"]
 
 
 @pytest.mark.parametrize("undefined", [None, math.nan, math.inf])
 def test_undefined_values_are_left_out(undefined):
-    assert diagnose(log(**{"gradient_snr/ratio": undefined, "grad_norm": undefined})) == []
+    assert diagnose(log(**{"gradient_snr/rho": undefined, "grad_norm": undefined})) == []
 
 
 def test_few_values_are_no_evidence():
@@ -252,7 +252,7 @@ def test_the_script_refuses_what_is_no_run(tmp_path):
 
 
 def warnings(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "oblr_trl.diagnosis"]
+    return [record.getMessage() for record in caplog.records if record.name == "oblr_trl.runs.diagnosis"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from oblr_trl.gradient_snr import (
     StepGradientSNR,
     gradient_moments,
     per_prompt_gradients,
+    rho,
     sampling_variance,
-    snr_ratio,
 )
 
 
@@ -22,7 +22,7 @@ def test_moments_by_hand():
     assert moments.noise == pytest.approx(4.0)
     assert moments.signal == pytest.approx(3.0)
     # rho = N SNR / (1 + N SNR) with SNR = 3 / 4, N = 2
-    assert snr_ratio(*moments, 2) == pytest.approx(1.5 / 2.5)
+    assert rho(*moments, 2) == pytest.approx(1.5 / 2.5)
 
 
 def test_signal_and_noise_are_unbiased():
@@ -39,10 +39,10 @@ def test_signal_and_noise_are_unbiased():
 
 
 def test_limits_of_the_ratio():
-    assert snr_ratio(2.0, 0.0, 8) == 1.0
-    assert snr_ratio(-1.0, 1.0, 8) == 0.0
-    assert math.isnan(snr_ratio(0.0, 0.0, 8))
-    assert math.isnan(snr_ratio(math.nan, math.nan, 8))
+    assert rho(2.0, 0.0, 8) == 1.0
+    assert rho(-1.0, 1.0, 8) == 0.0
+    assert math.isnan(rho(0.0, 0.0, 8))
+    assert math.isnan(rho(math.nan, math.nan, 8))
     assert gradient_moments(torch.ones(5, 3)) == GradientMoments(3.0, 0.0)
     assert all(math.isnan(value) for value in gradient_moments(torch.ones(1, 3)))
 
@@ -55,14 +55,14 @@ SIGNALS = NOISES | st.floats(-10, -1e-100)
 @settings(max_examples=100, deadline=None)
 @given(SIGNALS, NOISES, st.integers(1, 100), st.floats(1e-3, 1e3))
 def test_the_ratio_lies_in_the_unit_interval_and_has_no_unit(signal, noise, num_prompts, unit):
-    ratio = snr_ratio(signal, noise, num_prompts)
+    ratio = rho(signal, noise, num_prompts)
     if math.isnan(ratio):
         assert noise == 0
         assert signal <= 0
         return
     assert 0 <= ratio <= 1
-    assert snr_ratio(signal * unit, noise * unit, num_prompts) == pytest.approx(ratio, abs=1e-12)
-    assert snr_ratio(signal, noise, num_prompts + 1) >= ratio
+    assert rho(signal * unit, noise * unit, num_prompts) == pytest.approx(ratio, abs=1e-12)
+    assert rho(signal, noise, num_prompts + 1) >= ratio
 
 
 def test_without_decay_only_the_current_batch_counts():

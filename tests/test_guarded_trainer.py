@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.checkpoints import last_complete_checkpoint
-from oblr_trl.reward_guard import RewardGuard
+from oblr_trl.faults.reward_functions import RewardGuard
 from tests.tiny_models import ALPHABET, digit_reward, prompts, tiny_model, tiny_tokenizer, train
 
 

@@ -9,11 +9,11 @@ import torch
 from transformers import TrainerCallback
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from tests.test_trainer import Recording, RecordingSGD, oracle_scores, some_unscorable
 from tests.tiny_models import digit_reward, logged, prompts, tiny_model, train
 
-PAPER = {"snr_ema_decay": 0.0, "snr_min_factor": 0.0}
+PAPER = {"snr_ema_decay": 0.0, "snr_min_multiplier": 0.0}
 # Two generation batches of 4 prompts in every optimizer step.
 POOLED = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
 # Two optimizer steps on every generation batch of 4 prompts.
@@ -27,7 +27,7 @@ def test_the_logged_multiplier_is_the_applied_one_where_a_step_has_several_batch
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
     multipliers = logged(trainer, "lr_multiplier")
     assert optimizer.used == pytest.approx([0.05 * multiplier for multiplier in multipliers], rel=1e-9)
-    assert [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/ratio")] == multipliers
+    assert [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/rho")] == multipliers
     assert logged(trainer, "gradient_snr/num_prompts") == [8, 8, 8]
 
 
@@ -62,7 +62,7 @@ def test_pooled_batches_count_as_the_loss_divides_them(tmp_path, loss_type):
     # That this is the gradient which was stepped along is seen from the step itself.
     step = (model.lm_head.weight.detach() - start).flatten()
     assert torch.cosine_similarity(step, gradients.mean(dim=0), dim=0) == pytest.approx(1.0, abs=1e-5)
-    expected = snr_ratio(*gradient_moments(gradients), gradients.size(0))
+    expected = rho(*gradient_moments(gradients), gradients.size(0))
     assert logged(trainer, "lr_multiplier") == pytest.approx([expected], rel=1e-4)
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.figure import Figure
 
-from oblr_trl.live_plot import LivePlot, draw_metrics
+from oblr_trl.runs.live_plot import LivePlot, draw_metrics
 
-ROWS = [{"step": step, "reward": 0.1 * step, "gradient_snr/ratio": None} for step in range(1, 8)]
+ROWS = [{"step": step, "reward": 0.1 * step, "gradient_snr/rho": None} for step in range(1, 8)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_panel_holds_the_values_as_logged_and_an_undefined_metric_none(monkeyp
         Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or original(self, *args, **kwargs)
     )
 
-    png = draw_metrics(ROWS, ["reward", "gradient_snr/ratio"])
+    png = draw_metrics(ROWS, ["reward", "gradient_snr/rho"])
 
     assert png.startswith(b"\x89PNG")
     reward, rho = figures[0].axes

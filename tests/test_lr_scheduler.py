@@ -29,7 +29,7 @@ def test_the_rate_is_the_schedule_times_the_clamped_ratio_of_the_same_step(sched
     wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_factor=0.05, max_factor=0.9)
     assert isinstance(wrapped, LRScheduler)
     for ratio, factor in ((0.5, 0.5), (0.0, 0.05), (1.0, 0.9), (0.3, 0.3), (0.07, 0.07)):
-        assert wrapped.set_ratio(ratio) == factor
+        assert wrapped.set_rho(ratio) == factor
         assert rates(wrapped_optimizer) == pytest.approx([factor * lr for lr in rates(plain_optimizer)])
         assert wrapped.get_last_lr() == rates(wrapped_optimizer)
         for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
@@ -62,7 +62,7 @@ def test_a_resumed_scheduler_equals_an_uninterrupted_one(schedule):
     def run(opt, scheduler, ratios):
         out = []
         for ratio in ratios:
-            scheduler.set_ratio(ratio)
+            scheduler.set_rho(ratio)
             out.append(rates(opt))
             opt.step()
             scheduler.step()
@@ -97,8 +97,8 @@ def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one(schedule):
         for opt in (plain_optimizer, wrapped_optimizer):
             if step == 1:  # as a callback does in `on_step_begin`
                 opt.param_groups[1]["lr"] = 0.7
-        wrapped.set_ratio(ratio)
-        wrapped.set_ratio(ratio)  # a second batch of the step does not multiply it again
+        wrapped.set_rho(ratio)
+        wrapped.set_rho(ratio)  # a second batch of the step does not multiply it again
         assert rates(wrapped_optimizer) == pytest.approx([ratio * lr for lr in rates(plain_optimizer)])
         for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
             if step == 2:  # too late for this step's multiplier
@@ -156,14 +156,14 @@ def test_restoring_the_scheduler_alone_writes_its_rates():
     first, second = (
         SNRScheduler(SCHEDULES["lambda"](o), min_factor=0.05) for o in (first_optimizer, second_optimizer)
     )
-    first.set_ratio(0.4)
+    first.set_rho(0.4)
     first_optimizer.step()
     first.step()
     second.load_state_dict(first.state_dict())
     assert (
         rates(second_optimizer) == rates(first_optimizer) == pytest.approx([0.02, 0.004])
     )  # 0.4 / (1 + 1) of 0.1, 0.02
-    second.set_ratio(0.4)  # the restored rates are its own, not somebody else's
+    second.set_rho(0.4)  # the restored rates are its own, not somebody else's
     assert rates(second_optimizer) == rates(first_optimizer)
 
 
@@ -172,7 +172,7 @@ def test_tensor_rates_are_written_in_place():
     opt = torch.optim.Adam([parameter], lr=torch.tensor(0.1), capturable=False, foreach=False)
     scheduler = SNRScheduler(LambdaLR(opt, lambda step: 1.0))
     tensor = opt.param_groups[0]["lr"]
-    scheduler.set_ratio(0.25)
+    scheduler.set_rho(0.25)
     assert opt.param_groups[0]["lr"] is tensor
     assert tensor.item() == pytest.approx(0.025)
 

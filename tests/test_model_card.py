@@ -154,7 +154,9 @@ def test_every_choice_shows(tmp_path):
     fixed = described(tmp_path, 0.5, baseline_prior_strength=0.5)
     assert fixed["Prior strength"] == "0.5"
     assert described(tmp_path, float("inf"))["Prior strength"] == "automatic, last chosen: infinite"
-    adapted = described(tmp_path, snr_ema_decay=0.0, snr_min_factor=0.0, snr_max_factor=2.0, learning_rate=5e-6)
+    adapted = described(
+        tmp_path, snr_ema_decay=0.0, snr_min_multiplier=0.0, snr_max_multiplier=2.0, learning_rate=5e-6
+    )
     assert "rho clamped to [0, 2]; signal and noise smoothed with EMA decay 0" in adapted["Learning-rate adaptation"]
     assert adapted["Initial learning rate"] == "5e-06"
     assert described(tmp_path, optim="adafactor")["Optimizer"] == "`adafactor`"

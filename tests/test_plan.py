@@ -463,7 +463,7 @@ def test_a_tiny_recipe_without_its_start_model_says_how_to_make_it(capsys, tmp_p
         plan.main(["--config", str(recipe)])
     (line,) = capsys.readouterr().err.splitlines()
     assert "There is no '.cache/tiny-Qwen3-chain_sum/config.json'" in line
-    assert "python -m oblr_trl.scripts.start_model" in line
+    assert "python -m examples.tiny_qwen3" in line
 
 
 def test_the_prompt_length_that_is_assumed_is_no_reason_to_refuse_a_short_model(capsys, tmp_path):

@@ -11,8 +11,8 @@ from trl import GRPOConfig
 
 import oblr_trl
 from oblr_trl import OBLRPOConfig
+from oblr_trl.metrics import METRICS
 from tests import recipe_stand_ins
-from tests.test_trainer import METRICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -103,7 +103,7 @@ def test_the_first_block_trains_on_16_prompts_per_step(run_block):
     # One process: 8 rows per batch x 16 batches / 8 completions of a prompt.
     assert (trainer.args.prompts_per_step, trainer.args.num_generations) == (16, 8)
     assert trainer.state.global_step == 1
-    assert "gradient_snr/ratio" in trainer.state.log_history[0]
+    assert "gradient_snr/rho" in trainer.state.log_history[0]
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from accelerate.utils.dataclasses import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.tiny_qwen3 import start_model
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.data import CANDIDATES_PER_PROMPT, DataArguments
+from oblr_trl.data.prompt_sets import CANDIDATES_PER_PROMPT, DataArguments
+from oblr_trl.data.rewards import RewardArguments, load_rewards
 from oblr_trl.gradient_snr import MIN_PROMPTS
-from oblr_trl.rewards import RewardArguments, load_rewards
-from oblr_trl.scripts import start_model
 from oblr_trl.scripts.train import main, make_parser, parse
 from tests import recipe_stand_ins
 

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trl import GRPOConfig
 
 from oblr_trl import OBLRPOConfig
-from tests.test_trainer import METRICS, Recording
+from oblr_trl.metrics import METRICS
+from tests.test_trainer import Recording
 from tests.tiny_models import train
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,7 @@ def test_every_metric_of_the_readme_arrives_in_wandb_as_it_was_logged(report):
         assert values == pytest.approx([row[name] for row in step_logs(report.rewarded.trainer)], rel=1e-12), name
         if name != "baseline/prior_strength":  # which may choose one baseline for the whole batch
             assert all(math.isfinite(value) for value in values), name
-    clamped = [min(max(ratio, 0.05), 1.0) for ratio in in_wandb(report.rewarded, "gradient_snr/ratio")]
+    clamped = [min(max(ratio, 0.05), 1.0) for ratio in in_wandb(report.rewarded, "gradient_snr/rho")]
     assert in_wandb(report.rewarded, "lr_multiplier") == clamped
 
 
@@ -274,7 +275,7 @@ def test_every_metric_of_the_readme_arrives_in_trackio(tmp_path):
             assert [row[f"train/{metric}"] for row in arrived] == [row[metric] for row in logged], metric
         if name == "unknown":
             assert arrived[0]["train/baseline/prior_strength"] == math.inf
-            assert arrived[0]["train/gradient_snr/ratio"] is None
+            assert arrived[0]["train/gradient_snr/rho"] is None
         tables = [row["completions"] for row in run_["rows"] if "completions" in row]
         assert {record["step"] for table in tables for record in table["_value"]} == {1, 2, 3}
         assert "advantage" in tables[0]["_value"][0]

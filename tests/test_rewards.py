@@ -5,9 +5,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
 
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.rewards import RewardArguments, load_rewards, task_reward
-from oblr_trl.tasks import encode_entry, make_task
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.rewards import RewardArguments, load_rewards, task_reward
+from oblr_trl.data.tasks import encode_entry, make_task
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.scripts import start_model
-from oblr_trl.scripts.start_model import (
+from examples.tiny_qwen3 import start_model
+from examples.tiny_qwen3.start_model import (
     StartModelArguments,
     build_model,
     build_tokenizer,
@@ -18,6 +17,7 @@ from oblr_trl.scripts.start_model import (
     make_start_model,
     supervised_set,
 )
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 
 ANY_ACCURACY = {"min_accuracy": 0.0, "max_accuracy": 1.0}
 QUICK = {"max_steps": 3, "batch_size": 8, "test_size": 16}

@@ -13,10 +13,10 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.data import DataArguments
-from oblr_trl.rewards import RewardArguments
-from oblr_trl.scripts.start_model import build_model, build_tokenizer
+from oblr_trl.data.prompt_sets import DataArguments
+from oblr_trl.data.rewards import RewardArguments
 from oblr_trl.scripts.train import TrainScriptArguments, main, make_parser, parse
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +218,7 @@ def test_a_misspelt_model_is_refused_without_the_hubs_stack_trace(small, name):
     [
         (["--task", "chain_sun"], r"`task` is 'chain_sun'.*the nearest name is 'chain_sum'"),
         (["--reward_funcs", "tusk"], r"`reward_funcs` names 'tusk', which is unknown; the nearest name is 'task'"),
-        ([], r"`model_name_or_path` is .*no such directory.*python -m oblr_trl.scripts.start_model --output_dir"),
+        ([], r"`model_name_or_path` is .*no such directory.*python -m examples.tiny_qwen3 --output_dir"),
     ],
 )
 def test_data_and_rewards_are_checked_before_the_model(small, tmp_path, arguments, message):
@@ -259,7 +259,7 @@ def test_the_launch_line_trains_saves_and_evaluates_at_start_and_end(small, tmp_
     run = tmp_path / "run"
     rows = history(run)
     assert steps_with(rows, "eval_accuracy") == [0, 2]  # the recipe's eval_steps is more than the two steps taken
-    for metric in ("loss", "reward", "accuracy", "lr_multiplier", "gradient_snr/ratio", "baseline/shift"):
+    for metric in ("loss", "reward", "accuracy", "lr_multiplier", "gradient_snr/rho", "baseline/shift"):
         assert steps_with(rows, metric) == [1, 2], metric
     assert AutoModelForCausalLM.from_pretrained(run).num_parameters() < 1_000_000
     assert AutoTokenizer.from_pretrained(run)("1").input_ids

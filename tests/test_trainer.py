@@ -10,27 +10,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import nanstd
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
-from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
+from oblr_trl.metrics import METRICS
 from oblr_trl.scores import reference_scores
 from tests.tiny_models import digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
-
-METRICS = (
-    "baseline/mean",
-    "baseline/shift",
-    "baseline/prior_strength",
-    "baseline/effective_group_size",
-    "score/norm/mean",
-    "score/norm/max",
-    "score/pass_time",
-    "gradient_snr/signal",
-    "gradient_snr/noise",
-    "gradient_snr/ratio",
-    "gradient_snr/num_prompts",
-    "lr_multiplier",
-    "variance_ratio/group_mean",
-    "variance_ratio/leave_one_out",
-    "variance_ratio/length_weighted",
-)
 
 
 class Recording(OBLRPOTrainer):
@@ -159,7 +142,7 @@ def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_s
         max_steps=5,
         score_scope="lm_head",
         snr_ema_decay=0.0,
-        snr_min_factor=0.0,
+        snr_min_multiplier=0.0,
         lr_scheduler_type="linear",
         per_device_train_batch_size=16,
         gradient_accumulation_steps=4,
@@ -169,7 +152,7 @@ def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_s
         advantages = batch["advantages"].view(-1, 8)
         scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
         moments = gradient_moments(per_prompt_gradients(scores, advantages))
-        expected.append(0.05 * (1 - step / 5) * snr_ratio(*moments, advantages.size(0)))
+        expected.append(0.05 * (1 - step / 5) * rho(*moments, advantages.size(0)))
     assert optimizer.used == pytest.approx(expected, rel=1e-4)
     assert len({round(rate, 9) for rate in optimizer.used}) == 5  # it moves
     assert logged(trainer, "learning_rate") == pytest.approx(optimizer.used)
@@ -180,7 +163,7 @@ def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path
         trainer = train(Recording, OBLRPOConfig, tmp_path / name, **options)
         return (
             [batch["advantages"] for batch in trainer.batches],
-            logged(trainer, "gradient_snr/ratio"),
+            logged(trainer, "gradient_snr/rho"),
             logged(trainer, "learning_rate"),
         )
 
@@ -206,7 +189,7 @@ def test_several_generation_batches_per_step_are_one_estimate(tmp_path):
         tmp_path,
         score_scope="lm_head",
         snr_ema_decay=0.0,
-        snr_min_factor=0.0,
+        snr_min_multiplier=0.0,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=4,
         steps_per_generation=2,
@@ -220,7 +203,7 @@ def test_several_generation_batches_per_step_are_one_estimate(tmp_path):
             scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
             pooled.append(per_prompt_gradients(scores, advantages))
         gradients = torch.cat(pooled)
-        rate = 1e-3 * (1 - step / 2) * snr_ratio(*gradient_moments(gradients), gradients.size(0))
+        rate = 1e-3 * (1 - step / 2) * rho(*gradient_moments(gradients), gradients.size(0))
         assert logged(trainer, "learning_rate")[step] == pytest.approx(rate, rel=1e-4)
 
 
@@ -231,7 +214,7 @@ def test_several_steps_per_generation_keep_the_factor_and_share_the_prompts(tmp_
         tmp_path,
         score_scope="lm_head",
         snr_ema_decay=0.0,
-        snr_min_factor=0.0,
+        snr_min_multiplier=0.0,
         per_device_train_batch_size=16,
         steps_per_generation=2,
         max_steps=4,
@@ -369,7 +352,7 @@ def test_equal_rewards_are_real_samples(tmp_path):
     )
     assert without.batches[0]["advantages"].abs().max() < 1e-6
     # no signal and no noise: nothing is known, and the multiplier stays where it starts
-    assert logged(without, "gradient_snr/ratio") == [None, None]
+    assert logged(without, "gradient_snr/rho") == [None, None]
     assert logged(without, "lr_multiplier") == [0.05, 0.05]
 
 
@@ -379,7 +362,7 @@ def test_all_completions_unscorable_is_a_step_without_gradient(tmp_path):
             Recording, OBLRPOConfig, tmp_path, reward=lambda completions, **kwargs: [None] * len(completions)
         )
     assert all((batch["advantages"] == 0).all() for batch in trainer.batches)
-    assert logged(trainer, "gradient_snr/ratio") == [None] * 3
+    assert logged(trainer, "gradient_snr/rho") == [None] * 3
     assert logged(trainer, "lr_multiplier") == [0.05] * 3
 
 

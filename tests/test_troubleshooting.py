@@ -11,7 +11,7 @@ import torch
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
 from oblr_trl.baselines import PRIOR_STRENGTH_GRID, AutomaticPriorStrength, gradient_variance
-from oblr_trl.diagnosis import CAUSES, SYMPTOMS, diagnose
+from oblr_trl.runs.diagnosis import CAUSES, SYMPTOMS, diagnose
 from tests.test_trainer import METRICS
 from tests.tiny_models import digit_reward, logged, train
 
@@ -194,7 +194,7 @@ def test_the_page_names_only_options_that_exist():
     values = {"lm_head", "eval_accuracy"}
     words = set(re.findall(r"`([a-z]+_\w+)(?:=[^`]*)?`", PAGE))
     assert {word for word in words if not word.startswith("test_")} <= fields | metrics | values
-    assert {"snr_min_factor", "baseline_prior_strength", "score_scope"} <= words
+    assert {"snr_min_multiplier", "baseline_prior_strength", "score_scope"} <= words
 
 
 def test_links_and_anchors_of_the_page_exist():

@@ -26,9 +26,9 @@ LABELS = {
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 CONTROLS = ("constant_average", "shuffled_multiplier")
 MEASURES = {"area": "equal rollouts", "area_equal_time": "equal time"}
-# `snr_min_factor` of all runs.
+# `snr_min_multiplier` of all runs.
 FLOOR = 0.05
-# Okabe and Ito's, as in `oblr_trl.run_figure`, and a grey; ours is drawn last and thickest.
+# Okabe and Ito's, as in `oblr_trl.runs.figure`, and a grey; ours is drawn last and thickest.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#888888")
 _LINES = dict(zip(LABELS, _COLOURS, strict=False))
 

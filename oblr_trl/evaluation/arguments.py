@@ -1,14 +1,13 @@
 """The keys of an evaluation recipe."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
+from oblr_trl.data.prompts import check_template
+from oblr_trl.data.recipe_files import parse_json_object
+from oblr_trl.data.tasks import nearest
 from oblr_trl.evaluation.benchmarks import UNPARSABLE_ANSWERS
 from oblr_trl.evaluation.grading import ANSWER_FORMATS
-from oblr_trl.prompts import check_template
-from oblr_trl.tasks import nearest
 
 BACKENDS = ("auto", "vllm", "transformers")
 
@@ -127,7 +126,7 @@ class EvaluationArguments:
     def __post_init__(self):
         for name in ("benchmarks", "files", "chat_template_kwargs"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, _parse_json_object(name, getattr(self, name)))
+                setattr(self, name, parse_json_object(name, getattr(self, name)))
         for name, values in (
             ("backend", BACKENDS),
             ("unparsable_answers", UNPARSABLE_ANSWERS),
@@ -155,15 +154,3 @@ class EvaluationArguments:
             kind = "a whole number" if whole else "a number"
             bounds = "at least 0" if low == 0 else "at least 1" if whole else "above 0 and at most 1"
             raise ValueError(f"`{name}` is {value!r}, but must be {kind}, {bounds}: correct it.")
-
-
-def _parse_json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(
-            f'`{name}` is {text!r}, which is not a JSON object: write it like {{"gsm8k": "gsm8k.jsonl"}}.'
-        )
-    return value

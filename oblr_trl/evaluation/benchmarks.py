@@ -10,11 +10,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from oblr_trl.answers import as_latex, compile_answer_pattern, extract_answer
+from oblr_trl.data.answers import as_latex, compile_answer_pattern, extract_answer
+from oblr_trl.data.prompts import format_prompts
+from oblr_trl.data.sources import check_column, load_rows
+from oblr_trl.data.tasks import nearest
 from oblr_trl.evaluation.grading import parse_reference
-from oblr_trl.prompts import format_prompts
-from oblr_trl.sources import check_column, load_rows
-from oblr_trl.tasks import nearest
 
 logger = logging.getLogger(__name__)
 

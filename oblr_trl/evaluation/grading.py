@@ -11,7 +11,7 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from oblr_trl.answers import as_latex
+from oblr_trl.data.answers import as_latex
 
 ANSWER_FORMATS = ("any", "latex")
 # Both put a `\boxed{}` before everything else. "latex" is what TRL's `accuracy_reward` reads.

@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.recipe_files import read_recipe_file
 from oblr_trl.evaluation.benchmarks import load_problems, parse_benchmarks
-from oblr_trl.recipe_files import read_recipe_file
 
 
 def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:

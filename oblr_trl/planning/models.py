@@ -72,7 +72,7 @@ def read_config(name: str, config_file: str | None = None) -> tuple[PretrainedCo
         if not file.is_file():
             raise ValueError(
                 f"There is no {str(file)!r}: make the model first (the tiny recipes' by `python -m "
-                "oblr_trl.scripts.start_model`), or give --model_config."
+                "examples.tiny_qwen3`), or give --model_config."
             )
         config, source = AutoConfig.from_pretrained(str(file)), str(file)
     else:

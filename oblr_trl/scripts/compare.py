@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oblr_trl import run_logs
+from oblr_trl import metrics
 from oblr_trl.evaluation.results import compare_evaluations, format_comparison, is_evaluation
-from oblr_trl.run_figure import write_comparison
-from oblr_trl.run_logs import RunLog, RunLogError, read_methods, split_label
-from oblr_trl.run_summary import FINAL_STEPS, Statistic, choose_evaluation_metric, summarize, train_runtime
+from oblr_trl.runs.figure import write_comparison
+from oblr_trl.runs.logs import RunLog, RunLogError, read_methods, split_label
+from oblr_trl.runs.summary import FINAL_STEPS, Statistic, choose_evaluation_metric, summarize, train_runtime
 
 DEFAULT_PICTURE = Path("compare.png")
 # Name in the table and format, in the order of the rows; the keys are those of `run_summary.summarize`.
@@ -159,9 +159,9 @@ def notes(methods: Mapping[str, Sequence[RunLog]], evaluation_metric: str | None
         )
     if evaluation_metric is None:
         found.append("no run was evaluated: set `eval_strategy` and an evaluation set for the held-out rows")
-    elif evaluation_metric == run_logs.EVAL_REWARD:
+    elif evaluation_metric == metrics.EVAL_REWARD:
         found.append(
-            f"not every evaluated run logs {run_logs.EVAL_ACCURACY}, so the held-out rows show {run_logs.EVAL_REWARD}"
+            f"not every evaluated run logs {metrics.EVAL_ACCURACY}, so the held-out rows show {metrics.EVAL_REWARD}"
         )
     for label, runs in methods.items():
         found.extend(f"{label}: {note}" for run in runs for note in _run_notes(run, evaluation_metric))
@@ -181,7 +181,7 @@ def _run_notes(run: RunLog, evaluation_metric: str | None) -> list[str]:
             )
         if steps and steps[-1] < run.num_steps:
             found.append(f"{run.path} was last evaluated at step {steps[-1]} of {run.num_steps}")
-    if run.series(run_logs.TRAIN_RUNTIME) and train_runtime(run) is None:
+    if run.series(metrics.TRAIN_RUNTIME) and train_runtime(run) is None:
         found.append(f"{run.path} was resumed and timed only from there, so its time is left out")
     return found
 
@@ -189,7 +189,7 @@ def _run_notes(run: RunLog, evaluation_metric: str | None) -> list[str]:
 def format_table(comparison: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table, quantities by methods, with its notes below; unknown is blank."""
     methods = comparison["methods"]
-    evaluation = "reward" if comparison["evaluation_metric"] == run_logs.EVAL_REWARD else "accuracy"
+    evaluation = "reward" if comparison["evaluation_metric"] == metrics.EVAL_REWARD else "accuracy"
     rows = [
         ["", *(label.replace("|", "\\|") for label in methods)],
         ["seeds", *(str(entry["num_seeds"]) for entry in methods.values())],

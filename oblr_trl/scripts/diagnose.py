@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from oblr_trl.diagnosis import Finding, diagnose, format_findings
-from oblr_trl.run_logs import RunLogError, read_methods
+from oblr_trl.runs.diagnosis import Finding, diagnose, format_findings
+from oblr_trl.runs.logs import RunLogError, read_methods
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oblr_trl.data.recipe_files import (
+    RecipeParser,
+    check_keys,
+    command_line,
+    given_keys,
+    known_keys,
+    parse_or_exit,
+    read_recipe,
+)
+from oblr_trl.data.sources import check_model
 from oblr_trl.evaluation.arguments import EvaluationArguments
 from oblr_trl.evaluation.benchmarks import ProblemSet, load_problems, parse_benchmarks
 from oblr_trl.evaluation.generation import check_adapter, choose_backend
@@ -31,16 +41,6 @@ from oblr_trl.evaluation.records import (
 from oblr_trl.evaluation.results import format_results, summarize_all
 from oblr_trl.evaluation.run import Answers, ModelAnswers, RecordedAnswers, evaluate_benchmark
 from oblr_trl.evaluation.training import training_prompt_settings
-from oblr_trl.recipe_files import (
-    RecipeParser,
-    check_keys,
-    command_line,
-    given_keys,
-    known_keys,
-    parse_or_exit,
-    read_recipe,
-)
-from oblr_trl.sources import check_model
 
 # What decides over completions and grades, beside model and problems; a resumed evaluation may change the other keys.
 MODEL_SETTINGS = (

@@ -23,10 +23,10 @@ from typing import Any
 import yaml
 
 from oblr_trl.checkpoints import last_complete_checkpoint
-from oblr_trl.run_logs import STATE_FILE, RunLog, read_run
+from oblr_trl.data.tasks import nearest
+from oblr_trl.runs.logs import STATE_FILE, RunLog, read_run
 from oblr_trl.scripts.compare import TABLE_ROWS, compare, format_statistic
 from oblr_trl.scripts.train import parse
-from oblr_trl.tasks import nearest
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "launch.log"

@@ -17,11 +17,8 @@ from typing import Any, cast
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from oblr_trl.checkpoints import last_complete_checkpoint, refuse_for_grpo
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.diagnosis import DiagnosisCallback
-from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.oblrpo_trainer import OBLRPOTrainer
-from oblr_trl.recipe_files import (
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.recipe_files import (
     RecipeParser,
     check_keys,
     command_line,
@@ -31,8 +28,11 @@ from oblr_trl.recipe_files import (
     parse_or_exit,
     read_recipe,
 )
-from oblr_trl.rewards import RewardArguments, load_rewards
-from oblr_trl.sources import check_model
+from oblr_trl.data.rewards import RewardArguments, load_rewards
+from oblr_trl.data.sources import check_model
+from oblr_trl.oblrpo_config import OBLRPOConfig
+from oblr_trl.oblrpo_trainer import OBLRPOTrainer
+from oblr_trl.runs.diagnosis import DiagnosisCallback
 
 TRAINERS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer]]] = {
     "oblrpo": (OBLRPOConfig, OBLRPOTrainer),
@@ -112,7 +112,7 @@ def _check_model(model_args: ModelConfig) -> None:
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ValueError(
             f"`model_name_or_path` is {name!r}, but there is no such directory. The start model of the tiny recipes is made "
-            f"by `python -m oblr_trl.scripts.start_model --output_dir {name}`."
+            f"by `python -m examples.tiny_qwen3 --output_dir {name}`."
         )
     check_model(name, revision=model_args.model_revision)
 

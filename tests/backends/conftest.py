@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-from oblr_trl.scripts.start_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 from tests.backends import runs
 
 COLUMNS = ("advantages", "score weights", "rho", "learning rate", "final weights")

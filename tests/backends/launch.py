@@ -119,7 +119,7 @@ def record_everything(path):
             weights=None if scores is None else scores.sketches.square().sum(dim=1).tolist(),
             signal=self._gradient_snr.signal,
             noise=self._gradient_snr.noise,
-            rho=self._metrics["train"].get("gradient_snr/ratio", [None])[-1],
+            rho=self._metrics["train"].get("gradient_snr/rho", [None])[-1],
             prior_strength=self._metrics["train"].get("baseline/prior_strength", [None])[-1],
         )
 
@@ -178,7 +178,7 @@ def _local_numel(parameter):
 
 def break_on_purpose(what):
     from oblr_trl import OBLRPOTrainer
-    from oblr_trl.scoring_model import ScoringModel
+    from oblr_trl.scores.scoring_model import ScoringModel
 
     if what == "local_sketches":  # as elsewhere: every process takes its own shard for the whole batch
         result = ScoringModel.result

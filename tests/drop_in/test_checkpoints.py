@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from oblr_trl import OBLRPOTrainer
-from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, snr_ratio
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from tests.drop_in.expected_advantages import full_scores
 from tests.drop_in.scripts import G, both_trainers, build, run
 from tests.tiny_models import logged
@@ -35,27 +35,35 @@ def test_training_resumes_from_its_last_checkpoint(tmp_path, trainer_class):
 
 def test_a_trainer_resumes_itself_as_a_fresh_one_would(tmp_path):
     """A notebook's second `train`, at the very step the first one reached."""
-    options = {"save_strategy": "steps", "save_steps": 1, "snr_ema_decay": 0.0, "snr_min_factor": 0.0, "max_steps": 2}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "snr_ema_decay": 0.0,
+        "snr_min_multiplier": 0.0,
+        "max_steps": 2,
+    }
     used = build(OBLRPOTrainer, tmp_path, **options)
     used.train()
     checkpoint = str(tmp_path / "checkpoint-1")
     fresh = build(OBLRPOTrainer, tmp_path, **options)
     fresh.train(resume_from_checkpoint=checkpoint)
     used.train(resume_from_checkpoint=checkpoint)
-    for name in ("gradient_snr/ratio", "gradient_snr/signal", "learning_rate", "loss"):
+    for name in ("gradient_snr/rho", "gradient_snr/signal", "learning_rate", "loss"):
         assert logged(used, name) == logged(fresh, name), name
 
 
 def test_a_second_training_run_has_steps_of_its_own(tmp_path):
     """rho of the second run is that of its own 4 prompts; the head's parameters fit a sketch without projection."""
-    trainer = build(OBLRPOTrainer, tmp_path, score_scope="lm_head", snr_ema_decay=0.0, snr_min_factor=0.0, max_steps=1)
+    trainer = build(
+        OBLRPOTrainer, tmp_path, score_scope="lm_head", snr_ema_decay=0.0, snr_min_multiplier=0.0, max_steps=1
+    )
     for batch_index in range(2):
         trainer.train()
         batch = trainer.batches[batch_index]
         advantages = batch["advantages"].view(-1, G)
         scores = full_scores(trainer, batch, scope="lm_head").view(*advantages.shape, -1)
         moments = gradient_moments(per_prompt_gradients(scores, advantages))
-        assert logged(trainer, "gradient_snr/ratio") == pytest.approx([snr_ratio(*moments, 4)], rel=1e-3)
+        assert logged(trainer, "gradient_snr/rho") == pytest.approx([rho(*moments, 4)], rel=1e-3)
 
 
 @both_trainers

@@ -115,7 +115,7 @@ def test_several_iterations_and_steps_share_a_generated_batch(tmp_path, trainer_
     assert_advantages(trainer)
     factors = [1.0, 1.0]
     if trainer_class is OBLRPOTrainer:
-        factors = [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/ratio")]  # once per batch
+        factors = [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/rho")]  # once per batch
     assert logged(trainer, "learning_rate") == pytest.approx([1e-3 * factor for factor in factors for _ in range(4)])
 
 

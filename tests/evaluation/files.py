@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from oblr_trl.scripts.start_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 MATH = str(ROOT / "recipes" / "evaluation" / "math.yaml")

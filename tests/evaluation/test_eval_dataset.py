@@ -7,7 +7,7 @@ import pytest
 from trl.rewards import accuracy_reward
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.data import DataArguments, load_prompts
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 from oblr_trl.evaluation.rewards import math_accuracy
 from oblr_trl.evaluation.training import benchmark_datasets
 from oblr_trl.scripts.train import main, parse

@@ -5,7 +5,7 @@ import re
 import pytest
 from trl.rewards import accuracy_reward
 
-from oblr_trl.answers import as_latex, compile_answer_pattern, extract_answer
+from oblr_trl.data.answers import as_latex, compile_answer_pattern, extract_answer
 from oblr_trl.evaluation.grading import grade, parse_reference
 
 RIGHT = [

@@ -6,7 +6,7 @@ Server mode is missing: its weight sync is NCCL only, which needs GPUs.
 from typing import Any
 
 # A rate at which three steps move the weights by far more than rounding does. Without the SNR factor it is certain to be used.
-FAST = {"learning_rate": 0.05, "snr_min_factor": 1.0}
+FAST = {"learning_rate": 0.05, "snr_min_multiplier": 1.0}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
 
 # Up to this many nats by which the sampler's log-probability of a token is off: sequence ratios from about 1/4 to 4.
@@ -43,7 +43,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "one_process": {
         "plan": {
             "full": FAST,
-            "snr": {"learning_rate": 0.5, "snr_min_factor": 1e-6},
+            "snr": {"learning_rate": 0.5, "snr_min_multiplier": 1e-6},
             "lora": FAST | LORA,
             "stale": FAST | {"faults": {"sync": False}},
         },

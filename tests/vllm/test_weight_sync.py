@@ -65,7 +65,7 @@ def test_scores_noise_and_gradient_are_positive_and_finite(run_named, name):
         values = run.logged(metric)
         assert len(values) == 3, metric
         assert all(math.isfinite(value) and value > 0 for value in values), (metric, values)
-    ratios = run.logged("gradient_snr/ratio")  # 0 where the estimated signal is negative
+    ratios = run.logged("gradient_snr/rho")  # 0 where the estimated signal is negative
     assert len(ratios) == 3
     assert all(0 <= ratio < 1 for ratio in ratios), ratios
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from oblr_trl.tasks import nearest
+from oblr_trl.data.tasks import nearest
 
 # Read by the parser itself rather than by one of the dataclasses.
 PARSER_KEYS = ("config", "env")
@@ -147,3 +148,19 @@ def check_keys(keys: Collection[str], known: Collection[str]) -> None:
     for key in keys:
         if key not in known:
             raise ValueError(f"Unknown key `{key}`{nearest(key, known)}.")
+
+
+def parse_json_object(name: str, text: str) -> dict[str, Any]:
+    """
+    The JSON object that a command line gives for the key `name`.
+
+    Raises:
+        `ValueError`: It is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'`{name}` is {text!r}, which is not a JSON object: write it like {{"name": "value"}}.')
+    return value

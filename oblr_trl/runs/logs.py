@@ -13,23 +13,6 @@ from typing import Any
 
 STATE_FILE = "trainer_state.json"
 
-# The names under which the trainers log. Every reader of logs takes them from here.
-REWARD = "reward"
-EVAL_ACCURACY = "eval_accuracy"
-EVAL_REWARD = "eval_reward"
-EVALUATIONS = (EVAL_ACCURACY, EVAL_REWARD)
-LEARNING_RATE = "learning_rate"  # with the multiplier in it
-LR_MULTIPLIER = "lr_multiplier"
-SIGNAL = "gradient_snr/signal"
-NOISE = "gradient_snr/noise"
-RHO = "gradient_snr/ratio"
-NUM_PROMPTS = "gradient_snr/num_prompts"
-VARIANCE_VS_LEAVE_ONE_OUT = "variance_ratio/leave_one_out"
-VARIANCE_VS_GROUP_MEAN = "variance_ratio/group_mean"
-VARIANCE_VS_LENGTH_WEIGHTED = "variance_ratio/length_weighted"
-TRAIN_RUNTIME = "train_runtime"
-TRAIN_STEPS_PER_SECOND = "train_steps_per_second"
-
 
 class RunLogError(ValueError):
     """A run that cannot be read; the message holds the path, the reason and the remedy."""

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oblr_trl import run_logs
-from oblr_trl.run_logs import RunLog, RunLogError
-from oblr_trl.run_summary import Curve, band_name, seed_curve
+from oblr_trl import metrics
+from oblr_trl.runs.logs import RunLog, RunLogError
+from oblr_trl.runs.summary import Curve, band_name, seed_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,15 +95,15 @@ def _draw(figure: Figure, methods: Methods, evaluation_metric: str | None) -> No
     """Six panels, one key of the methods above them, and below them what the lines are."""
     window = smoothing_window(methods)
     (reward, evaluation, multiplier), (rho, moments, variance) = figure.subplots(2, 3)
-    _line_panel(reward, methods, run_logs.REWARD, window)
+    _line_panel(reward, methods, metrics.REWARD, window)
     reward.set_title("Training reward")
     reward.set_ylabel("mean reward per completion")
     _evaluation_panel(evaluation, methods, evaluation_metric)
-    _line_panel(multiplier, methods, run_logs.LR_MULTIPLIER, window)
+    _line_panel(multiplier, methods, metrics.LR_MULTIPLIER, window)
     multiplier.set_title("Learning-rate multiplier")
     multiplier.set_ylabel("learning rate / base schedule")
     multiplier.set_ylim(bottom=0.0)
-    _line_panel(rho, methods, run_logs.RHO, window)
+    _line_panel(rho, methods, metrics.RHO, window)
     rho.set_title(r"$\rho$ = N SNR / (1 + N SNR)", pad=SUBTITLE_PAD)
     subtitle = "1: the gradient is all signal, 0: all noise"
     rho.text(0.0, 1.03, subtitle, transform=rho.transAxes, fontsize=8.5, color=GREY)
@@ -120,7 +120,7 @@ def _draw(figure: Figure, methods: Methods, evaluation_metric: str | None) -> No
 
 def smoothing_window(methods: Methods) -> int:
     """Width of the moving average in logged values, odd and the same for all methods."""
-    shortest = min(len(run.series(run_logs.REWARD)) for runs in methods.values() for run in runs)
+    shortest = min(len(run.series(metrics.REWARD)) for runs in methods.values() for run in runs)
     return min(shortest // SMOOTHING_FRACTION, MAX_SMOOTHING) | 1
 
 
@@ -162,7 +162,7 @@ def _moments_panel(axes: Axes, methods: Methods, window: int) -> None:
     axes.set_ylabel("squared norm (gaps: 0 or below)")
     axes.set_yscale("log", nonpositive="mask")
     missing = _styled_curves(
-        axes, methods, {run_logs.SIGNAL: ("signal", "-"), run_logs.NOISE: ("noise", "--")}, window
+        axes, methods, {metrics.SIGNAL: ("signal", "-"), metrics.NOISE: ("noise", "--")}, window
     )
     _finish_panel(axes, missing, methods)
 
@@ -172,9 +172,9 @@ def _variance_panel(axes: Axes, methods: Methods, window: int) -> None:
     axes.set_title("Variance relative to other baselines", pad=SUBTITLE_PAD)
     axes.set_ylabel("variance ratio (below 1: a gain)")
     styles: dict[str, tuple[str, LineStyleType]] = {
-        run_logs.VARIANCE_VS_LEAVE_ONE_OUT: ("leave-one-out", "-"),
-        run_logs.VARIANCE_VS_GROUP_MEAN: ("group mean", "--"),
-        run_logs.VARIANCE_VS_LENGTH_WEIGHTED: ("length-weighted", ":"),
+        metrics.VARIANCE_VS_LEAVE_ONE_OUT: ("leave-one-out", "-"),
+        metrics.VARIANCE_VS_GROUP_MEAN: ("group mean", "--"),
+        metrics.VARIANCE_VS_LENGTH_WEIGHTED: ("length-weighted", ":"),
     }
     missing = _styled_curves(axes, methods, styles, window)
     if len(missing) < len(methods):
@@ -217,7 +217,7 @@ def _styled_curves(
 
 def _evaluation_panel(axes: Axes, methods: Methods, metric: str | None) -> None:
     """The held-out metric at each evaluation, with its first and last value written beside the curve."""
-    is_reward = metric == run_logs.EVAL_REWARD
+    is_reward = metric == metrics.EVAL_REWARD
     axes.set_title("Held-out reward (eval_reward)" if is_reward else "Held-out accuracy")
     axes.set_ylabel("mean reward per completion" if is_reward else "fraction correct")
     curves, missing = {}, []

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oblr_trl import run_logs
-from oblr_trl.run_logs import RunLog
+from oblr_trl import metrics
+from oblr_trl.runs.logs import RunLog
 
 # The final reward is averaged over this many steps, because the reward of a single batch is mostly noise.
 FINAL_STEPS = 10
@@ -59,7 +59,7 @@ def choose_evaluation_metric(methods: Mapping[str, Sequence[RunLog]]) -> str | N
     The metric by which all methods are compared on held-out prompts: `eval_accuracy` if every evaluated run logged it, else
     `eval_reward` if every one logged that, else whichever of the two any run logged. `None`: no run was evaluated.
     """
-    candidates = run_logs.EVALUATIONS
+    candidates = metrics.EVALUATIONS
     logged = [{metric for metric in candidates if run.series(metric)} for runs in methods.values() for run in runs]
     evaluated = [metrics for metrics in logged if metrics]
     for candidate in candidates:
@@ -80,13 +80,13 @@ def summarize(runs: Sequence[RunLog], evaluation_metric: str | None) -> dict[str
         "final_evaluation": over_seeds(lambda run: final_evaluation(run, evaluation_metric)),
         "evaluation_gain": over_seeds(lambda run: evaluation_gain(run, evaluation_metric)),
         "final_reward": over_seeds(final_reward),
-        "learning_rate": over_seeds(lambda run: mean(run.series(run_logs.LEARNING_RATE).values())),
+        "learning_rate": over_seeds(lambda run: mean(run.series(metrics.LEARNING_RATE).values())),
         "last_learning_rate": over_seeds(
-            lambda run: next(reversed(run.series(run_logs.LEARNING_RATE).values()), None)
+            lambda run: next(reversed(run.series(metrics.LEARNING_RATE).values()), None)
         ),
-        "lr_multiplier": over_seeds(lambda run: mean(run.series(run_logs.LR_MULTIPLIER).values())),
-        "rho": over_seeds(lambda run: mean(run.series(run_logs.RHO).values())),
-        "variance_ratio": over_seeds(lambda run: mean(run.series(run_logs.VARIANCE_VS_LEAVE_ONE_OUT).values())),
+        "lr_multiplier": over_seeds(lambda run: mean(run.series(metrics.LR_MULTIPLIER).values())),
+        "rho": over_seeds(lambda run: mean(run.series(metrics.RHO).values())),
+        "variance_ratio": over_seeds(lambda run: mean(run.series(metrics.VARIANCE_VS_LEAVE_ONE_OUT).values())),
         "train_runtime": over_seeds(train_runtime),
     }
 
@@ -116,7 +116,7 @@ def evaluation_gain(run: RunLog, metric: str | None) -> float | None:
 
 def final_reward(run: RunLog) -> float | None:
     """Mean of the training rewards that were logged in the last [`FINAL_STEPS`] steps of the run."""
-    return mean(value for step, value in run.series(run_logs.REWARD).items() if step > run.num_steps - FINAL_STEPS)
+    return mean(value for step, value in run.series(metrics.REWARD).items() if step > run.num_steps - FINAL_STEPS)
 
 
 def train_runtime(run: RunLog) -> float | None:
@@ -124,11 +124,11 @@ def train_runtime(run: RunLog) -> float | None:
     Seconds that training took, evaluations included. `None` for a run that was resumed: the trainer times only the part
     after it resumed, which the steps it counted in that time reveal.
     """
-    runtimes = run.series(run_logs.TRAIN_RUNTIME)
+    runtimes = run.series(metrics.TRAIN_RUNTIME)
     if not runtimes:
         return None
     step, runtime = list(runtimes.items())[-1]
-    steps_per_second = run.series(run_logs.TRAIN_STEPS_PER_SECOND).get(step)
+    steps_per_second = run.series(metrics.TRAIN_STEPS_PER_SECOND).get(step)
     if steps_per_second is None:
         return runtime
     # The trainer rounds steps per second to 3 decimals, which a long run multiplies up.

@@ -11,8 +11,8 @@ from typing import Any
 
 from trl import rewards as trl_rewards
 
-from oblr_trl.data import DataArguments
-from oblr_trl.tasks import decode_entry, make_task, nearest
+from oblr_trl.data.prompt_sets import DataArguments
+from oblr_trl.data.tasks import decode_entry, make_task, nearest
 
 Reward = Callable[..., list[float | None]]
 
@@ -64,7 +64,7 @@ def load_rewards(
     Args:
         args ([`RewardArguments`]):
             Names and settings.
-        data_args ([`~data.DataArguments`]):
+        data_args ([`~data.prompt_sets.DataArguments`]):
             Where the prompts come from.
         columns (`list[str]`):
             Columns of the training set.

@@ -16,7 +16,8 @@ import numpy as np
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from oblr_trl import run_logs
+from oblr_trl import metrics
+from oblr_trl.runs import logs as run_logs
 from oblr_trl.gradient_snr import MIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def diagnose(rows: Rows) -> list[Finding]:
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`, or the `rows` of a [`~run_logs.RunLog`]. A metric that was logged fewer than 4 times
+            `trainer.state.log_history`, or the `rows` of a [`~runs.logs.RunLog`]. A metric that was logged fewer than 4 times
             is passed over.
 
     Returns:
@@ -91,7 +92,7 @@ def diagnose(rows: Rows) -> list[Finding]:
         symptoms are consequences and left out.
     """
     findings = _apply(CAUSES, rows)
-    if any(finding.metric in (run_logs.REWARD, *run_logs.EVALUATIONS) for finding in findings):
+    if any(finding.metric in (metrics.REWARD, *metrics.EVALUATIONS) for finding in findings):
         return findings
     return findings + _apply(SYMPTOMS, rows)
 
@@ -118,7 +119,7 @@ class DiagnosisCallback(TrainerCallback):
             return
         warms_up = state.global_step <= args.get_warmup_steps(state.max_steps)
         for finding in diagnose(state.log_history):
-            if finding.name not in self._warned and not (warms_up and finding.metric == run_logs.LEARNING_RATE):
+            if finding.name not in self._warned and not (warms_up and finding.metric == metrics.LEARNING_RATE):
                 self._warned.add(finding.name)
                 logger.warning("Step %d: %s", state.global_step, finding)
 
@@ -140,9 +141,9 @@ def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
 
 
 def _collapse(rows: Rows) -> tuple[str, str] | None:
-    at_rate = f", at learning rates of up to {max(_values(rows, run_logs.LEARNING_RATE, 1), default=math.nan):.2g}"
-    for metric in (*run_logs.EVALUATIONS, run_logs.REWARD):
-        few = MIN_VALUES - 1 if metric == run_logs.REWARD else 1  # an evaluation is of many prompts
+    at_rate = f", at learning rates of up to {max(_values(rows, metrics.LEARNING_RATE, 1), default=math.nan):.2g}"
+    for metric in (*metrics.EVALUATIONS, metrics.REWARD):
+        few = MIN_VALUES - 1 if metric == metrics.REWARD else 1  # an evaluation is of many prompts
         values = _values(rows, metric, few + 1)
         if not values:
             continue
@@ -150,7 +151,7 @@ def _collapse(rows: Rows) -> tuple[str, str] | None:
         lowest, std = min(0.0, *values), max(_values(rows, f"{metric}_std", 1), default=MAX_ACCURACY_STD)
         if max(rest) - lowest < MAX_SHARE_LEFT * (first - lowest) and first - max(rest) > MAX_LOST_STDS * std:
             return metric, f"{first:.3g} at first, later at most {max(rest):.3g} (last {len(rest)} logged){at_rate}"
-    rewards, std = _values(rows, run_logs.REWARD), max(_values(rows, REWARD_STD), default=0.0)
+    rewards, std = _values(rows, metrics.REWARD), max(_values(rows, REWARD_STD), default=0.0)
     if not rewards or not std:
         return None
     window = max(3, len(rewards) // 10)
@@ -160,12 +161,12 @@ def _collapse(rows: Rows) -> tuple[str, str] | None:
     error = float(np.abs(np.diff(rewards)).mean()) * math.sqrt(math.pi / window) / 2
     if best - last <= max(MAX_FALL_STDS * std, MAX_FALL_ERRORS * error):
         return None
-    return run_logs.REWARD, f"mean over {window} logged values fell from {best:.3g} to {last:.3g}{at_rate}"
+    return metrics.REWARD, f"mean over {window} logged values fell from {best:.3g} to {last:.3g}{at_rate}"
 
 
 def _constant_rewards(rows: Rows) -> tuple[str, str] | None:
     functions = sorted({key.removesuffix("/mean") for row in rows for key in row if key.startswith("rewards/")})
-    stds = {run_logs.REWARD: REWARD_STD} | {f"{name}/mean": f"{name}/std" for name in functions}
+    stds = {metrics.REWARD: REWARD_STD} | {f"{name}/mean": f"{name}/std" for name in functions}
     for metric, std in stds.items():
         rewards, spreads = _values(rows, metric), _values(rows, std)
         if rewards and spreads and max(*spreads, max(rewards) - min(rewards)) < ROUNDING:
@@ -174,32 +175,32 @@ def _constant_rewards(rows: Rows) -> tuple[str, str] | None:
 
 
 def _few_prompts(rows: Rows) -> tuple[str, str] | None:
-    prompts = _values(rows, run_logs.NUM_PROMPTS)
-    needed = MIN_PROMPTS if _values(rows, run_logs.LR_MULTIPLIER) else 2
+    prompts = _values(rows, metrics.NUM_PROMPTS)
+    needed = MIN_PROMPTS if _values(rows, metrics.LR_MULTIPLIER) else 2
     if not prompts or median(prompts) >= needed:
         return None
-    return run_logs.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
+    return metrics.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
 
 
 def _tiny_learning_rate(rows: Rows) -> tuple[str, str] | None:
-    rates = _recent(rows, run_logs.LEARNING_RATE, MIN_SETTLED_VALUES)
+    rates = _recent(rows, metrics.LEARNING_RATE, MIN_SETTLED_VALUES)
     if not rates or median(rates) > MIN_LEARNING_RATE:
         return None
-    multipliers = _recent(rows, run_logs.LR_MULTIPLIER)
+    multipliers = _recent(rows, metrics.LR_MULTIPLIER)
     multiplied = f", after a multiplier of {median(multipliers):.2g}" if multipliers else ""
     return (
-        run_logs.LEARNING_RATE,
+        metrics.LEARNING_RATE,
         f"median {median(rates):.2g}{multiplied}; GRPO's default is {GRPOConfig.learning_rate:g}",
     )
 
 
 def _learning_rate_collapse(rows: Rows) -> tuple[str, str] | None:
-    ratios = _recent(rows, run_logs.RHO, MIN_SETTLED_VALUES)
-    multipliers = _recent(rows, run_logs.LR_MULTIPLIER)
+    ratios = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES)
+    multipliers = _recent(rows, metrics.LR_MULTIPLIER)
     if not ratios or not multipliers or median(ratios) >= MIN_RHO:
         return None
-    multiplier = f"{run_logs.LR_MULTIPLIER} is {median(multipliers):.2g}"
-    return run_logs.RHO, f"median {median(ratios):.2g}, so that {multiplier}: the signal is not told from zero"
+    multiplier = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
+    return metrics.RHO, f"median {median(ratios):.2g}, so that {multiplier}: the signal is not told from zero"
 
 
 def _exploding_baseline(rows: Rows) -> tuple[str, str] | None:
@@ -214,11 +215,11 @@ def _exploding_baseline(rows: Rows) -> tuple[str, str] | None:
 
 
 def _own_sample(rows: Rows) -> tuple[str, str] | None:
-    ratios = _values(rows, run_logs.VARIANCE_VS_LEAVE_ONE_OUT)
+    ratios = _values(rows, metrics.VARIANCE_VS_LEAVE_ONE_OUT)
     if not ratios or max(ratios) >= 1 or max(ratios) - min(ratios) > CONSTANT_RATIO_SPREAD:
         return None
     shrunk = f"the group mean, whose gradient is {ratios[-1] ** 0.5:.3f} of the true one"
-    return run_logs.VARIANCE_VS_LEAVE_ONE_OUT, f"{ratios[-1]:.3f} at every step: {shrunk}"
+    return metrics.VARIANCE_VS_LEAVE_ONE_OUT, f"{ratios[-1]:.3f} at every step: {shrunk}"
 
 
 def _slow_pass(rows: Rows) -> tuple[str, str] | None:
@@ -271,7 +272,7 @@ SYMPTOMS: tuple[tuple[str, Rule, str], ...] = (
     (
         "A baseline noisier than the plain mean",
         # The ratio of one batch is noisy around its mean.
-        _mean_above(1.05, run_logs.VARIANCE_VS_LEAVE_ONE_OUT, "baseline/effective_group_size"),
+        _mean_above(1.05, metrics.VARIANCE_VS_LEAVE_ONE_OUT, "baseline/effective_group_size"),
         "leave `baseline_prior_strength` unset",
     ),
     (
@@ -281,7 +282,7 @@ SYMPTOMS: tuple[tuple[str, Rule, str], ...] = (
     ),
     (
         "Zero-variance groups",
-        _mean_above(0.5, "frac_reward_zero_std", run_logs.REWARD),
+        _mean_above(0.5, "frac_reward_zero_std", metrics.REWARD),
         "take prompts of another difficulty, a higher `temperature` or more `num_generations`",
     ),
     (

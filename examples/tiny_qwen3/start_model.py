@@ -4,7 +4,7 @@ No hub is needed: the tokenizer is built here too. As in a pretrained model, the
 enough: a fixed part of the supervised answers is off by a little, so that sampled answers are right about as often as the
 data, on any machine. What reinforcement learning has to do is to trust the right ones.
 
-    python -m oblr_trl.scripts.start_model
+    python -m examples.tiny_qwen3
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from oblr_trl.data import DataArguments, load_prompts
-from oblr_trl.tasks import decode_entry, make_task
-from oblr_trl.tiny_model import build_model, build_tokenizer
+from examples.tiny_qwen3.model import build_model, build_tokenizer
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.tasks import decode_entry, make_task
 
 TASK = "chain_sum"
 # Three one-digit terms: skill grows steadily with training, where longer numbers are learnt all at once.
@@ -248,7 +248,3 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{record['settings']['test_size']} held-out problems right, trained in {record['seconds']:.0f} s.\n"
     )
     return record
-
-
-if __name__ == "__main__":
-    main()

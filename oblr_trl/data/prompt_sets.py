@@ -11,10 +11,11 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from oblr_trl.answers import compile_answer_pattern, extract_answer
-from oblr_trl.prompts import check_template, format_prompts
-from oblr_trl.sources import check_column, is_file, load_rows
-from oblr_trl.tasks import CANDIDATES_PER_PROMPT, encode_entry, task_entries
+from oblr_trl.data.answers import compile_answer_pattern, extract_answer
+from oblr_trl.data.prompts import check_template, format_prompts
+from oblr_trl.data.recipe_files import parse_json_object
+from oblr_trl.data.sources import check_column, is_file, load_rows
+from oblr_trl.data.tasks import CANDIDATES_PER_PROMPT, encode_entry, task_entries
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class DataArguments:
                 f"dataset_name={self.dataset_name!r}: set one of them and leave the other out."
             )
         if isinstance(self.task_params, str):
-            self.task_params = _parse_json_object("task_params", self.task_params)
+            self.task_params = parse_json_object("task_params", self.task_params)
         if self.task is None and self.task_params:
             raise ValueError(
                 "`task_params` belongs to a reasoning-gym `task`, but none is set: remove it or set `task`."
@@ -280,13 +281,3 @@ def _format_prompts(rows: Dataset, args: DataArguments) -> Dataset:
     )
     formatted = rows.add_column("formatted", prompts)
     return formatted.remove_columns("prompt").rename_column("formatted", "prompt")  # never without any column
-
-
-def _parse_json_object(field_name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f'`{field_name}` is {text!r}, which is not a JSON object: write it like {{"max_terms": 3}}.')
-    return value

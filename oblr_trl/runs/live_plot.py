@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from oblr_trl import run_logs
-from oblr_trl.run_figure import COLOURS, GREY, STYLE
-from oblr_trl.run_summary import smooth
+from oblr_trl import metrics
+from oblr_trl.runs import logs as run_logs
+from oblr_trl.runs.figure import COLOURS, GREY, STYLE
+from oblr_trl.runs.summary import smooth
 
 PANEL_INCHES = (3.3, 2.5)
 DPI = 90
@@ -35,7 +36,7 @@ class LivePlot(TrainerCallback):
 
     def __init__(
         self,
-        metrics: Sequence[str] = (run_logs.REWARD, run_logs.RHO, run_logs.VARIANCE_VS_LEAVE_ONE_OUT),
+        metrics: Sequence[str] = (metrics.REWARD, metrics.RHO, metrics.VARIANCE_VS_LEAVE_ONE_OUT),
         *,
         every: int = 5,
     ) -> None:

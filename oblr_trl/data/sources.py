@@ -7,7 +7,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig
 
-from oblr_trl.tasks import nearest
+from oblr_trl.data.tasks import nearest
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

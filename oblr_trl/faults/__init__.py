@@ -1,0 +1,1 @@
+"""What happens when a reward function or a process fails."""
