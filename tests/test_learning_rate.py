@@ -202,7 +202,7 @@ def test_equal_rewards_tell_the_snr_of_the_group_mean_nothing(tmp_path):
         baseline="group_mean",
     )
     assert logged(trainer, "lr_multiplier") == [0.05] * 3
-    assert trainer._gradient_snr.state_dict()["weight"] == 0
+    assert trainer._gradient_snr.averages.state_dict()["weight"] == 0
 
 
 class OnSecondProcess(OBLRPOTrainer):
@@ -311,3 +311,17 @@ def test_one_scored_prompt_in_the_first_batch_of_a_step_is_not_warned_of(tmp_pat
         trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, max_steps=1, **POOLED)
     assert calls == [32, 32]
     assert logged(trainer, "gradient_snr/num_prompts") == [5]
+
+
+def test_an_optimizer_without_rates_is_refused(tmp_path):
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+    model = tiny_model(num_layers=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"needs an optimizer that steps by the `lr` of its parameter groups.*lr_adaptation='none'"
+    ):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(Rateless(model.parameters()), None))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

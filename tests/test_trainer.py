@@ -246,11 +246,11 @@ def test_evaluation_does_no_scoring_pass(tmp_path, monkeypatch):
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, per_device_eval_batch_size=8)
     calls = []
     monkeypatch.setattr(trainer, "_score_pass", lambda *args: calls.append(args))
-    before = trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()
+    before = trainer._gradient_snr.averages.state_dict(), trainer._baseline_estimator.automatic.state_dict()
     metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
     assert "eval_reward" in metrics
     assert not calls
-    assert (trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
+    assert (trainer._gradient_snr.averages.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
 
 
 def test_the_completions_table_shows_the_advantages_that_were_trained_on(tmp_path):
@@ -282,7 +282,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     for name in METRICS:
         if name != "score/pass_time":
             assert logged(resumed, name) == logged(whole, name), name
-    assert resumed._gradient_snr.state_dict() == whole._gradient_snr.state_dict()
+    assert resumed._gradient_snr.averages.state_dict() == whole._gradient_snr.averages.state_dict()
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
