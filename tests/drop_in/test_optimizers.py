@@ -8,17 +8,8 @@ from trl import GRPOTrainer
 from oblr_trl import OBLRPOTrainer
 from tests.drop_in.expected_advantages import assert_advantages
 from tests.drop_in.scripts import G, both_trainers, run
+from tests.recording import RecordingSGD
 from tests.tiny_models import logged, tiny_model
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Writes down, for each step, the rate of every parameter group."""
-
-    used: list
-
-    def step(self, closure=None):
-        self.__dict__.setdefault("used", []).append([group["lr"] for group in self.param_groups])
-        return super().step(closure)
 
 
 class Watching(TrainerCallback):
