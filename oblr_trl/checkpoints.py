@@ -217,7 +217,7 @@ def refuse_for_grpo(folder: str) -> None:
     """
     if os.path.isfile(os.path.join(folder, STATE_FILE)):
         raise ValueError(
-            f"The checkpoint {folder!r} was written by `OBLRPOTrainer`, and `trainer` is 'grpo', which cannot go on with its "
+            f"The checkpoint {folder!r} was written by `OBLRPOTrainer`, and `trainer` is 'grpo', which cannot continue its "
             "learning-rate schedule. Resume it with trainer: oblrpo, or start a new run from its weights: set "
             f"model_name_or_path: {folder}, another output_dir, and no resume_from_checkpoint."
         )

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 class SNRScheduler(LRScheduler):
     r"""
-    Multiplies the learning rate of any schedule by \\( \mathrm{clamp}(\rho, \text{min\_factor}, \text{max\_factor}) \\).
+    Multiplies the learning rate of any schedule by \\( \mathrm{clamp}(\rho, \text{min\_multiplier}, \text{max\_multiplier}) \\).
 
     \\( \eta_t = \eta_0(t)\, \rho_t \\) with \\( \rho_t = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\)
     ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The

@@ -54,7 +54,7 @@ class OBLRPOConfig(GRPOConfig):
             multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_multiplier (`float`, *optional*, defaults to `0.05`):
             Minimum multiplier of the learning rate, in [0, `snr_max_multiplier`], and its value while rho is unknown. Above 0, a
-            run whose signal drowns in noise goes on slowly instead of standing still. 0 is the paper.
+            run whose signal drowns in noise continues slowly instead of stopping. 0 is the paper.
         snr_max_multiplier (`float`, *optional*, defaults to `1.0`):
             Maximum multiplier of the learning rate.
         reward_timeout (`float`, *optional*):

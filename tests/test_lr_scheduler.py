@@ -28,9 +28,9 @@ def test_the_rate_is_the_schedule_times_the_clamped_ratio_of_the_same_step(sched
     plain = SCHEDULES[schedule](plain_optimizer)
     wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_multiplier=0.05, max_multiplier=0.9)
     assert isinstance(wrapped, LRScheduler)
-    for ratio, factor in ((0.5, 0.5), (0.0, 0.05), (1.0, 0.9), (0.3, 0.3), (0.07, 0.07)):
-        assert wrapped.set_rho(ratio) == factor
-        assert rates(wrapped_optimizer) == pytest.approx([factor * lr for lr in rates(plain_optimizer)])
+    for ratio, multiplier in ((0.5, 0.5), (0.0, 0.05), (1.0, 0.9), (0.3, 0.3), (0.07, 0.07)):
+        assert wrapped.set_rho(ratio) == multiplier
+        assert rates(wrapped_optimizer) == pytest.approx([multiplier * lr for lr in rates(plain_optimizer)])
         assert wrapped.get_last_lr() == rates(wrapped_optimizer)
         for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
             opt.step()
@@ -89,7 +89,7 @@ def test_a_resumed_scheduler_equals_an_uninterrupted_one(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one(schedule):
-    """Until the schedule's next step, or, where that goes on from the rate that is there, from then on."""
+    """Until the schedule's next step, or, where that continues from the rate that is there, from then on."""
     plain_optimizer, wrapped_optimizer = optimizer(), optimizer()
     plain = SCHEDULES[schedule](plain_optimizer)
     wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_multiplier=0.05)
@@ -177,7 +177,7 @@ def test_tensor_rates_are_written_in_place():
     assert tensor.item() == pytest.approx(0.025)
 
 
-def test_foreign_states_and_bad_factors_are_refused():
+def test_foreign_states_and_bad_multipliers_are_refused():
     opt = optimizer()
     scheduler = SNRScheduler(SCHEDULES["lambda"](opt))
     with pytest.raises(ValueError, match="without the SNR learning rate"):

@@ -49,7 +49,7 @@ def test_a_reward_function_that_takes_too_long_is_interrupted(tmp_path):
         assert time.monotonic() - before < 50
 
 
-WAIT = 20  # seconds: how long what follows goes on if nothing interrupts it
+WAIT = 20  # seconds: how long what follows takes if nothing interrupts it
 
 
 def catches_exceptions():

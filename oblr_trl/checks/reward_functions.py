@@ -110,7 +110,7 @@ def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
     """
     Call a function in the main thread; raise `_OutOfTime` if it took longer, whatever it caught, raised or returned.
 
-    It is interrupted by a signal, also out of a blocking system call, and again for as long as it goes on: it may wait in a
+    It is interrupted by a signal, also out of a blocking system call, and again until it ends: it may wait in a
     clean-up, or catch everything and try again. A thread for the function would not do: rewards that use signals themselves
     (math-verify) only work in the main one.
     """
@@ -159,7 +159,7 @@ def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
 
 
 async def _await_in_time(call: Awaitable, seconds: float | None) -> Any:
-    """As `_call_in_time`, for a coroutine. One that catches its cancellation and goes on is left behind, not awaited."""
+    """As `_call_in_time`, for a coroutine. One that catches its cancellation and continues is left behind, not awaited."""
     start = time.monotonic()
     task = asyncio.ensure_future(call)
     await asyncio.wait({task}, timeout=seconds)
