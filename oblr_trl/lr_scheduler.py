@@ -13,13 +13,15 @@ class SNRScheduler(LRScheduler):
     Multiplies the learning rate of any schedule by \\( \mathrm{clamp}(\rho, \text{min\_multiplier}, \text{max\_multiplier}) \\).
 
     \\( \eta_t = \eta_0(t)\, \rho_t \\) with \\( \rho_t = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\)
-    ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The
-    rate is written into the optimizer's parameter groups as soon as [`set_rho`][SNRScheduler.set_rho] is called, so
-    call it before the backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the
-    multiplier is `min_multiplier`; `min_multiplier=max_multiplier=1` is the wrapped schedule. A rate that somebody else writes into a
-    parameter group (a callback in `on_step_begin`) takes the place of the scheduled one, as it does without this scheduler:
-    until the next step, and multiplied (so write a scheduled rate, not a part of the one that is there). Whatever an optimizer derives from the rate is multiplied with it, AdamW's decoupled
-    weight decay (rate x decay) among it.
+    ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The rate is
+    written into the optimizer's parameter groups as soon as [`set_rho`][SNRScheduler.set_rho] is called, so call it before the
+    backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the multiplier is
+    `min_multiplier`; `min_multiplier=max_multiplier=1` is the wrapped schedule. Whatever an optimizer derives from the rate is
+    multiplied with it, AdamW's decoupled weight decay (rate x decay) among it.
+
+    A rate that somebody else writes into a parameter group (a callback in `on_step_begin`) takes the place of the scheduled one,
+    as it does without this scheduler: until the next step, and multiplied. So write a scheduled rate, not a part of the one that
+    is there.
 
     Args:
         scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):

@@ -151,8 +151,8 @@ def test_a_lone_completion_without_prior_has_no_baseline():
     [
         (torch.zeros(4), torch.zeros(4), 0.0, "must have shape"),
         (torch.zeros(2, 2), torch.zeros(2, 3), 0.0, "Expected the shape of `rewards`"),
-        (torch.zeros(2, 2), torch.ones(2, 2), -1.0, "at minimum 0"),
-        (torch.zeros(2, 2), torch.ones(2, 2), NAN, "at minimum 0"),
+        (torch.zeros(2, 2), torch.ones(2, 2), -1.0, "at least 0"),
+        (torch.zeros(2, 2), torch.ones(2, 2), NAN, "at least 0"),
         (torch.zeros(2, 2), torch.tensor([[1.0, NAN], [1.0, 1.0]]), 0.0, "finite and non-negative"),
         (torch.zeros(2, 2), torch.tensor([[1.0, math.inf], [1.0, 1.0]]), 0.0, "finite and non-negative"),
         (torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [1.0, 1.0]]), 0.0, "finite and non-negative"),
