@@ -46,6 +46,23 @@ _AVERAGED_OPTIONS = (
 )
 
 
+class OldLogpsForward:
+    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
+
+    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
+        self._model = model
+        self._score_pass = score_pass
+        self._loss_type = loss_type
+        self.scoring_model: ScoringModel | None = None
+
+    def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
+        """The scoring pass in the shape of a model where it is due, else `model`."""
+        if model is not self._model or self.scoring_model is not None:
+            return model
+        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
+        return self.scoring_model
+
+
 class OBLRPOTrainer(ResumableGRPOTrainer):
     r"""
     Trainer for Optimal Baseline and Learning-Rate Policy Optimization (OBLR-PO).
@@ -135,9 +152,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         check_backend(self)
         check_vocabulary(self.model, self._tokenizer)
         if args.needs_scores:
-            resolve_scope(
-                self.model, args.score_scope, args.score_last_k
-            )  # unknown layers fail before any work is done
+            # Unknown layers fail before any work is done.
+            resolve_scope(self.model, args.score_scope, args.score_last_k)
             self._score_pass = ScorePass(
                 self.model,
                 scope=args.score_scope,
@@ -155,16 +171,15 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         if not self.model.training or (self.args.baseline == "group_mean" and self._score_pass is None):
             return super()._generate_and_score_completions(inputs)
         # A tool mask would be known too late for a pass that takes the place of the parent's.
-        if (
-            self._score_pass is not None
-            and self.args.reuses_old_logps_forward
-            and not self.tools
-            and not self.rollout_func
-        ):
+        masked_later = self.tools or self.rollout_func is not None
+        if self._score_pass is not None and self.args.reuses_old_logps_forward and not masked_later:
             self._old_logps_forward = OldLogpsForward(self.model, self._score_pass, self.args.loss_type)
-        output = super()._generate_and_score_completions(inputs)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
 
-        batch = self._grouped_batch(output)
+        batch = self._grouped_batch(output, old_logps_forward)
         baselines = self._baseline_estimator(batch)
         advantages = self._advantages(output, batch.rewards, baselines)
         if batch.sketches is not None:
@@ -197,7 +212,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def _grouped_batch(self, output: dict[str, Any]) -> GroupedBatch:
+    def _grouped_batch(self, output: dict[str, Any], old_logps_forward: OldLogpsForward | None) -> GroupedBatch:
         """Rewards, lengths and scores of all processes, one row per prompt."""
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
         assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
@@ -207,14 +222,16 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
         if self._score_pass is not None:
-            scores = self._score_completions(self._score_pass, output, loss_mask)
+            scores = self._score_completions(output, loss_mask, old_logps_forward)
             assert scores.sketches is not None  # the first of the methods
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         return batch
 
-    def _score_completions(self, score_pass: ScorePass, output: dict[str, Any], loss_mask: Tensor) -> ScoreOutput:
+    def _score_completions(
+        self, output: dict[str, Any], loss_mask: Tensor, old_logps_forward: OldLogpsForward | None = None
+    ) -> ScoreOutput:
         """The scores of all processes: from the parent's forward pass for the old log-probabilities, if the scoring pass took its
         place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
         vllm_ratio = output.get("importance_sampling_ratio")
@@ -225,13 +242,15 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
                 loss_type=self.args.loss_type,
                 importance_sampling_level=self.args.importance_sampling_level,
             )
-        old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
         scoring_model = None if old_logps_forward is None else old_logps_forward.scoring_model
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
         else:
-            scoring_model = ScoringModel(score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio))
+            assert self._score_pass is not None
+            scoring_model = ScoringModel(
+                self._score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
+            )
             self._get_per_token_logps_and_entropies(
                 scoring_model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
@@ -394,20 +413,3 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         if self.is_world_process_zero():
             lrs = self._initial_lrs or [self.args.learning_rate]
             add_method_settings(self.args, self._baseline_estimator.prior_strength, lrs)
-
-
-class OldLogpsForward:
-    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
-
-    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
-        self._model = model
-        self._score_pass = score_pass
-        self._loss_type = loss_type
-        self.scoring_model: ScoringModel | None = None
-
-    def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
-        """The scoring pass in the shape of a model where it is due, else `model`."""
-        if model is not self._model or self.scoring_model is not None:
-            return model
-        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
-        return self.scoring_model

@@ -105,14 +105,15 @@ def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level
     trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
     batch = batch_with_ratio(ratio)
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused
+    forward = None
     if reused:
-        trainer._old_logps_forward = OldLogpsForward(trainer.model, trainer._score_pass, "dr_grpo")
+        forward = trainer._old_logps_forward = OldLogpsForward(trainer.model, trainer._score_pass, "dr_grpo")
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, input_ids, attention_mask, batch["completion_ids"].size(1)
         )
-    scores = trainer._score_completions(trainer._score_pass, batch, batch["completion_mask"])
+    scores = trainer._score_completions(batch, batch["completion_mask"], forward)
     truth = oracle(trainer.model, batch, token_weights(batch, "dr_grpo", level).double()).square().sum(dim=1).float()
     torch.testing.assert_close(scores.squared_norms, truth, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scores.sketches.square().sum(dim=1), truth, rtol=0.2, atol=1e-6)

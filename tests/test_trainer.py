@@ -13,7 +13,7 @@ from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, le
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from oblr_trl.metrics import METRICS
 from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
-from tests.tiny_models import digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
+from tests.tiny_models import construct, digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
 
 # rho of a step's own batch, in a unit that the reference shares: the head's parameters fit a sketch without projection.
 HEAD = {"score_scope": "lm_head", "snr_ema_decay": 0.0, "snr_min_multiplier": 0.0}
@@ -144,6 +144,21 @@ def test_evaluation_does_no_scoring_pass(tmp_path, monkeypatch):
     assert "eval_reward" in metrics
     assert not calls
     assert (trainer._gradient_snr.averages.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
+
+
+def test_an_interrupted_generation_leaves_no_scoring_pass_behind(tmp_path):
+    """With vLLM, or several steps on a batch, the parent's forward for the old log-probabilities is the scoring pass."""
+
+    class Interrupted(OBLRPOTrainer):
+        def _calculate_rewards(self, *args):
+            raise KeyboardInterrupt
+
+    trainer = construct(Interrupted, OBLRPOConfig, tmp_path, steps_per_generation=2, per_device_train_batch_size=16)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    ids = torch.ones(2, 6, dtype=torch.long)
+    logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 4)
+    assert logps.requires_grad
 
 
 def test_the_completions_table_shows_the_advantages_that_were_trained_on(tmp_path):
