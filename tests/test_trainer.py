@@ -9,7 +9,13 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
+from oblr_trl import (
+    AutomaticPriorStrength,
+    OBLRPOConfig,
+    OBLRPOTrainer,
+    gradient_weighted_baseline,
+    leave_one_out_baseline,
+)
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from oblr_trl.metrics import METRICS
 from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
@@ -71,6 +77,17 @@ def test_the_advantages_are_those_of_the_oracles_full_gradients(tmp_path, option
             batch["rewards"], scores.square().sum(dim=2), prior_strength=options["baseline_prior_strength"]
         )
         torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_prior_strength_learns_from_each_batch_after_its_baseline_was_taken(tmp_path):
+    trainer = train(Recording, OBLRPOConfig, tmp_path, score_method="exact")
+    automatic = AutomaticPriorStrength()
+    for batch, strength in zip(trainer.batches, logged(trainer, "baseline/prior_strength"), strict=True):
+        assert strength == automatic.value
+        automatic.update(batch["rewards"], oracle_scores(batch).square().sum(dim=2))
+    learned = trainer._baseline_estimator.automatic.state_dict()
+    assert learned["seen"]
+    assert learned["variances"] == pytest.approx(automatic.state_dict()["variances"], rel=1e-3)
 
 
 def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_steps_batch(tmp_path):
@@ -150,7 +167,7 @@ def test_an_interrupted_generation_leaves_no_scoring_pass_behind(tmp_path):
     """With vLLM, or several steps on a batch, the parent's forward for the old log-probabilities is the scoring pass."""
 
     class Interrupted(OBLRPOTrainer):
-        def _calculate_rewards(self, *args):
+        def _generate(self, prompts):
             raise KeyboardInterrupt
 
     trainer = construct(Interrupted, OBLRPOConfig, tmp_path, steps_per_generation=2, per_device_train_batch_size=16)
