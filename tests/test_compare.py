@@ -17,6 +17,7 @@ from oblr_trl.scripts.compare import compare, format_table, main
 
 matplotlib = pytest.importorskip("matplotlib")
 
+TIME = "training and evaluation time (s)"
 OF_OBLRPO = (metrics.LR_MULTIPLIER, metrics.RHO, metrics.VARIANCE_VS_LEAVE_ONE_OUT)
 
 
@@ -191,36 +192,44 @@ def test_without_accuracy_in_every_evaluated_run_the_reward_is_compared_and_name
     assert drawn[0].axes[1].get_title(loc="left") == "Held-out reward"
 
 
-def test_start_is_blank_without_an_evaluation_before_the_first_step(tmp_path):
-    rows = [trained(5, 0.2), evaluated(5, 0.6), trained(8, 0.2), ended(9, 1.0)]
-    _, text, cells = compared(write_state(tmp_path / "run", rows, num_steps=9))
-    assert [cells[f"held-out accuracy, {when}"] for when in ("start", "final")] == [[""], ["0.600"]]
-    assert "was first evaluated at step 5; `eval_on_start=True` would give the start" in text
-    assert "was last evaluated at step 5 of 9" in text
+EVALUATED = [evaluated(0, 0.5), trained(20, 0.2), evaluated(20, 0.5)]
 
 
-def test_a_run_that_was_never_evaluated_is_compared_by_the_rest(tmp_path, figure, capsys):
-    main([str(write_state(tmp_path / "run", [trained(20, 0.2)])), "--output", str(figure)])
-    output = capsys.readouterr().out
-    assert table_cells(output)["training reward, last 10 steps"] == ["0.200"]
-    assert "no run was evaluated: set `eval_strategy`" in output
-
-
-def test_the_time_of_a_resumed_run_is_left_out_and_that_of_a_slow_one_survives_rounding(tmp_path):
-    rows = [evaluated(0, 0.5), trained(20, 0.2), evaluated(20, 0.5)]
-    # 5 of the 20 steps were timed, in 10 s: 0.5 steps a second.
-    resumed = write_state(tmp_path / "resumed", [*rows, ended(20, 10.0, steps_timed=5)])
-    # 20 steps in 13500 s are 0.00148 steps a second, which the trainer writes as 0.001: 13.5 steps.
-    _, text, cells = compared(resumed, write_state(tmp_path / "slow", [*rows, ended(20, 13500.0)]))
-    assert cells["training and evaluation time (s)"] == ["", "13500.0"]
-    assert text.count("was resumed and timed only from there, so its time is left out") == 1
+@pytest.mark.parametrize(
+    ("rows", "cells", "notes"),
+    [
+        (
+            [trained(5, 0.2), evaluated(5, 0.6), trained(18, 0.2)],
+            {"held-out accuracy, start": "", "held-out accuracy, final": "0.600", "gain": ""},
+            ["first evaluated at step 5; `eval_on_start=True` would give the start", "last evaluated at step 5 of 20"],
+        ),
+        (
+            [trained(20, 0.2)],
+            {"training reward, last 10 steps": "0.200"},
+            ["no run was evaluated: set `eval_strategy`"],
+        ),
+        # 5 of the 20 steps were timed, in 10 s: 0.5 steps a second.
+        ([*EVALUATED, ended(20, 10.0, steps_timed=5)], {TIME: ""}, ["was resumed and timed only from there"]),
+        # 20 steps in 13500 s are 0.00148 steps a second, which the trainer writes as 0.001: 13.5 steps.
+        ([*EVALUATED, ended(20, 13500.0)], {TIME: "13500.0"}, []),
+    ],
+)
+def test_a_run_is_compared_by_what_it_has_and_notes_say_what_is_missing(tmp_path, figure, rows, cells, notes):
+    comparison = main([str(write_state(tmp_path / "run", rows)), "--output", str(figure)])
+    assert len(comparison["notes"]) == len(notes)
+    for found, expected in zip(comparison["notes"], notes, strict=True):
+        assert expected in found
+    text = format_table(comparison)
+    assert {name: [cell] for name, cell in cells.items()}.items() <= table_cells(text).items()
+    assert all(note in text for note in comparison["notes"])
 
 
 def test_differing_numbers_of_steps_are_a_warning(tmp_path):
     for seed, num_steps in enumerate((20, 30)):
         oblrpo_run(tmp_path / "a" / f"seed-{seed}", num_steps=num_steps)
-    comparison, text, cells = compared(tmp_path / "a", grpo_run(tmp_path / "b"))
-    assert "warning: the runs differ in their number of steps (a 20 to 30, b 20)" in text
+    comparison, text, cells = compared(tmp_path / "a", f"b|c={grpo_run(tmp_path / 'b')}")
+    assert "warning: the runs differ in their number of steps (a 20 to 30, b|c 20)" in text
+    assert text.splitlines()[0].endswith(r" b\|c |")  # does not split a column
     assert cells["steps"] == ["20 to 30", "20"]
     assert comparison["methods"]["a"]["steps"]["values"] == [20.0, 30.0]
 
@@ -232,53 +241,38 @@ def test_json_holds_what_main_returns(tmp_path, figure):
     assert comparison["methods"]["a"]["logs"] == [str(tmp_path / "a" / "trainer_state.json")]
 
 
-def test_a_bar_in_a_label_does_not_split_a_column_of_the_table(tmp_path):
-    _, text, _ = compared(f"a|b={oblrpo_run(tmp_path / 'a')}")
-    assert text.splitlines()[0].endswith(r" a\|b |")
-
-
 # Which logs are read
 
 
-def test_runs_with_the_same_label_are_seeds_of_one_method_in_the_order_given(tmp_path):
-    first, second, other = (oblrpo_run(tmp_path / name) for name in ("x", "y", "z"))
-    methods = read_methods([f"OBLR-PO={second}", str(other), f"OBLR-PO={first}"])
-    assert list(methods) == ["OBLR-PO", "z"]
-    assert [run.path.parent.name for run in methods["OBLR-PO"]] == ["y", "x"]
-
-
-def test_seed_folders_are_read_in_the_order_of_their_numbers(tmp_path):
-    for seed in (10, 2, 1):
-        oblrpo_run(tmp_path / "oblrpo" / f"seed-{seed}")
-    runs = read_methods([str(tmp_path / "oblrpo")])["oblrpo"]
-    assert [run.path.parent.name for run in runs] == ["seed-1", "seed-2", "seed-10"]
-
-
-@pytest.mark.parametrize("inside", ["seed-0", "checkpoint-20", "seed-0/checkpoint-20"])
-def test_a_run_named_by_its_seed_or_checkpoint_folder_is_called_after_the_method(tmp_path, inside):
-    assert list(read_methods([str(oblrpo_run(tmp_path / "oblrpo" / inside))])) == ["oblrpo"]
-
-
-def test_a_folder_with_an_equals_sign_in_its_name_is_a_path(tmp_path):
-    assert list(read_methods([str(oblrpo_run(tmp_path / "lr=1e-3"))])) == ["lr=1e-3"]
-    assert list(read_methods([f"SGD={tmp_path / 'lr=1e-3'}"])) == ["SGD"]
-
-
-def test_the_newest_checkpoint_is_read_where_the_run_saved_no_state(tmp_path):
-    for step in (5, 10, 100):  # as text, "5" is the largest
-        oblrpo_run(tmp_path / f"checkpoint-{step}", num_steps=step)
-    (tmp_path / "checkpoint-200").mkdir()  # interrupted while it was saved
-    oblrpo_run(tmp_path / "checkpoint-best", num_steps=300)  # not a name that a trainer gives
-    [[run]] = read_methods([str(tmp_path)]).values()
-    assert (run.path.parent.name, run.num_steps) == ("checkpoint-100", 100)
-
-
-@pytest.mark.parametrize(("saved_steps", "folder"), [(20, "run"), (30, "run"), (10, "checkpoint-20")])
-def test_the_state_with_most_steps_is_read_and_the_saved_one_at_equal_steps(tmp_path, saved_steps, folder):
-    oblrpo_run(tmp_path / "run", num_steps=saved_steps)
-    oblrpo_run(tmp_path / "run" / "checkpoint-20", num_steps=20)
-    [[run]] = read_methods([str(tmp_path / "run")]).values()
-    assert run.path.parent.name == folder
+@pytest.mark.parametrize(
+    ("steps", "arguments", "expected"),
+    [
+        # Runs with the same label are seeds of one method, in the order given; folders are in the order of their numbers.
+        ({"x": 20, "y": 20, "z": 20}, ["A=y", "z", "A=x"], {"A": ["y", "x"], "z": ["z"]}),
+        ({"o/seed-10": 20, "o/seed-2": 20, "o/seed-1": 20}, ["o"], {"o": ["seed-1", "seed-2", "seed-10"]}),
+        # A run named by its seed or checkpoint is called after the method.
+        ({"o/seed-0": 20}, ["o/seed-0"], {"o": ["seed-0"]}),
+        ({"o/checkpoint-20": 20}, ["o/checkpoint-20"], {"o": ["checkpoint-20"]}),
+        ({"o/seed-0/checkpoint-20": 20}, ["o/seed-0/checkpoint-20"], {"o": ["checkpoint-20"]}),
+        # A folder may have an equals sign in its name.
+        ({"lr=1e-3": 20}, ["lr=1e-3"], {"lr=1e-3": ["lr=1e-3"]}),
+        ({"lr=1e-3": 20}, ["SGD=lr=1e-3"], {"SGD": ["lr=1e-3"]}),
+        # The newest checkpoint (as text, "5" is the largest) under a name that a trainer gives, where no state was saved.
+        ({"o/checkpoint-5": 5, "o/checkpoint-100": 100, "o/checkpoint-best": 300}, ["o"], {"o": ["checkpoint-100"]}),
+        # The state with most steps, and the saved one at equal steps.
+        ({"o": 20, "o/checkpoint-20": 20}, ["o"], {"o": ["o"]}),
+        ({"o": 30, "o/checkpoint-20": 20}, ["o"], {"o": ["o"]}),
+        ({"o": 10, "o/checkpoint-20": 20}, ["o"], {"o": ["checkpoint-20"]}),
+    ],
+)
+def test_methods_seeds_and_checkpoints_are_found_by_their_folders(tmp_path, monkeypatch, steps, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    for folder, num_steps in steps.items():
+        oblrpo_run(Path(folder), num_steps=num_steps)
+    Path("o/checkpoint-200").mkdir(parents=True)  # interrupted while it was saved
+    methods = read_methods(arguments)
+    assert {label: [run.path.parent.name for run in runs] for label, runs in methods.items()} == expected
+    assert list(methods) == list(expected)
 
 
 # The figure
