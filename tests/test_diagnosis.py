@@ -9,6 +9,9 @@ from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.metrics import BASELINE_SHIFT as SHIFT
+from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, PASS_TIME, RHO
+from oblr_trl.metrics import VARIANCE_VS_LEAVE_ONE_OUT as RATIO
 from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
 from oblr_trl.scripts import train as train_script
@@ -16,104 +19,126 @@ from tests import recipe_stand_ins
 from tests.tiny_models import train
 
 RECIPE = str(Path(__file__).parent.parent / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml")
+EQUAL_GROUPS, DRIFT, SAMPLER = (
+    "frac_reward_zero_std",
+    "clip_ratio/region_mean",
+    "sampling/sampling_logp_difference/mean",
+)
 # What a healthy run logs, at every one of twelve steps.
 HEALTHY = {
     "learning_rate": 1e-6,
     "rewards/verifier/mean": 0.5,
     "rewards/verifier/std": 0.5,
-    "gradient_snr/num_prompts": 16,
     "reward": 0.5,
     "reward_std": 0.5,
-    "frac_reward_zero_std": 0.1,
-    "baseline/shift": 0.2,
-    "baseline/effective_group_size": 4.0,
-    "gradient_snr/rho": 0.2,
-    "lr_multiplier": 0.2,
-    "clip_ratio/region_mean": 0.0,
-    "sampling/sampling_logp_difference/mean": 0.01,
+    EQUAL_GROUPS: 0.1,
+    DRIFT: 0.0,
+    SAMPLER: 0.01,
     "grad_norm": 1.0,
-    "score/pass_time": 1.0,
     "step_time": 4.0,
+    NUM_PROMPTS: 16,
+    SHIFT: 0.2,
+    EFFECTIVE_GROUP_SIZE: 4.0,
+    RHO: 0.2,
+    LR_MULTIPLIER: 0.2,
+    PASS_TIME: 1.0,
 }
 
 
-def log(num_steps=12, **changed):
-    """Rows of a run; `changed` holds a number, or a list with a number for each step."""
+def log(changed=None, num_steps=12, **more):
+    """Rows of a run; `changed` and `more` hold numbers, or lists with a number for each step."""
     rows = []
     for i in range(num_steps):
         # A ratio that varies, as every baseline's but GRPO's does.
-        row = HEALTHY | {"step": i + 1, "variance_ratio/leave_one_out": 0.6 + 0.01 * i}
-        for name, value in changed.items():
+        row = HEALTHY | {"step": i + 1, RATIO: 0.6 + 0.01 * i}
+        for name, value in ((changed or {}) | more).items():
             row[name] = value[i] if isinstance(value, list) else value
         rows.append(row)
     return rows
+
+
+def without(name, rows):
+    return [{key: value for key, value in row.items() if key != name} for row in rows]
 
 
 def names(rows):
     return [finding.name for finding in diagnose(rows)]
 
 
+def found(rows):
+    return [(finding.name, finding.metric) for finding in diagnose(rows)]
+
+
 def test_a_healthy_log_has_no_findings():
-    assert diagnose(log()) == []
+    assert diagnose(log()) == diagnose([]) == []
     assert "no proof of health" in format_findings([])
 
 
 @pytest.mark.parametrize(
     ("changed", "name", "metric"),
     [
-        ({"gradient_snr/rho": 0.0, "lr_multiplier": 0.05}, "Learning-rate collapse", "gradient_snr/rho"),
-        ({"baseline/shift": [0.2] * 11 + [0.7]}, "Exploding baseline", "baseline/shift"),
+        ({RHO: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", RHO),
+        ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
         ({"grad_norm": [1.0] * 11 + [11.0]}, "Exploding baseline", "grad_norm"),
-        (
-            {"variance_ratio/leave_one_out": [0.9, 1.3] * 6},
-            "A baseline noisier than the plain mean",
-            "variance_ratio/leave_one_out",
-        ),
-        (
-            {"variance_ratio/leave_one_out": 0.765625},
-            "A baseline that sees its own completion",
-            "variance_ratio/leave_one_out",
-        ),
-        ({"frac_reward_zero_std": 0.6}, "Zero-variance groups", "frac_reward_zero_std"),
-        ({"gradient_snr/num_prompts": 15}, "Too few prompts per step", "gradient_snr/num_prompts"),
+        ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
+        ({RATIO: 0.765625}, "A baseline that sees its own completion", RATIO),
+        ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),
+        ({NUM_PROMPTS: 15}, "Too few prompts per step", NUM_PROMPTS),
         ({"learning_rate": 2e-7}, "Tiny learning rate", "learning_rate"),
         ({"rewards/verifier/std": 0.0}, "Constant rewards", "rewards/verifier/mean"),
         ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),
-        ({"clip_ratio/region_mean": [0.0, 0.2] * 6}, "Off-policy drift", "clip_ratio/region_mean"),
-        (
-            {"sampling/sampling_logp_difference/mean": 0.5},
-            "Off-policy drift",
-            "sampling/sampling_logp_difference/mean",
-        ),
+        ({DRIFT: [0.0, 0.2] * 6}, "Off-policy drift", DRIFT),
+        ({SAMPLER: 0.5}, "Off-policy drift", SAMPLER),
+        ({PASS_TIME: 2.1}, "Slow scoring pass", PASS_TIME),
+        ({"reward": [0.5] * 6 + [0.1] * 6}, "Policy collapse", "reward"),
     ],
 )
 def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, metric):
-    assert [(finding.name, finding.metric) for finding in diagnose(log(**changed))] == [(name, metric)]
+    assert found(log(changed)) == [(name, metric)]
 
 
-def test_a_reward_that_falls_and_stays_down_is_a_collapse():
-    # Means over 3 values: 0.5 at best, 0.1 at the end; 0.4 is more than half of the deviation of 0.5.
-    assert names(log(reward=[0.5] * 6 + [0.1] * 6)) == ["Policy collapse"]
-    # What else its log shows is a consequence.
-    assert names(log(reward=[0.5] * 6 + [0.1] * 6, frac_reward_zero_std=1.0)) == ["Policy collapse"]
-    assert names(log(reward=[0.5] * 6 + [0.3] * 6)) == []
-    assert names(log(reward=[0.1] * 6 + [0.5] * 6)) == []
-    assert names(log(reward=[0.5] * 6 + [0.0] + [0.5] * 5)) == []
-
-
-def test_few_prompts_per_step_make_rewards_that_jump_and_no_collapse():
-    # Batches of two prompts, each solved always or never: the mean of three falls from 1 to 0.17, more than half a deviation.
-    # But neighbours differ by 4.5 / 10 on average, which makes the error of such a mean 0.23, and 6 of them 1.38.
-    jumping = [0.5, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.5, 0.0, 0.0]
-
-    assert names(log(11, reward=jumping)) == []
-    # The same fall without the jumps is one: neighbours differ by 0.1.
-    assert names(log(11, reward=[1 - 0.1 * i for i in range(11)])) == ["Policy collapse"]
-
-
-def test_penalties_that_vary_are_no_lost_policy():
-    # Of what lay above the lowest reward, -3, 1.4 of 2 is left: more than half.
-    assert names(log(reward=[-1.0, -3.0, *[-1.6] * 10], reward_std=2.0)) == []
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # Means over 3 values: 0.5 at best, 0.1 at the end; 0.4 is more than half of the deviation of 0.5. What else the log
+        # shows is a consequence.
+        ({"reward": [0.5] * 6 + [0.1] * 6, EQUAL_GROUPS: 1.0}, ["Policy collapse"]),
+        ({"reward": [0.5] * 6 + [0.3] * 6}, []),
+        ({"reward": [0.1] * 6 + [0.5] * 6}, []),
+        ({"reward": [0.5] * 6 + [0.0] + [0.5] * 5}, []),
+        # Batches of two prompts, each solved always or never: the mean of three falls from 1 to 0.17, more than half a
+        # deviation. But neighbours differ by 5 / 11 on average, which makes the error of such a mean 0.23, and 6 of them 1.4.
+        ({"reward": [0.5, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.5, 0.0, 0.0, 0.5]}, []),
+        # The same fall without the jumps is one: neighbours differ by 0.1.
+        ({"reward": [1 - 0.1 * i for i in range(11)] + [0.0]}, ["Policy collapse"]),
+        # Penalties: of what lay above the lowest, -3, 1.4 of 2 is left, more than half; -1 to -0.8 is a gain.
+        ({"reward": [-1.0, -3.0, *[-1.6] * 10], "reward_std": 2.0}, []),
+        ({"reward": [-1.0] + [-0.8] * 11}, []),
+        # What stays above half of the start in a single batch of the later half is not lost: 0.25 is half of 0.5.
+        ({"reward": [0.5] + [0.05] * 10 + [0.25]}, []),
+        # Nor is a lucky first batch: 0.12 less 0.02 is below a quarter of the deviation of 0.5.
+        ({"reward": [0.12] + [0.02] * 11}, []),
+        # One right completion, once, or groups of equal rewards that differ from one another, are a difficulty and no fault.
+        (
+            {"reward": [0.0] * 11 + [0.01], "reward_std": [0.0] * 11 + [0.1], EQUAL_GROUPS: 0.99},
+            ["Zero-variance groups"],
+        ),
+        ({"reward": [0.0, 1.0] * 6, "reward_std": 0.0, EQUAL_GROUPS: 1.0}, ["Zero-variance groups"]),
+        # Within the spread of the rewards, 0.5, the baseline may jump.
+        ({SHIFT: [0.1] * 11 + [0.45]}, []),
+        ({SHIFT: [0.1] * 11 + [0.55]}, ["Exploding baseline"]),
+        # One pass for four optimizer steps: 2.1 / (4 x 4) of the time.
+        ({PASS_TIME: [2.1, None, None, None] * 3}, []),
+        # A run's beginning does not count.
+        ({RHO: [0.0] * 6 + [0.2] * 6}, []),
+        ({RHO: [0.2] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
+        # Undefined values are left out.
+        ({RHO: None, "grad_norm": None}, []),
+        ({RHO: math.nan, "grad_norm": math.inf}, []),
+    ],
+)
+def test_what_looks_like_a_failure_is_told_from_it(changed, expected):
+    assert names(log(changed)) == expected
 
 
 def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_started():
@@ -122,12 +147,6 @@ def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_star
     assert (finding.name, finding.metric) == ("Policy collapse", "reward")
     assert finding.evidence == "0.5 at first, later at most 0.05 (last 6 logged), at learning rates of up to 0.003"
     assert "learning rate is too large" in finding.remedy
-    # What stays above half of the start in a single batch of the later half is no loss: 0.25 is half of 0.5.
-    assert names(log(reward=[0.5] + [0.05] * 10 + [0.25])) == []
-    # Nor is a lucky first batch: 0.12 less 0.02 is below a quarter of the deviation of 0.5.
-    assert names(log(reward=[0.12] + [0.02] * 11)) == []
-    # Penalties: -1 is where it started, so that -0.8 is a gain.
-    assert names(log(reward=[-1.0] + [-0.8] * 11)) == []
 
 
 def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large():
@@ -135,115 +154,91 @@ def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large
     logged = {
         "reward": [0.484, 0.0924, 0.0409, 0.0753, 0.0745, 0.0523, 0.0311, 0.0485, 0.0135, 0.0205, 0.0579, 0.0389],
         "reward_std": [0.498, 0.284, 0.153, 0.197, 0.183, 0.118, 0.0773, 0.132, 0.0497, 0.075, 0.142, 0.105],
-        "frac_reward_zero_std": [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
-        "baseline/shift": [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
-        "variance_ratio/leave_one_out": [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
-        "gradient_snr/rho": 0.0,
-        "lr_multiplier": 0.05,
-        "learning_rate": 0.003,
+        EQUAL_GROUPS: [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
+        SHIFT: [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
+        RATIO: [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
     }
-    (finding,) = diagnose(log(**logged))
+    (finding,) = diagnose(log(logged | {RHO: 0.0, LR_MULTIPLIER: 0.05, "learning_rate": 0.003}))
     assert finding.name == "Policy collapse"
     assert finding.remedy.startswith("the learning rate is too large: divide `learning_rate` by 10")
-
-
-def test_a_few_steps_are_enough_to_see_a_policy_lost():
-    assert names(log(3, reward=[0.5] + [0.05] * 2, frac_reward_zero_std=1.0)) == []
-    # As soon as any consequence can be seen, so that none of them is warned of first.
-    assert names(log(4, reward=[0.5] + [0.05] * 3, frac_reward_zero_std=1.0)) == ["Policy collapse"]
 
 
 @pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])
 def test_an_evaluation_tells_a_lost_policy_where_the_rewards_are_noise(metric):
     def evaluated(*values, **changed):
         rows = [{"step": 0, metric: values[0], "eval_reward_std": 0.5}]
-        return rows + log(**changed) + [{"step": 12, metric: value} for value in values[1:]]
+        return rows + log(changed) + [{"step": 13 + i, metric: value} for i, value in enumerate(values[1:])]
 
-    found = diagnose(evaluated(0.48, 0.06, frac_reward_zero_std=1.0))
-    assert [(finding.name, finding.metric) for finding in found] == [("Policy collapse", metric)]
+    assert found(evaluated(0.48, 0.06, frac_reward_zero_std=1.0)) == [("Policy collapse", metric)]
     assert names(evaluated(0.48, 0.3)) == []
     assert names(evaluated(0.48, 0.06, 0.3)) == []
     assert names(evaluated(0.1, 0.01)) == []  # ten problems more or less, of a hundred
 
 
-def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty():
-    for value in (0.0, 1.0, 0.1):
-        (finding,) = diagnose(log(reward=value, reward_std=1e-9, frac_reward_zero_std=1.0, grad_norm=0.0))
-        assert finding.evidence == f"{value:g} for every completion of 12 logged values"
-        assert "fault of the verifier" in finding.remedy
-    # One right completion, once, or groups of equal rewards that differ from one another, are a difficulty.
-    hard = log(reward=[0.0] * 11 + [0.01], reward_std=[0.0] * 11 + [0.1], frac_reward_zero_std=0.99)
-    assert names(hard) == ["Zero-variance groups"]
-    assert names(log(reward=[0.0, 1.0] * 6, reward_std=0.0, frac_reward_zero_std=1.0)) == ["Zero-variance groups"]
+def test_few_values_are_no_evidence():
+    for num_steps, equal, lost in ((3, [], []), (4, ["Zero-variance groups"], ["Policy collapse"])):
+        assert names(log({EQUAL_GROUPS: 1.0}, num_steps)) == equal
+        # As soon as any consequence can be seen, so that none of them is warned of first.
+        assert names(log({EQUAL_GROUPS: 1.0, "reward": [0.5] + [0.05] * 3}, num_steps)) == lost
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty(value):
+    (finding,) = diagnose(log({"reward": value, "reward_std": 1e-9, EQUAL_GROUPS: 1.0, "grad_norm": 0.0}))
+    assert finding.evidence == f"{value:g} for every completion of 12 logged values"
+    assert "fault of the verifier" in finding.remedy
 
 
 def test_a_reward_function_that_never_varies_is_named_among_others_that_do():
-    (finding,) = diagnose(log(**{"rewards/format/mean": 0.0, "rewards/format/std": 0.0}))
-    assert finding.metric == "rewards/format/mean"
+    constant = {"rewards/format/mean": 0.0, "rewards/format/std": 0.0}
+    assert found(log(constant)) == [("Constant rewards", "rewards/format/mean")]
     # The other rewards still teach something, so that the rest of the log is judged.
-    both = log(**{"rewards/format/mean": 0.0, "rewards/format/std": 0.0, "frac_reward_zero_std": 1.0})
-    assert names(both) == ["Constant rewards", "Zero-variance groups"]
+    assert names(log(constant | {EQUAL_GROUPS: 1.0})) == ["Constant rewards", "Zero-variance groups"]
 
 
 def test_the_prior_needs_two_prompts_and_the_snr_more():
-    without_snr = [{name: value for name, value in row.items() if name != "lr_multiplier"} for row in log()]
-    for rows, num_prompts, found in ((log(), 16, 0), (log(), 15, 1), (without_snr, 2, 0), (without_snr, 1, 1)):
-        assert len(diagnose([row | {"gradient_snr/num_prompts": num_prompts} for row in rows])) == found
+    for num_prompts, with_snr, without_snr in ((16, 0, 0), (15, 1, 0), (2, 1, 0), (1, 1, 1)):
+        rows = log({NUM_PROMPTS: num_prompts})
+        assert (len(diagnose(rows)), len(diagnose(without(LR_MULTIPLIER, rows)))) == (with_snr, without_snr)
     # It is a setting, not a consequence: a collapse does not hide it.
-    lost = log(reward=[0.5] + [0.05] * 11, **{"gradient_snr/num_prompts": 2})
+    lost = log({"reward": [0.5] + [0.05] * 11, NUM_PROMPTS: 2})
     assert names(lost) == ["Policy collapse", "Too few prompts per step"]
 
 
 def test_a_rate_for_grpo_that_the_snr_divides_is_tiny():
-    (finding,) = diagnose(log(learning_rate=5e-8, lr_multiplier=0.05))
+    (finding,) = diagnose(log({"learning_rate": 5e-8, LR_MULTIPLIER: 0.05}))
     assert finding.evidence == "median 5e-08, after a multiplier of 0.05; GRPO's default is 1e-06"
     # The multiplier is held back in the first ten batches of every run.
-    assert names(log(10, learning_rate=5e-8)) == []
+    assert names(log({"learning_rate": 5e-8}, 10)) == []
 
 
-def test_a_baseline_that_jumps_within_the_spread_of_the_rewards_does_not_explode():
-    assert names(log(**{"baseline/shift": [0.1] * 11 + [0.45]})) == []
-    assert names(log(**{"baseline/shift": [0.1] * 11 + [0.55]})) == ["Exploding baseline"]
+# 11 steps of 16 prompts; the error of the mean signal is as 1 / (prompts x sqrt(steps)), so 11 x 2^2 of 8, 11 x 4^2 of 4.
+@pytest.mark.parametrize(("num_prompts", "num_steps"), [(64, 11), (16, 11), (8, 44), (4, 176)])
+def test_the_fewer_prompts_the_more_steps_before_the_rate_is_said_to_collapse(num_prompts, num_steps):
+    floor = {RHO: 0.0, LR_MULTIPLIER: 0.05, NUM_PROMPTS: num_prompts}
+    assert "Learning-rate collapse" in names(log(floor, num_steps))
+    assert "Learning-rate collapse" not in names(log(floor, num_steps - 1))
 
 
-def test_a_pass_that_takes_most_of_the_step_is_found():
-    assert names(log(**{"score/pass_time": 2.1})) == ["Slow scoring pass"]
-    # One pass for four optimizer steps: 2.1 / (4 x 4) of the time.
-    assert names(log(**{"score/pass_time": [2.1, None, None, None] * 3})) == []
+def test_a_learning_run_of_eight_prompts_is_not_told_that_its_rate_collapsed():
+    # As logged by the tiny model on `chain_sum`, 8 prompts x 4 completions, rate 6e-4, seed 4: its reward rose from 0.47 to 0.56.
+    rho = [0.024, 0.032] + [0.0] * 29
+    rho += [0.103, 0.101, 0.108, 0.103, 0.1, 0.121, 0.165, 0.152, 0.144, 0.126, 0.086, 0.083, 0.097]
+    for num_steps in range(11, len(rho) + 1):
+        assert names(log({RHO: rho, NUM_PROMPTS: 8}, num_steps)) == ["Too few prompts per step"]
 
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():
-    rows = [{name: value for name, value in row.items() if name != "lr_multiplier"} for row in log()]
-    assert diagnose([row | {"gradient_snr/rho": 0.0} for row in rows]) == []
+    assert diagnose(without(LR_MULTIPLIER, log({RHO: 0.0}))) == []
 
 
-def test_the_beginning_of_a_run_does_not_count():
-    assert names(log(**{"gradient_snr/rho": [0.0] * 6 + [0.2] * 6})) == []
-    assert names(log(**{"gradient_snr/rho": [0.2] * 6 + [0.0] * 6})) == ["Learning-rate collapse"]
-
-
-@pytest.mark.parametrize("undefined", [None, math.nan, math.inf])
-def test_undefined_values_are_left_out(undefined):
-    assert diagnose(log(**{"gradient_snr/rho": undefined, "grad_norm": undefined})) == []
-
-
-def test_few_values_are_no_evidence():
-    assert names(log(3, frac_reward_zero_std=1.0)) == []
-    assert names(log(4, frac_reward_zero_std=1.0)) == ["Zero-variance groups"]
-    assert diagnose([]) == []
-
-
-def test_the_script_reads_a_runs_log(tmp_path, capsys):
-    rows = log(frac_reward_zero_std=1.0, reward=0.0)
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": rows}))
-
-    (findings,) = script.main([f"mine={tmp_path}"]).values()
-
+def test_the_script_reads_a_runs_log_and_refuses_what_is_none(tmp_path, capsys):
+    rows = log({EQUAL_GROUPS: 1.0, "reward": 0.0})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": rows}))
+    (findings,) = script.main([f"mine={tmp_path / 'run'}"]).values()
     assert [finding.name for finding in findings] == ["Zero-variance groups"]
     assert "frac_reward_zero_std: mean 1, at a mean reward of 0" in capsys.readouterr().out
-
-
-def test_the_script_refuses_what_is_no_run(tmp_path):
     with pytest.raises(SystemExit, match=r"diagnose: .* holds neither trainer_state\.json"):
         script.main([str(tmp_path)])
 
@@ -255,6 +250,7 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "oblr_trl.runs.diagnosis"]
 
 
+# 32 completions are 4 prompts, of which GRPO says nothing.
 @pytest.mark.parametrize(
     ("trainer", "config", "others"),
     [(OBLRPOTrainer, OBLRPOConfig, ["Step 4: Too few prompts per step"]), (GRPOTrainer, GRPOConfig, [])],
@@ -268,30 +264,25 @@ def test_a_failure_is_warned_of_once_while_training_and_told_at_the_end(
     train(trainer, config, tmp_path, reward=always_zero, max_steps=6, callbacks=[DiagnosisCallback()])
     # Four values are the first that prove something.
     warning, *rest = warnings(caplog)
-    assert [
-        other.split("\n")[0] for other in rest
-    ] == others  # 32 completions are 4 prompts, of which GRPO says nothing
+    assert [other.split("\n")[0] for other in rest] == others
     assert warning.startswith("Step 4: Constant rewards\n  reward: 0 for every completion of 4 logged values\n")
     summary = capsys.readouterr().out.split(f"Diagnosis of {tmp_path}\n\n")[1]
     assert summary.startswith("Constant rewards\n  reward: 0 for every completion of 6 logged values\n  remedy: ")
 
 
-def test_one_process_of_several_warns(caplog):
-    for is_zero in (False, True):
-        state = TrainerState(
-            global_step=12, max_steps=12, log_history=log(reward=0.0, reward_std=0.0), is_world_process_zero=is_zero
-        )
-        DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
-        assert bool(warnings(caplog)) == is_zero
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_one_process_of_several_warns(caplog, is_zero):
+    rows = log(reward=0.0, reward_std=0.0)
+    state = TrainerState(global_step=12, max_steps=12, log_history=rows, is_world_process_zero=is_zero)
+    DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
+    assert bool(warnings(caplog)) == is_zero
 
 
-def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog):
-    options = {"learning_rate": 1e-7, "lr_scheduler_type": "constant_with_warmup", "max_steps": 12}
-    train(GRPOTrainer, GRPOConfig, tmp_path, warmup_steps=12, callbacks=[DiagnosisCallback()], **options)
-    assert not [warning for warning in warnings(caplog) if "Tiny learning rate" in warning]
-    caplog.clear()
-    train(GRPOTrainer, GRPOConfig, tmp_path, callbacks=[DiagnosisCallback()], **options)
-    assert [warning[:27] for warning in warnings(caplog)] == ["Step 11: Tiny learning rate"]
+@pytest.mark.parametrize(("warmup_steps", "found"), [(12, []), (0, ["Step 11: Tiny learning rate"])])
+def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog, warmup_steps, found):
+    options = {"learning_rate": 1e-7, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup_steps}
+    train(GRPOTrainer, GRPOConfig, tmp_path, max_steps=12, callbacks=[DiagnosisCallback()], **options)
+    assert [warning.split("\n")[0] for warning in warnings(caplog)] == found
 
 
 def test_the_training_script_warns_and_tells(tmp_path, caplog, capsys):

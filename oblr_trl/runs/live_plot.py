@@ -1,25 +1,24 @@
-"""What the trainer's table of numbers in a notebook is not: curves of chosen metrics, redrawn while the run goes on."""
+"""Curves of chosen metrics in a notebook, redrawn while the run goes on, in addition to the trainer's table of numbers."""
 
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from oblr_trl import metrics
-from oblr_trl.runs import logs as run_logs
-from oblr_trl.runs.figure import COLOURS, GREY, STYLE
-from oblr_trl.runs.summary import smooth
+from oblr_trl.runs.figure import STYLE, draw_panel
+from oblr_trl.runs.logs import RunLog
 
 PANEL_INCHES = (3.3, 2.5)
-DPI = 90
 # Values that one point of the bold line averages; the faint line has them as logged.
 SMOOTHING = 5
 
 
 class LivePlot(TrainerCallback):
     """
-    Draws metrics in the notebook while the trainer runs, one panel each, and leaves the last picture in the output.
+    Draws metrics in the notebook while the trainer runs, one panel each, and leaves the last figure in the output.
 
     Pass it as `callbacks=[LivePlot()]`. A metric that has not been logged has an empty panel. Needs matplotlib and IPython;
     only the main process draws.
@@ -28,7 +27,7 @@ class LivePlot(TrainerCallback):
         metrics (`Sequence[str]`, *optional*):
             Names as logged. Defaults to reward, rho and the variance relative to RLOO's.
         every (`int`, *optional*, defaults to `5`):
-            Logging events between two pictures.
+            Logging events between two figures.
 
     Raises:
         `ValueError`: If there is no metric, or `every` is below 1.
@@ -57,7 +56,7 @@ class LivePlot(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and state.log_history:
             self._show(state.log_history)
-        self._display = None  # another training gets a picture of its own
+        self._display = None  # another training gets a figure of its own
 
     def _show(self, rows: Sequence[dict[str, Any]]) -> None:
         from IPython.display import Image, display
@@ -70,32 +69,15 @@ class LivePlot(TrainerCallback):
 
 
 def draw_metrics(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> bytes:
-    """
-    One panel per metric over the optimizer steps, as PNG.
-
-    Args:
-        rows (`Sequence[dict[str, Any]]`):
-            `trainer.state.log_history`.
-        metrics (`Sequence[str]`):
-            Names as logged.
-    """
+    """One panel per metric over the optimizer steps, as PNG; `rows` is `trainer.state.log_history`."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(PANEL_INCHES[0] * len(metrics), PANEL_INCHES[1]), dpi=DPI)
-        FigureCanvasAgg(figure)
-        figure.set_layout_engine("constrained")
-        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-            points = {row["step"]: row[metric] for row in rows if run_logs.is_finite_number(row.get(metric))}
-            axes.set_title(metric, fontsize=10)
-            axes.set_xlabel("optimizer step")
-            if not points:
-                axes.text(0.5, 0.5, "not logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
-                continue
-            axes.plot(list(points), list(points.values()), color=COLOURS[0], alpha=0.3, linewidth=1)
-            axes.plot(list(points), smooth(list(points.values()), SMOOTHING), color=COLOURS[0], linewidth=2)
+    runs = {"": [RunLog(path=Path(), num_steps=len(rows), rows=list(rows))]}
+    with rc_context(STYLE | {"axes.titlesize": 10}):
+        figure = Figure(figsize=(PANEL_INCHES[0] * len(metrics), PANEL_INCHES[1]), dpi=90, layout="constrained")
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+            draw_panel(axes, runs, {metric: ""}, title=metric, window=SMOOTHING)
         stream = BytesIO()
         figure.savefig(stream, format="png")
     return stream.getvalue()

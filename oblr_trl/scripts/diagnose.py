@@ -1,4 +1,4 @@
-"""What `compare` does not say: which known failure a training run shows, by the log that its trainer wrote.
+"""Looks for known failures in training runs, by the logs that their trainers wrote.
 
 ```bash
 python -m oblr_trl.scripts.diagnose runs/oblrpo
@@ -19,27 +19,22 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m oblr_trl.scripts.diagnose",
         description="Look for the failure signatures of docs/troubleshooting.md in the trainer_state.json of runs.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="an output_dir of a trainer, or a folder of such folders named seed-*; LABEL=RUN names it",
-    )
+    run = "an output_dir of a trainer, or a folder of such folders named seed-*; LABEL=RUN names it"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Finding]]:
-    """Reads the runs, prints what was found, and returns it by the path of each run's log."""
-    arguments = make_parser().parse_args(argv)
+    """Read the runs, print what was found, and return it by the path of each run's log."""
     try:
-        methods = read_methods(arguments.runs)
+        methods = read_methods(make_parser().parse_args(argv).runs)
     except RunLogError as error:
         raise SystemExit(f"diagnose: {error}") from error
-    findings = {str(run.path): diagnose(run.rows) for runs in methods.values() for run in runs}
+    findings = {}
     for label, runs in methods.items():
         for run in runs:
-            text = format_findings(findings[str(run.path)])
-            sys.stdout.write(f"{label} ({run.path}, {run.num_steps} steps)\n\n{text}\n")
+            found = findings[str(run.path)] = diagnose(run.rows)
+            sys.stdout.write(f"{label} ({run.path}, {run.num_steps} steps)\n\n{format_findings(found)}\n")
     return findings
 
 
