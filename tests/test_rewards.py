@@ -1,13 +1,11 @@
 """Rewards by name: TRL's calling convention, both kinds of completions, and every name that cannot be resolved."""
 
 import pytest
-from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
 
-from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.prompt_sets import DataArguments
 from oblr_trl.data.rewards import RewardArguments, load_rewards, task_reward
 from oblr_trl.data.tasks import encode_entry, make_task
-from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ENTRY = make_task("chain_sum", SUMS, size=1, seed=3)[0]
@@ -139,25 +137,3 @@ def test_a_reward_without_its_column_is_refused(name, column, remedy):
         ValueError, match=rf"'{name}', which reads the column '{column}', but .* only prompt: {remedy}"
     ):
         load(name, task=task, columns=("prompt",))
-
-
-@pytest.mark.slow
-def test_the_accuracy_of_the_task_appears_in_the_logs_of_training_and_evaluation(tmp_path):
-    data = DataArguments(task="chain_sum", task_params=SUMS, train_size=16, test_size=16)
-    # The tiny tokenizer has no words: the expression alone is the prompt.
-    prompts = load_prompts(data).map(lambda row: {"prompt": row["prompt"].partition(": ")[2]})
-    columns = prompts["train"].column_names
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    sizes = {"per_device_train_batch_size": 8, "max_completion_length": 4, "num_generations_eval": 1}
-    trainer = GRPOTrainer(
-        model=tiny_model(num_layers=1),
-        reward_funcs=load_rewards(RewardArguments(), data, columns=columns, max_completion_length=4),
-        args=GRPOConfig(output_dir=str(tmp_path), max_steps=1, logging_steps=1, **sizes, **options),
-        train_dataset=prompts["train"],
-        eval_dataset=prompts["test"],
-        processing_class=tiny_tokenizer(),
-    )
-    trainer.train()
-
-    assert 0.0 <= trainer.evaluate()["eval_accuracy"] <= 1.0
-    assert any(0.0 <= row.get("accuracy", -1.0) <= 1.0 for row in trainer.state.log_history)

@@ -24,7 +24,7 @@ Reward = Callable[..., list[float | None]]
 
 TASK_REWARD = "task"
 # Rewards of TRL that take no settings.
-TRL_REWARDS: dict[str, Reward] = {
+TRL_REWARDS: dict[str, Any] = {
     reward.__name__: reward for reward in (accuracy_reward, reasoning_accuracy_reward, think_format_reward)
 }
 OVERLONG_REWARD = "get_soft_overlong_punishment"

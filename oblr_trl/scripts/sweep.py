@@ -55,7 +55,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 def plan(sweep: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
     """The recipe of every run by its directory; the seeds of a combination are in a row."""
     recipe = read_recipe_file(sweep["recipe"], flag="recipe")
-    runs = {}
+    runs: dict[Path, dict[str, Any]] = {}
     for grid in sweep["grid"]:
         axes = [v.items() if isinstance(v, dict) else [(value, {}) for value in v] for v in grid.values()]
         for point in itertools.product(*axes):
