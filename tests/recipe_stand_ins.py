@@ -1,4 +1,4 @@
-"""Stand-ins for what the GPU recipes name on the hub: data sets of the same columns and splits, and a tiny Qwen3."""
+"""Stand-ins for what the GPU recipes name on the hub: datasets of the same columns and splits, and a tiny Qwen3."""
 
 import json
 
@@ -36,16 +36,15 @@ def write_model(path):
     return str(path)
 
 
-def write_data_sets(path):
-    """Local directories laid out like the hub's data sets; returns them by the hub's names."""
+def write_datasets(path):
+    """Local directories laid out like the hub's datasets; returns them by the hub's names."""
     directories = {}
+    splits = {"train": range(16), "test": range(16, 20)}
     for name, (config, row) in SCHEMAS.items():
         directory = path / name.split("/")[1]
         directory.mkdir(parents=True)
-        splits = {"train": range(16), "test": range(16, 20)}
         for split, numbers in splits.items():
-            lines = [json.dumps(row(number)) for number in numbers]
-            (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+            (directory / f"{split}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
         files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
         card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
         (directory / "README.md").write_text(f"---\n{card}---\n")
@@ -53,30 +52,25 @@ def write_data_sets(path):
     return directories
 
 
-def shrink(recipe_path, model, data_sets, output_dir):
-    """What is overridden here: model, data, precision, sizes, length and the logging service. Nothing of the algorithm."""
+def shrink(recipe_path, model, datasets, output_dir):
+    """Overrides of model, data, precision, sizes, length and the logging service; nothing of the algorithm."""
     recipe = read(recipe_path)
-    sizes = {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "per_device_eval_batch_size": 4,
-        "max_completion_length": 8,
-        "max_steps": 2,
-    }
-    if "test_size" in recipe:
-        sizes["test_size"] = 4
-    if "vllm_max_model_length" in recipe:
-        sizes["vllm_max_model_length"] = 192
-    overrides = {
+    smaller = {"test_size": 4, "vllm_max_model_length": 192}
+    return {
         "model_name_or_path": model,
-        "dataset_name": data_sets[recipe["dataset_name"]],
+        "dataset_name": datasets[recipe["dataset_name"]],
         "output_dir": output_dir,
         "bf16": False,
         "dtype": "float32",
         "report_to": "none",
         "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "max_completion_length": 8,
+        "max_steps": 2,
+        **{key: value for key, value in smaller.items() if key in recipe},
     }
-    return overrides | sizes
 
 
 def read(recipe_path):

@@ -1,16 +1,14 @@
 """Rewards by name: TRL's calling convention, both kinds of completions, and every name that cannot be resolved."""
 
 import pytest
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
 
-from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.prompt_sets import DataArguments
 from oblr_trl.data.rewards import RewardArguments, load_rewards, task_reward
 from oblr_trl.data.tasks import encode_entry, make_task
-from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+ENTRY = make_task("chain_sum", SUMS, size=1, seed=3)[0]
 
 
 def load(*names, task=None, columns=("prompt", "solution"), **arguments):
@@ -33,16 +31,14 @@ def call(reward, completions, **columns):
 
 @pytest.mark.parametrize("wrap", [str, message])
 def test_the_task_reward_scores_and_logs_the_fraction_of_full_scores(wrap):
-    entry = make_task("chain_sum", SUMS, size=1, seed=3)[0]
-    answer = entry["answer"]
-    # The task pays a substring by its share of the length: an answer and as many zeros again earn one half.
-    padded = answer + "x" * len(answer)
-    metrics = {}
+    answer, metrics = ENTRY["answer"], {}
+    # The task pays a substring by its share of the length: an answer and as many characters again earn one half.
+    completions = [answer, f" {answer} ", answer + "x" * len(answer), "nonsense"]
 
     scores = call(
         task_reward("chain_sum", SUMS),
-        [wrap(answer), wrap(f" {answer} "), wrap(padded), wrap("nonsense")],
-        entry=[encode_entry(entry)] * 4,
+        [wrap(completion) for completion in completions],
+        entry=[encode_entry(ENTRY)] * 4,
         log_metric=metrics.__setitem__,
     )
 
@@ -50,18 +46,11 @@ def test_the_task_reward_scores_and_logs_the_fraction_of_full_scores(wrap):
     assert metrics == {"accuracy": 0.5}
 
 
-def test_the_task_reward_needs_no_trainer_and_is_named_after_the_task():
-    entry = make_task("chain_sum", SUMS, size=1, seed=3)[0]
-    reward = task_reward("chain_sum", SUMS)
-
-    assert reward(completions=[entry["answer"]], entry=[encode_entry(entry)]) == [1.0]
-    assert reward.__name__ == "chain_sum"
-
-
 def test_a_task_rewards_by_its_own_scorer_unless_told_otherwise():
     (reward,) = load(task="chain_sum", columns=("prompt", "solution", "entry"))
 
     assert reward.__name__ == "chain_sum"
+    assert reward(completions=[ENTRY["answer"]], entry=[encode_entry(ENTRY)]) == [1.0]  # without a trainer
 
 
 @pytest.mark.parametrize("wrap", [str, message])
@@ -101,10 +90,10 @@ def test_a_reward_can_be_given_by_its_import_path_and_read_any_column():
 
 
 def test_a_reward_can_lie_in_the_directory_that_training_is_launched_from(tmp_path, monkeypatch):
-    (tmp_path / "rewards_beside_the_launch.py").write_text("def zero(completions, **kwargs):\n    return [0.0]\n")
+    (tmp_path / "rewards_of_the_launch.py").write_text("def zero(completions, **kwargs):\n    return [0.0]\n")
     monkeypatch.chdir(tmp_path)
 
-    (zero,) = load("rewards_beside_the_launch.zero")
+    (zero,) = load("rewards_of_the_launch.zero")
 
     assert call(zero, ["a"]) == [0.0]
 
@@ -116,77 +105,35 @@ def test_a_single_name_may_be_written_without_a_list():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["acuracy_reward"],
-            r"`reward_funcs` names 'acuracy_reward', which is unknown; the nearest name is 'accuracy_r",
-        ),
+        (["acuracy_reward"], r"names 'acuracy_reward', which is unknown; the nearest name is 'accuracy_reward'"),
         (["taks"], r"`reward_funcs` names 'taks', which is unknown; the nearest name is 'task'"),
         (["zzzz"], r"'zzzz', which is unknown. Use one of task, accuracy_reward, .*, or a dotted import path"),
         (["task"], r"names 'task', but no reasoning-gym `task` is set"),
-        ([], r"`reward_funcs` is empty: a data set needs at least one reward"),
-        (
-            ["no_such_package.rewards.mine"],
-            r"'no_such_package.rewards' cannot be imported \(No module named.*install it",
-        ),
+        ([], r"`reward_funcs` is empty: a dataset needs at least one reward"),
+        (["no_such.rewards.mine"], r"'no_such.rewards' cannot be imported \(No module named.*install it"),
         (["tests.custom_rewards.lenght_reward"], r"no callable 'lenght_reward'; the nearest name is 'length_reward'"),
         (["tests.custom_rewards.not_a_function"], r"has no callable 'not_a_function'"),
-        (
-            ["tests.custom_rewards.difficulty_reward"],
-            r"reads the column 'difficulty', but .* only prompt, solution: add",
-        ),
-        (
-            ["get_soft_overlong_punishment"],
-            r"`soft_punish_cache` is 256, but must be .*below `max_completion_length` \(20",
-        ),
+        (["get_soft_overlong_punishment"], r"`soft_punish_cache` is 256, but .*below `max_completion_length` \(20"),
     ],
 )
-def test_rewards_that_cannot_be_had_are_refused_with_field_reason_and_remedy(names, message):
+def test_unavailable_rewards_are_refused_with_field_reason_and_remedy(names, message):
     with pytest.raises(ValueError, match=message):
         load(*names)
 
 
-@pytest.mark.parametrize("name", ["accuracy_reward", "reasoning_accuracy_reward"])
-def test_a_reward_without_its_answer_column_names_the_argument_that_gives_it(name):
+@pytest.mark.parametrize(
+    ("name", "column", "remedy"),
+    [
+        ("accuracy_reward", "solution", "set `answer_column`"),
+        ("reasoning_accuracy_reward", "solution", "set `answer_column`"),
+        ("tests.custom_rewards.difficulty_reward", "difficulty", "add the column 'difficulty'"),
+        ("task", "entry", "add the column 'entry'"),
+    ],
+)
+def test_a_reward_without_its_column_is_refused(name, column, remedy):
+    task = "chain_sum" if name == "task" else None
+
     with pytest.raises(
-        ValueError, match=rf"'{name}', which reads the column 'solution'.*only prompt: set `answer_column`"
+        ValueError, match=rf"'{name}', which reads the column '{column}', but .* only prompt: {remedy}"
     ):
-        load(name, columns=("prompt",))
-
-
-def test_the_task_reward_is_refused_for_a_data_set_without_entries():
-    with pytest.raises(ValueError, match=r"names 'task', which reads the column 'entry', but .* has only prompt"):
-        load("task", task="chain_sum", columns=("prompt",))
-
-
-@pytest.mark.slow
-def test_the_accuracy_of_the_task_appears_in_the_logs_of_training_and_evaluation(tmp_path):
-    prompts = load_prompts(DataArguments(task="chain_sum", task_params=SUMS, train_size=16, test_size=16))
-    # The tiny tokenizer has no words: the expression alone is the prompt.
-    prompts = prompts.map(lambda row: {"prompt": row["prompt"].partition(": ")[2]})
-    data = DataArguments(task="chain_sum", task_params=SUMS)
-    reward_funcs = load_rewards(
-        RewardArguments(), data, columns=prompts["train"].column_names, max_completion_length=4
-    )
-    entries: Dataset = prompts["test"]
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
-    trainer = GRPOTrainer(
-        model=tiny_model(num_layers=1),
-        reward_funcs=reward_funcs,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=8,
-            max_completion_length=4,
-            num_generations_eval=1,
-            save_strategy="no",
-            **options,
-        ),
-        train_dataset=prompts["train"],
-        eval_dataset=entries,
-        processing_class=tiny_tokenizer(),
-    )
-    trainer.train()
-    evaluation = trainer.evaluate()
-
-    assert 0.0 <= evaluation["eval_accuracy"] <= 1.0
-    assert any(0.0 <= row.get("accuracy", -1.0) <= 1.0 for row in trainer.state.log_history)
+        load(name, task=task, columns=("prompt",))

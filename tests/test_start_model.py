@@ -9,52 +9,56 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_qwen3 import start_model
-from examples.tiny_qwen3.start_model import (
-    StartModelArguments,
-    build_model,
-    build_tokenizer,
-    main,
-    make_start_model,
-    supervised_set,
-)
+from examples.tiny_qwen3.model import build_model, build_tokenizer
+from examples.tiny_qwen3.start_model import StartModelArguments, main, make_start_model, supervised_set
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from tests import recipe_stand_ins
 
-ANY_ACCURACY = {"min_accuracy": 0.0, "max_accuracy": 1.0}
-QUICK = {"max_steps": 3, "batch_size": 8, "test_size": 16}
+QUICK = {"max_steps": 3, "batch_size": 8, "test_size": 16, "min_accuracy": 0.0, "max_accuracy": 1.0}
 
 
-@pytest.fixture(scope="module")
-def questions():
-    arguments = DataArguments(task=start_model.TASK, task_params=start_model.TASK_PARAMS, train_size=256)
-    return load_prompts(arguments)["train"]["prompt"][:]
+def make(path, **settings):
+    return make_start_model(StartModelArguments(output_dir=str(path), **(QUICK | settings)))
+
+
+def make_by_command(path, *arguments):
+    return main([*recipe_stand_ins.flags({"output_dir": path} | QUICK), *arguments])
+
+
+def load_sums(**sizes):
+    return load_prompts(DataArguments(task=start_model.TASK, task_params=start_model.TASK_PARAMS, **sizes))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "model"
-    return path, make_start_model(StartModelArguments(output_dir=str(path), **QUICK, **ANY_ACCURACY))
+    return path, make(path)
 
 
-def test_the_tokenizer_gives_back_every_printable_text(questions):
-    tokenizer = build_tokenizer(questions)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(load_sums(train_size=256)["train"]["prompt"][:])
+
+
+def test_the_tokenizer_gives_back_every_printable_text(tokenizer):
     printable = "".join(map(chr, range(32, 127))) + "\n"
+    question = load_sums(train_size=1)["train"]["prompt"][0]
 
-    for text in (questions[0], printable, " 12 + 345 - 6 =", "unseen  words, here!"):
+    for text in (question, printable, " 12 + 345 - 6 =", "unseen  words, here!"):
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
 
 
-def test_the_tokenizer_keeps_digits_apart_and_the_words_of_the_question_whole(questions):
-    tokenizer = build_tokenizer(questions)
+def test_the_tokenizer_keeps_digits_apart_on_request_letters_too_and_words_of_the_question_whole(tokenizer):
+    of_letters = build_tokenizer(["Spell this word backward: neon"] * 8, letters_apart=True)
 
     assert tokenizer.tokenize(" 12 - 345 =") == [" ", "1", "2", " -", " ", "3", "4", "5", " ="]
     assert len(tokenizer.tokenize("State the final answer to the following arithmetic problem:")) == 9
+    assert of_letters.tokenize("neon") == list("neon")
 
 
-def test_the_tokenizer_pads_on_the_left_and_marks_what_it_does_not_know(questions):
-    tokenizer = build_tokenizer(questions)
-
+def test_the_tokenizer_pads_on_the_left_and_marks_what_it_does_not_know(tokenizer):
     batch = tokenizer(["1", "123"], padding=True)
 
     assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
@@ -63,13 +67,12 @@ def test_the_tokenizer_pads_on_the_left_and_marks_what_it_does_not_know(question
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
 
 
-def test_the_model_is_a_qwen3_of_at_most_a_million_parameters(questions):
-    tokenizer = build_tokenizer(questions)
+def test_the_model_is_a_qwen3_of_at_most_a_million_parameters(tokenizer):
     model = build_model(tokenizer)
 
     assert model.config.model_type == "qwen3"
     assert model.num_parameters() <= 1_000_000
-    assert model.config.head_dim >= 32  # what vLLM's attention needs
+    assert model.config.head_dim >= 32  # the minimum of vLLM's attention
     assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id  # or completions would never end
 
@@ -95,28 +98,22 @@ def test_wrong_words_and_lists_differ_from_the_right_ones_in_one_character_of_th
         assert (right[index].isdecimal(), right[index].isalpha()) == (wrong[index].isdecimal(), wrong[index].isalpha())
 
 
-def test_letters_can_be_kept_apart():
-    tokenizer = build_tokenizer(["Spell this word backward: neon"] * 8, letters_apart=True)
-
-    assert tokenizer.tokenize("neon") == list("neon")
-
-
 @pytest.mark.slow
 def test_another_task_and_size_are_taught_from_the_command_line(tmp_path):
     task = ["--task", "spell_backward", "--task_params", '{"min_word_len": 3, "max_word_len": 4}', "--letters_apart"]
-    size = ["--hidden_size", "64", "--num_hidden_layers", "1"]
-    options = [token for key, value in (QUICK | ANY_ACCURACY).items() for token in (f"--{key}", str(value))]
 
-    record = main(["--output_dir", str(tmp_path / "m"), *task, *size, *options])
+    record = make_by_command(tmp_path / "m", *task, "--hidden_size", "64", "--num_hidden_layers", "1")
 
     assert record["settings"]["task_params"] == {"min_word_len": 3, "max_word_len": 4}
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "m").config
     assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (64, 1, 1)
 
 
-def test_a_width_without_whole_heads_is_refused():
+def test_wrong_options_are_refused_by_name():
     with pytest.raises(ValueError, match=r"`hidden_size` is 96.*multiple of 64"):
         StartModelArguments(hidden_size=96)
+    with pytest.raises(ValueError, match=r"--max_step"):
+        main(["--max_step", "3"])  # not taken for an abbreviation
 
 
 @pytest.mark.slow
@@ -129,14 +126,10 @@ def test_the_supervised_problems_do_not_hold_the_held_out_ones(monkeypatch, tmp_
 
     monkeypatch.setattr(start_model, "supervised_set", record)
     # Of the 4000 problems there are: about 1024 * 512 / 4000 = 131 would be held-out ones if nobody took care.
-    options = {"max_steps": 1, "batch_size": 1024, "test_size": 512}
-    arguments = StartModelArguments(output_dir=str(tmp_path / "m"), **options, **ANY_ACCURACY)
-    make_start_model(arguments)
+    make(tmp_path / "m", max_steps=1, batch_size=1024, test_size=512)
 
-    recipe = DataArguments(task=start_model.TASK, task_params=start_model.TASK_PARAMS, train_size=2048, test_size=512)
-    held_out = set(load_prompts(recipe)["test"]["prompt"])
     assert len(seen) == 1024
-    assert not held_out & set(seen)
+    assert not set(load_sums(train_size=2048, test_size=512)["test"]["prompt"]) & set(seen)
 
 
 @pytest.mark.slow
@@ -156,54 +149,38 @@ def test_the_model_loads_with_its_tokenizer_and_the_record_says_how_it_was_made(
 
 @pytest.mark.slow
 def test_the_same_settings_give_the_same_weights_and_another_seed_gives_others(made, tmp_path):
-    def weights(seed):
-        target = tmp_path / str(seed)
-        make_start_model(StartModelArguments(output_dir=str(target), seed=seed, **QUICK, **ANY_ACCURACY))
-        return (target / "model.safetensors").read_bytes()
-
     torch.manual_seed(11)  # the state that earlier code left behind must not matter
-    reference = (made[0] / "model.safetensors").read_bytes()
+    for seed in (0, 1):
+        make(tmp_path / str(seed), seed=seed)
 
-    assert weights(0) == reference
-    assert weights(1) != reference
+    first, *others = ((path / "model.safetensors").read_bytes() for path in (made[0], tmp_path / "0", tmp_path / "1"))
+    assert [other == first for other in others] == [True, False]
 
 
 @pytest.mark.slow
 def test_a_complete_model_of_the_same_settings_is_kept_and_of_others_is_made_again(made, tmp_path, capsys):
     path, record = made
     stamp = (path / "model.safetensors").stat().st_mtime_ns
-    options = [token for key, value in (QUICK | ANY_ACCURACY).items() for token in (f"--{key}", str(value))]
 
-    assert main(["--output_dir", str(path), *options]) == record
+    assert make_by_command(path) == record
     assert (path / "model.safetensors").stat().st_mtime_ns == stamp
-    said = capsys.readouterr().out
-    assert f"{record['accuracy']:.3f} of 16 held-out problems right" in said
+    assert f"{record['accuracy']:.3f} of 16 held-out problems right" in capsys.readouterr().out
 
-    other = main(["--output_dir", str(tmp_path / "m"), *options])
-    again = main(["--output_dir", str(tmp_path / "m"), *options, "--max_steps", "2"])
+    other, again = make(tmp_path / "m"), make_by_command(tmp_path / "m", "--max_steps", "2")
     assert (other["settings"]["max_steps"], again["settings"]["max_steps"]) == (3, 2)
     assert json.loads((tmp_path / "m" / start_model.RECORD).read_text()) == again
 
 
 @pytest.mark.slow
 def test_an_accuracy_out_of_bounds_is_an_error_and_leaves_nothing_behind(tmp_path):
-    bounds = {"min_accuracy": 0.9, "max_accuracy": 1.0}
-
-    with pytest.raises(
-        ValueError, match=r"answers 0\.\d+ of the held-out problems, outside of \[0.9, 1.0\]: change `max"
-    ):
-        make_start_model(StartModelArguments(output_dir=str(tmp_path / "m"), **QUICK, **bounds))
+    message = r"answers 0\.\d+ of the held-out problems, outside of \[0.9, 1.0\]: change `max"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "m", min_accuracy=0.9)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_misspelt_option_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"--max_step"):
-        main(["--max_step", "3"])  # not taken for an abbreviation
-
-
 def test_the_default_cache_is_one_that_git_ignores():
-    root = Path(__file__).parent.parent
     folder = StartModelArguments().output_dir.split("/")[0] + "/"
 
-    assert folder in (root / ".gitignore").read_text().splitlines()
+    assert folder in (Path(__file__).parent.parent / ".gitignore").read_text().splitlines()

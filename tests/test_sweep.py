@@ -19,7 +19,7 @@ def write_sweep(folder, **changes):
     content = {
         "recipe": RECIPE,
         "output_dir": str(folder / "runs"),
-        "grid": {"baseline": ["gradient_weighted", "leave_one_out"], "baseline_prior_strength": [None, 4]},
+        "grid": {"baseline": ["gradient_weighted", "leave_one_out"]},
         "seeds": [0, 1],
     }
     path = folder / "sweep.yaml"
@@ -27,37 +27,22 @@ def write_sweep(folder, **changes):
     return path
 
 
-def test_a_combination_is_planned_once_and_without_the_axes_that_change_nothing(tmp_path):
-    grid = {
-        "baseline": ["gradient_weighted", "leave_one_out"],
-        "lr_adaptation": ["snr", "none"],
-        "score_scope": {"all": {}, "last_k": {"score_last_k": 2}},
-        "baseline_prior_strength": [None, 4],
-    }
-    runs = plan(read_sweep(write_sweep(tmp_path, grid=grid, seeds=[7])))
+def test_every_grid_spans_its_own_combinations_of_values_and_their_options(tmp_path):
+    scopes = {"all": {}, "last_k": {"score_last_k": 2}}
+    prior = {"baseline": ["gradient_weighted"], "score_scope": scopes, "baseline_prior_strength": [None, 4]}
+    grid = [prior, {"baseline": ["leave_one_out"], "score_scope": scopes}]
 
-    # gradient_weighted: 2 x 2 x 2; leave_one_out has no prior: 2 with snr, and without scores 1.
-    assert [run.combination for run in runs if run.values["baseline"] == "leave_one_out"] == [
-        "leave_one_out-snr-all",
-        "leave_one_out-snr-last_k",
-        "leave_one_out-none",
-    ]
-    assert len(runs) == 8 + 3
-    assert all(run.recipe["seed"] == 7 for run in runs)
-    last_k = [run for run in runs if run.values.get("score_scope") == "last_k"]
-    assert all(run.recipe["score_last_k"] == 2 for run in last_k)
-    assert not any("score_last_k" in run.recipe for run in runs if run not in last_k)
-    assert not any("baseline_prior_strength" in run.recipe for run in runs if run.combination.endswith("auto"))
+    runs = plan(read_sweep(write_sweep(tmp_path, grid=grid, seeds=[7, 8], overrides={"max_steps": 5})))
 
-
-def test_an_option_that_belongs_to_a_value_is_set_with_it(tmp_path):
-    grid = {"lr_adaptation": {"snr": {"learning_rate": 6e-4}, "none": {"learning_rate": 1e-4}}}
-
-    runs = plan(read_sweep(write_sweep(tmp_path, grid=grid, overrides={"max_steps": 5})))
-
-    assert [run.recipe["learning_rate"] for run in runs] == [6e-4, 6e-4, 1e-4, 1e-4]
-    assert all(run.recipe["max_steps"] == 5 for run in runs)
-    assert [run.directory.name for run in runs] == ["seed-0", "seed-1"] * 2
+    prior_combinations = [f"gradient_weighted-{scope}-{prior}" for scope in scopes for prior in ("auto", 4)]
+    combinations = [*prior_combinations, "leave_one_out-all", "leave_one_out-last_k"]
+    assert list(runs) == [tmp_path / "runs" / name / f"seed-{seed}" for name in combinations for seed in (7, 8)]
+    for directory, recipe in runs.items():
+        assert (f"seed-{recipe['seed']}", recipe["max_steps"]) == (directory.name, 5)
+        assert recipe["output_dir"] == str(directory)
+        assert recipe.get("score_last_k") == (2 if recipe["score_scope"] == "last_k" else None)
+        assert recipe.get("baseline_prior_strength") == (4 if directory.parent.name.endswith("4") else None)
+        assert recipe["num_generations"] == 8  # from the recipe that every run starts from
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -76,13 +61,15 @@ def test_every_run_of_the_ablations_is_one_that_the_training_script_takes(path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": [0]}, r"unknown key `seed`; the nearest name is 'seeds'"),
+        ({"seed": [0]}, r"Unknown key `seed`; the nearest name is 'seeds'"),
         ({"seeds": []}, r"`seeds` is missing or empty; set it"),
-        ({"seeds": [1, 1]}, r"`seeds` names a seed twice"),
         ({"recipe": "nowhere.yaml"}, r"`recipe` names 'nowhere.yaml', but there is no such file"),
         ({"grid": {"baseline": "leave_one_out"}}, r"the axis `baseline` is 'leave_one_out'; give a list of values"),
+        ({"grid": [["baseline"]]}, r"`grid` holds \['baseline'\]; give a mapping from options to their values"),
         ({"grid": {"basline": ["leave_one_out"]}}, r"seed-0: Unknown key `basline`; the nearest name is 'baseline'"),
         ({"grid": {"baseline_prior_strength": [-1]}}, r"-1/seed-0: OBLR-PO cannot honour baseline_prior_strength=-1"),
+        ({"grid": {"baseline": ["leave_one_out"], "baseline_prior_strength": [4]}}, r"only 'gradient_weighted' has a"),
+        ({"grid": [{"seed": {1: {}}}, {"seed": {1: {"beta": 1}}}]}, r"1/seed-0: two grids have this combination"),
         ({"overrides": {"loss_type": "sapo"}}, r"cannot honour loss_type='sapo'"),
     ],
 )
@@ -94,7 +81,7 @@ def test_a_wrong_sweep_is_refused_before_the_first_run(changes, message, tmp_pat
 
 
 def test_a_sweep_file_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"there is no such file; name one"):
+    with pytest.raises(SystemExit, match=r"sweep: `--config` names .*sweep.yaml', but there is no such file"):
         main(["--config", str(tmp_path / "sweep.yaml")])
 
 
@@ -102,16 +89,9 @@ def test_a_sweep_file_that_does_not_exist_is_refused(tmp_path):
 def test_a_sweep_repeats_what_failed_resumes_what_was_killed_and_skips_what_is_finished(tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()  # no model in it: the run fails
-    overrides = {
-        "model_name_or_path": str(model),
-        "train_size": 32,
-        "test_size": 8,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 8,
-        "max_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
+    sizes = {"train_size": 32, "test_size": 8, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 8}
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    overrides = {"model_name_or_path": str(model), **sizes, **saving}
     settings = {
         "grid": {"baseline": ["gradient_weighted"], "baseline_prior_strength": [float("inf")]},
         "seeds": [5],
@@ -129,13 +109,12 @@ def test_a_sweep_repeats_what_failed_resumes_what_was_killed_and_skips_what_is_f
     (run / "launch.log").unlink()
     results = main(["--config", str(path)])
     entry = results["methods"]["gradient_weighted-inf"]
-    assert entry["values"] == {"baseline": "gradient_weighted", "baseline_prior_strength": "inf"}
     assert entry["num_seeds"] == 1
     assert entry["steps"]["values"] == [2.0]
     assert json.loads((tmp_path / "runs" / "results.json").read_text()) == results
     header, _, row = (tmp_path / "runs" / "results.md").read_text().splitlines()
-    assert header.startswith("| baseline | baseline_prior_strength | seeds | held-out accuracy, start | ")
-    assert row.startswith("| gradient_weighted | inf | 1 | ")
+    assert header.startswith("| combination | seeds | held-out accuracy, start | ")
+    assert row.startswith("| gradient_weighted-inf | 1 | ")
 
     (run / "trainer_state.json").unlink()  # as if it had been killed in its second step
     shutil.rmtree(run / "checkpoint-2")

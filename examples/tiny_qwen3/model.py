@@ -12,15 +12,8 @@ def build_tokenizer(
     texts: Sequence[str], *, vocab_size: int = 192, letters_apart: bool = False
 ) -> PreTrainedTokenizerFast:
     """
-    Build a byte-pair tokenizer over printable ASCII that keeps every digit apart and pads on the left.
-
-    Args:
-        texts (`Sequence[str]`):
-            Texts to learn the merges from: the words of the task's question become one token each.
-        vocab_size (`int`, *optional*, defaults to `192`):
-            Largest number of tokens.
-        letters_apart (`bool`, *optional*, defaults to `False`):
-            Whether letters are kept apart too.
+    Build a byte-pair tokenizer over printable ASCII that keeps every digit apart, on request letters too, and pads on the left.
+    Its merges are learnt from `texts`: the words of the task's question become one token each.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,7 +44,7 @@ def build_tokenizer(
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_hidden_layers: int = 4
 ) -> Qwen3ForCausalLM:
-    """A Qwen3, by default of less than a million parameters; heads of 32, the least that vLLM's attention takes."""
+    """A Qwen3, by default of less than a million parameters; heads of 32, the minimum of vLLM's attention."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -15,17 +15,18 @@ import string
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from examples.tiny_qwen3.model import build_model, build_tokenizer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.recipe_files import option
 from oblr_trl.data.tasks import decode_entry, make_task
 
 TASK = "chain_sum"
@@ -39,62 +40,34 @@ RECORD = "start_model.json"
 
 @dataclass
 class StartModelArguments:
-    """
-    Settings of the start model. The same settings give the same weights on the same machine.
+    """Settings; the same ones give the same weights on the same machine. Fields are documented by their `help`."""
 
-    Args:
-        output_dir (`str`, *optional*, defaults to `".cache/tiny-Qwen3-chain_sum"`):
-            Directory of the model, its tokenizer and `start_model.json`, the record of settings and accuracy.
-        task (`str`, *optional*, defaults to `"chain_sum"`):
-            reasoning-gym task that it is taught.
-        task_params (`dict` or `str`, *optional*):
-            Parameters of the task; on the command line a JSON object. Defaults to three one-digit terms.
-        letters_apart (`bool`, *optional*, defaults to `False`):
-            Whether the tokenizer keeps letters apart, as it does digits: for tasks about spelling.
-        vocab_size (`int`, *optional*, defaults to `192`):
-            Largest vocabulary of the tokenizer.
-        hidden_size (`int`, *optional*, defaults to `128`):
-            Width of the model, a multiple of 64.
-        num_hidden_layers (`int`, *optional*, defaults to `4`):
-            Depth of the model.
-        max_completion_length (`int`, *optional*, defaults to `8`):
-            Tokens sampled at most where the accuracy is measured.
-        max_steps (`int`, *optional*, defaults to `700`):
-            Number of supervised steps.
-        wrong_answers (`float`, *optional*, defaults to `0.3`):
-            Fraction of supervised answers that are off: numbers by 1 to 9, others by one character.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Problems per step.
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Peak learning rate of AdamW; it decays to zero in the last fifth of the steps.
-        test_size (`int`, *optional*, defaults to `512`):
-            Number of held-out problems, the same as the recipes', that the accuracy is measured on.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the initial weights and of the order of the problems.
-        min_accuracy (`float`, *optional*, defaults to `0.3`):
-            Lowest acceptable accuracy.
-        max_accuracy (`float`, *optional*, defaults to `0.6`):
-            Highest acceptable accuracy.
-    """
-
-    output_dir: str = field(default=".cache/tiny-Qwen3-chain_sum", metadata={"help": "Directory of the model."})
-    task: str = field(default=TASK, metadata={"help": "reasoning-gym task that it is taught."})
-    task_params: dict | str | None = field(
-        default=None, metadata={"help": "Parameters of the task, a JSON object. Defaults to three one-digit terms."}
+    output_dir: str = option(
+        ".cache/tiny-Qwen3-chain_sum", "Directory of the model, its tokenizer and the record of settings and accuracy."
     )
-    letters_apart: bool = field(default=False, metadata={"help": "Whether the tokenizer keeps letters apart."})
-    vocab_size: int = field(default=192, metadata={"help": "Largest vocabulary of the tokenizer."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model, a multiple of 64."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Depth of the model."})
-    max_completion_length: int = field(default=8, metadata={"help": "Tokens sampled at most."})
-    max_steps: int = field(default=700, metadata={"help": "Number of supervised steps."})
-    wrong_answers: float = field(default=0.3, metadata={"help": "Fraction of supervised answers that are off."})
-    batch_size: int = field(default=64, metadata={"help": "Problems per step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    test_size: int = field(default=512, metadata={"help": "Number of held-out problems."})
-    seed: int = field(default=0, metadata={"help": "Seed of the initial weights and of the order of the problems."})
-    min_accuracy: float = field(default=0.3, metadata={"help": "Lowest acceptable accuracy."})
-    max_accuracy: float = field(default=0.6, metadata={"help": "Highest acceptable accuracy."})
+    task: str = option(TASK, "reasoning-gym task that it is taught.")
+    task_params: dict | str | None = option(  # noqa: RUF009
+        None, "Parameters of the task, a JSON object. Defaults to three one-digit terms."
+    )
+    letters_apart: bool = option(
+        False, "Whether the tokenizer keeps letters apart, as it does digits: for tasks about spelling."
+    )
+    vocab_size: int = option(192, "Largest vocabulary of the tokenizer.")
+    hidden_size: int = option(128, "Width of the model, a multiple of 64.")
+    num_hidden_layers: int = option(4, "Depth of the model.")
+    max_completion_length: int = option(8, "Tokens sampled at most where the accuracy is measured.")
+    max_steps: int = option(700, "Number of supervised steps.")
+    wrong_answers: float = option(
+        0.3, "Fraction of supervised answers that are off: numbers by 1 to 9, others by one character."
+    )
+    batch_size: int = option(64, "Problems per step.")
+    learning_rate: float = option(
+        1e-3, "Peak learning rate of AdamW; it decays to zero in the last fifth of the steps."
+    )
+    test_size: int = option(512, "Number of held-out problems, the recipes' own, that the accuracy is measured on.")
+    seed: int = option(0, "Seed of the initial weights and of the order of the problems.")
+    min_accuracy: float = option(0.3, "Lowest acceptable accuracy.")
+    max_accuracy: float = option(0.6, "Highest acceptable accuracy.")
 
     def __post_init__(self):
         if self.task_params is None:
@@ -109,11 +82,10 @@ class StartModelArguments:
 def supervised_set(prompts: Dataset, wrong_answers: float, seed: int) -> Dataset:
     """Prompts with answers as `completion`, a fraction of which is off: numbers by 1 to 9, others in one letter or digit."""
     generator = random.Random(seed)
-
-    def completion(solution: str) -> str:
-        return solution if generator.random() >= wrong_answers else _wrong(solution, generator)
-
-    completions = [completion(solution) for solution in prompts["solution"]]
+    completions = [
+        solution if generator.random() >= wrong_answers else _wrong(solution, generator)
+        for solution in prompts["solution"]
+    ]
     return Dataset.from_dict({"prompt": prompts["prompt"], "completion": completions})
 
 
@@ -143,8 +115,8 @@ def sampled_accuracy(
     return sum(task.score_answer(*pair) >= 1 for pair in zip(answers, entries, strict=True)) / len(entries)
 
 
-def train_model(args: StartModelArguments, output_dir: Path) -> float:
-    """Train the start model, save it with its tokenizer in `output_dir`, and return its held-out accuracy."""
+def train_model(args: StartModelArguments, output_dir: Path) -> dict[str, Any]:
+    """Train the start model, save it with its tokenizer in `output_dir`, and return held-out accuracy and size."""
     prompts = load_prompts(
         DataArguments(
             task=args.task,
@@ -161,7 +133,7 @@ def train_model(args: StartModelArguments, output_dir: Path) -> float:
     # One thread: faster for a model of this size, and the weights do not depend on the machine's number of cores.
     torch.set_num_threads(1)
     sft_args = SFTConfig(
-        output_dir=str(output_dir / "sft"),
+        output_dir=str(output_dir.parent / "sft"),
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -189,48 +161,35 @@ def train_model(args: StartModelArguments, output_dir: Path) -> float:
     accuracy = sampled_accuracy(model, tokenizer, prompts["test"], args)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    return accuracy
+    return {"accuracy": accuracy, "num_parameters": model.num_parameters()}
 
 
 def make_start_model(args: StartModelArguments) -> dict[str, Any]:
     """
-    Make the start model, unless `output_dir` holds one of the same settings already.
+    Make the start model, unless `output_dir` holds one of the same settings already, and return its record: settings, held-out
+    `accuracy`, `num_parameters`, training time in `seconds`.
 
-    It is trained in a temporary directory beside `output_dir` and moved there when it is complete, so that an interrupted
+    It is trained in a temporary directory next to `output_dir` and moved there when it is complete, so that an interrupted
     run leaves nothing that looks like a model.
-
-    Args:
-        args ([`StartModelArguments`]):
-            Settings.
-
-    Returns:
-        `dict[str, Any]`: The record: settings, held-out `accuracy`, `num_parameters`, training time in `seconds`.
-
-    Raises:
-        `ValueError`: If the accuracy is outside of `min_accuracy` and `max_accuracy`.
     """
     target = Path(args.output_dir)
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "output_dir"}
     if (target / RECORD).is_file():
-        record = json.loads((target / RECORD).read_text())
+        record: dict[str, Any] = json.loads((target / RECORD).read_text())
         if record["settings"] == settings:
             return record
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-") as temporary:
         made = Path(temporary) / "model"
         start = time.perf_counter()
-        accuracy = train_model(args, made)
-        seconds = time.perf_counter() - start
-        if not args.min_accuracy <= accuracy <= args.max_accuracy:
+        record = {"settings": settings, **train_model(args, made), "seconds": time.perf_counter() - start}
+        if not args.min_accuracy <= record["accuracy"] <= args.max_accuracy:
             raise ValueError(
-                f"The start model answers {accuracy:.3f} of the held-out problems, outside of "
+                f"The start model answers {record['accuracy']:.3f} of the held-out problems, outside of "
                 f"[{args.min_accuracy}, {args.max_accuracy}]: change `max_steps` (more steps, more skill), "
                 "`wrong_answers` or `seed`."
             )
-        num_parameters = sum(parameter.numel() for parameter in Qwen3ForCausalLM.from_pretrained(made).parameters())
-        record = {"settings": settings, "accuracy": accuracy, "num_parameters": num_parameters, "seconds": seconds}
         (made / RECORD).write_text(json.dumps(record, indent=2))
-        shutil.rmtree(made / "sft", ignore_errors=True)
         if target.exists():
             shutil.rmtree(target)
         shutil.move(made, target)

@@ -1,1 +1,1 @@
-"""Where prompts, answers and rewards come from."""
+"""Where prompts, answers and rewards come from. Every complaint is a `ValueError` with the field, the reason and the remedy."""

@@ -1,16 +1,11 @@
-"""The answer field of a dataset, as what `math_verify.parse` reads as one: extracted, joined, between dollar signs."""
+"""Reference answers in the form that `math_verify.parse` reads as one: extracted, joined, between dollar signs."""
 
 import re
 from typing import Any
 
 
 def compile_answer_pattern(pattern: str | None, *, field_name: str) -> re.Pattern[str] | None:
-    """
-    Compile a regular expression whose one group is the answer, e.g. `"#### (.+)"` for GSM8K.
-
-    Raises:
-        `ValueError`: It is not a regular expression, or does not have exactly one group.
-    """
+    """Compile a regular expression whose one group is the answer, e.g. `"#### (.+)"` for GSM8K."""
     if pattern is None:
         return None
     try:
@@ -29,27 +24,18 @@ def extract_answer(value: Any, pattern: re.Pattern[str] | None) -> str | None:
     """
     The reference answer in a cell of an answer column, or `None` where there is none.
 
-    A number is written out, without `.0` where it is whole. The entries of a list (OlympiadBench's `final_answer`) are the
-    parts of one answer: they are joined by commas, which math-verify reads as a set.
-
-    Args:
-        value (`Any`):
-            The cell: text, a number or a list of such.
-        pattern (`re.Pattern`, *optional*):
-            Its one group is the answer; of several matches the last one counts.
+    Of several matches of `pattern` the last one counts. A number is written out, without `.0` where it is whole. The entries of a
+    list (OlympiadBench's `final_answer`) are the parts of one answer: they are joined by commas, which math-verify reads as a set.
     """
     if isinstance(value, (list, tuple)):
-        parts = [extract_answer(part, None) for part in value]
-        if not parts or None in parts:
+        parts = [part for part in (extract_answer(part, None) for part in value) if part is not None]
+        if len(parts) < max(len(value), 1):
             return None
-        text = parts[0] if len(parts) == 1 else ", ".join(_without_dollars(str(part)) for part in parts)
+        text = parts[0] if len(parts) == 1 else ", ".join(map(_without_dollars, parts))
     elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
-    elif isinstance(value, float):
-        text = str(int(value)) if value.is_integer() else repr(value)
     else:
-        text = str(value)
-    assert text is not None
+        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if pattern is not None:
         matches = pattern.findall(text)
         text = matches[-1] if matches else ""
@@ -62,14 +48,10 @@ def as_latex(answer: str) -> str:
 
     Without them math-verify takes the number that comes last for the answer: `2\sqrt{3}` is read as 2, and `y = 2x + 3` as 3.
     """
-    if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer):
-        return answer
-    return f"${answer}$"
+    return answer if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer) else f"${answer}$"
 
 
 def _without_dollars(part: str) -> str:
     """`$x$` as `x`; anything else, for example `$1$ or $2$`, as it is."""
-    inner = part.strip()
-    if len(inner) > 2 and inner[0] == inner[-1] == "$" and "$" not in inner[1:-1]:
-        return inner[1:-1].strip()
-    return inner
+    match = re.fullmatch(r"\$([^$]+)\$", part)
+    return match[1].strip() if match else part

@@ -1,14 +1,13 @@
-"""From the prompts of a data set to those of a model: a template around text, a conversation around that."""
+"""From the prompts of a dataset to those of a model: a template around text, a conversation around that."""
 
 from typing import Any
 
-DEFAULT_TEMPLATE = "{prompt}"
 
-
-def check_template(template: str | None) -> None:
-    """Refuse a template that drops the prompt."""
-    if template is not None and "{prompt}" not in template:
-        raise ValueError(f"`prompt_template` is {template!r}, which would drop the prompt: put `{{prompt}}` in it.")
+def check_template(template: str | None, *, field_name: str = "prompt_template") -> None:
+    """Refuse a template that drops what it is put around, the prompt or the answer."""
+    name = field_name.removesuffix("_template")
+    if template is not None and f"{{{name}}}" not in template:
+        raise ValueError(f"`{field_name}` is {template!r}, which would drop the {name}: put `{{{name}}}` in it.")
 
 
 def format_prompts(
@@ -20,22 +19,10 @@ def format_prompts(
     system_prompt: str | None = None,
 ) -> list[Any]:
     """
-    Put every prompt, which is text or a list of messages, into the form that the model is to see.
+    Put prompts, all texts or all lists of messages, into the form that the model is to see.
 
-    Args:
-        prompts (`list`):
-            Prompts, all texts or all conversations.
-        source (`str`):
-            Where they come from, for errors.
-        template (`str`, *optional*):
-            Text around every prompt, with `{prompt}` in it.
-        conversational (`bool`, *optional*, defaults to `False`):
-            Whether to turn texts into conversations of one user message.
-        system_prompt (`str`, *optional*):
-            System message put before every conversation.
-
-    Raises:
-        `ValueError`: a row without a prompt, a template for conversations, a system prompt for texts.
+    `template` goes around texts, with `{prompt}` in it; `conversational` turns texts into conversations of one user message;
+    `system_prompt` comes first in every conversation. A row without a prompt is refused, with `source` saying where it is.
     """
     for index, prompt in enumerate(prompts):
         if not prompt or not isinstance(prompt, (str, list)):
@@ -43,22 +30,16 @@ def format_prompts(
                 f"Row {index} of {source} has the prompt {prompt!r}, which is neither text nor a list of messages: correct "
                 "or remove the row, or set `prompt_column` to another column."
             )
-    is_text = isinstance(prompts[0], str)
-    if is_text and system_prompt is not None and not conversational:
-        raise ValueError(
-            "`system_prompt` needs a conversation, but the prompts are strings: set `conversational: true`, or put the "
-            "text into `prompt_template`."
-        )
-    if not is_text and template is not None:
+    if isinstance(prompts[0], str):
+        prompts = [(template or "{prompt}").replace("{prompt}", prompt) for prompt in prompts]
+        if not conversational:
+            if system_prompt is not None:
+                raise ValueError(
+                    "`system_prompt` needs a conversation, but the prompts are strings: set `conversational: true`, or put "
+                    "the text into `prompt_template`."
+                )
+            return prompts
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    elif template is not None:
         raise ValueError("`prompt_template` is for string prompts, but the prompts are conversations: remove it.")
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-
-    def format_prompt(prompt: Any) -> Any:
-        if isinstance(prompt, str):
-            prompt = (template or DEFAULT_TEMPLATE).replace("{prompt}", prompt)
-            if not conversational:
-                return prompt
-            prompt = [{"role": "user", "content": prompt}]
-        return system + prompt
-
-    return [format_prompt(prompt) for prompt in prompts]
+    return prompts if system_prompt is None else [[{"role": "system", "content": system_prompt}, *p] for p in prompts]

@@ -1,4 +1,4 @@
-"""What `TrlParser` does not do: unknown keys are refused with the nearest name, help begins with our options, errors take a line."""
+"""Strict recipes: unknown keys are refused with the nearest name, help begins with our options, an error takes one line."""
 
 import argparse
 import dataclasses
@@ -19,18 +19,15 @@ from oblr_trl.data.tasks import nearest
 PARSER_KEYS = ("config", "env")
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of arguments, with its `help`."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 class RecipeParser(TrlParser):
     """
-    Differs from `TrlParser` in its help, which begins with `--config`, an example and the options that this package declares, and
-    in that it raises its errors, without a usage of hundreds of lines.
-
-    Args:
-        dataclass_types (`list[type]`):
-            The classes of the arguments.
-        module (`str`):
-            The module that is run.
-        example (`str`):
-            Arguments of a command that works.
+    Differs from `TrlParser` in its help, which begins with `--config`, an example (the arguments of a command that works) and the
+    options that this package declares, and in that it raises its errors, without a usage of hundreds of lines.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], *, module: str, description: str, example: str):
@@ -40,17 +37,21 @@ class RecipeParser(TrlParser):
         self.example = f"{self.prog} {example}"
 
     def format_help(self) -> str:
-        recipe = argparse.ArgumentParser(add_help=False)
-        config = recipe.add_argument("--config", metavar="RECIPE", help="YAML file of any of the keys below")
-        config.default = argparse.SUPPRESS  # leaves the default out of the help
-        formatter = self._get_formatter()
-        formatter.add_arguments([config])
+        config = argparse.Action(
+            ["--config"],
+            "config",
+            default=argparse.SUPPRESS,
+            metavar="RECIPE",
+            help="YAML file of any of the keys below",
+        )
         ours, theirs = {}, {}
         for kind in self.dataclass_types:
             names = {field.name for field in dataclasses.fields(kind)}
             declared = set() if kind.__module__.startswith("trl.") else set(inspect.get_annotations(kind))
             ours[kind.__name__] = names & declared
             theirs[f"{kind.__name__}, options of TRL and transformers"] = names - declared
+        formatter = self._get_formatter()
+        formatter.add_arguments([config])
         for title, names in (ours | theirs).items():
             formatter.start_section(title)
             formatter.add_arguments([action for action in self._actions if action.dest in names])
@@ -63,12 +64,7 @@ class RecipeParser(TrlParser):
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """
-    The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`.
-
-    Raises:
-        `ValueError`: `--config` without a file, or nothing at all.
-    """
+    """The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`."""
     tokens = sys.argv[1:] if argv is None else argv
     tokens = [part for token in tokens for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
     for token, following in pairwise([*(tokens or ["--config"]), ""]):
@@ -78,7 +74,7 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
 
 
 def parse_or_exit(parse: Callable[[], Any], name: str) -> Any:
-    """What `parse` returns; its complaint as a line on stderr, without a traceback."""
+    """Call `parse`; its complaint becomes one line on stderr, without a traceback."""
     try:
         return parse()
     except ValueError as error:
@@ -86,29 +82,13 @@ def parse_or_exit(parse: Callable[[], Any], name: str) -> Any:
 
 
 def read_recipe(argv: list[str]) -> dict[str, Any]:
-    """
-    The recipe that `--config` names, empty without one.
-
-    Raises:
-        `ValueError`: a file that does not exist or holds no `key: value` lines.
-    """
+    """The recipe that `--config` names, empty without one."""
     path = flag_value(argv, "config")
     return {} if path is None else read_recipe_file(path, flag="--config")
 
 
 def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
-    """
-    The keys of a recipe.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-        flag (`str`):
-            What named it, for errors.
-
-    Raises:
-        `ValueError`: a file that does not exist or holds no `key: value` lines.
-    """
+    """The keys of a recipe; `flag` is what named the file, for errors."""
     if not Path(path).is_file():
         raise ValueError(
             f"`{flag}` names {str(path)!r}, but there is no such file (looked for from the working directory)."
@@ -124,9 +104,10 @@ def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
 
 def flag_value(argv: list[str], name: str) -> str | None:
     """The value of `--name value` or `--name=value`."""
-    for position, token in enumerate(argv):
-        if token == f"--{name}" and position + 1 < len(argv):
-            return argv[position + 1]
+    for token, following in pairwise([*argv, None]):
+        assert token is not None
+        if token == f"--{name}" and following is not None:
+            return following
         if token.startswith(f"--{name}="):
             return token.split("=", 1)[1]
     return None
@@ -138,7 +119,7 @@ def given_keys(argv: list[str], recipe: dict[str, Any]) -> list[str]:
 
 
 def known_keys(parser: TrlParser) -> set[str]:
-    """What a recipe or command line of this parser may set."""
+    """The keys that a recipe or command line of this parser may set."""
     options = {option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"}
     return {action.dest for action in parser._actions} | options | set(PARSER_KEYS)
 
@@ -151,12 +132,7 @@ def check_keys(keys: Collection[str], known: Collection[str]) -> None:
 
 
 def parse_json_object(name: str, text: str) -> dict[str, Any]:
-    """
-    The JSON object that a command line gives for the key `name`.
-
-    Raises:
-        `ValueError`: It is none.
-    """
+    """The JSON object that a command line gives for the key `name`."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

@@ -5,49 +5,46 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl import rewards as trl_rewards
+from trl.rewards import (
+    accuracy_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    think_format_reward,
+)
 
 from oblr_trl.data.prompt_sets import DataArguments
+from oblr_trl.data.recipe_files import option
 from oblr_trl.data.tasks import decode_entry, make_task, nearest
 
 Reward = Callable[..., list[float | None]]
 
 TASK_REWARD = "task"
 # Rewards of TRL that take no settings.
-TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+TRL_REWARDS: dict[str, Any] = {
+    reward.__name__: reward for reward in (accuracy_reward, reasoning_accuracy_reward, think_format_reward)
+}
 OVERLONG_REWARD = "get_soft_overlong_punishment"
 REWARD_NAMES = (TASK_REWARD, *TRL_REWARDS, OVERLONG_REWARD)
-# What TRL hands to every reward function beside the columns of the data set.
+# What TRL hands to every reward function in addition to the columns of the dataset.
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 @dataclass
 class RewardArguments:
-    """
-    How completions are rewarded.
+    """How completions are rewarded. Fields are documented by their `help`."""
 
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Any of `"task"` (the reasoning-gym task's own scorer), `"accuracy_reward"`, `"reasoning_accuracy_reward"`,
-            `"think_format_reward"`, `"get_soft_overlong_punishment"`, and dotted import paths such as
-            `"my_package.rewards.my_reward"`. Defaults to `["task"]` for a task; a data set has no default.
-        soft_punish_cache (`int`, *optional*, defaults to `256`):
-            Tokens below `max_completion_length` in which `"get_soft_overlong_punishment"` grows from 0 to -1.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: `task`, names of TRL's rewards, or dotted import paths. Defaults to `task` for a "
-            "reasoning-gym task."
-        },
+    reward_funcs: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Reward functions: `task` (the reasoning-gym task's own scorer), `accuracy_reward`, `reasoning_accuracy_reward`, "
+        "`think_format_reward`, `get_soft_overlong_punishment`, or dotted import paths such as `my_package.my_reward`. "
+        "Defaults to `task` for a reasoning-gym task; a dataset has no default.",
     )
-    soft_punish_cache: int = field(
-        default=256, metadata={"help": "Tokens in which `get_soft_overlong_punishment` grows from 0 to -1."}
+    soft_punish_cache: int = option(
+        256, "Tokens below `max_completion_length` in which `get_soft_overlong_punishment` grows from 0 to -1."
     )
 
     def __post_init__(self):
@@ -59,28 +56,13 @@ def load_rewards(
     args: RewardArguments, data_args: DataArguments, *, columns: list[str], max_completion_length: int
 ) -> list[Reward]:
     """
-    Resolve the names of `args.reward_funcs`.
-
-    Args:
-        args ([`RewardArguments`]):
-            Names and settings.
-        data_args ([`~data.prompt_sets.DataArguments`]):
-            Where the prompts come from.
-        columns (`list[str]`):
-            Columns of the training set.
-        max_completion_length (`int`):
-            Longest completion, in tokens.
-
-    Returns:
-        `list[Callable]`: Reward functions with TRL's calling convention.
-
-    Raises:
-        `ValueError`: For an unknown name, an import path without a callable, or a reward whose column is missing.
+    Resolve the names of `args.reward_funcs` to functions with TRL's calling convention. `columns` are those of the training set,
+    `max_completion_length` is in tokens.
     """
     names = args.reward_funcs or ([TASK_REWARD] if data_args.task is not None else [])
     if not names:
         raise ValueError(
-            "`reward_funcs` is empty: a data set needs at least one reward, for example `accuracy_reward`."
+            "`reward_funcs` is empty: a dataset needs at least one reward, for example `accuracy_reward`."
         )
     reward_funcs = [_load_reward(name, args, data_args, max_completion_length) for name in names]
     for name, reward_func in zip(names, reward_funcs, strict=True):
@@ -97,16 +79,14 @@ def _load_reward(name: str, args: RewardArguments, data_args: DataArguments, max
         assert not isinstance(data_args.task_params, str)  # parsed by DataArguments
         return task_reward(data_args.task, data_args.task_params)
     if name in TRL_REWARDS:
-        return _on_messages(getattr(trl_rewards, name))
+        return _on_messages(TRL_REWARDS[name])
     if name == OVERLONG_REWARD:
         if not 0 < args.soft_punish_cache < max_completion_length:
             raise ValueError(
                 f"`soft_punish_cache` is {args.soft_punish_cache}, but must be positive and below `max_completion_length` "
                 f"({max_completion_length})."
             )
-        return trl_rewards.get_soft_overlong_punishment(
-            max_completion_len=max_completion_length, soft_punish_cache=args.soft_punish_cache
-        )
+        return get_soft_overlong_punishment(max_completion_length, args.soft_punish_cache)
     if "." in name:
         return _import_reward(name)
     raise ValueError(
@@ -117,37 +97,32 @@ def _load_reward(name: str, args: RewardArguments, data_args: DataArguments, max
 
 def _import_reward(path: str) -> Reward:
     module_name, _, attribute = path.rpartition(".")
-    if str(Path.cwd()) not in sys.path:  # as TRL's scripts do: a reward may lie beside the recipe's launch directory
+    if str(Path.cwd()) not in sys.path:  # as TRL's scripts do: a reward may lie in the directory of the launch
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
+        names = vars(importlib.import_module(module_name))
     except ImportError as error:
         raise ValueError(
             f"`reward_funcs` names {path!r}, but {module_name!r} cannot be imported ({error}): install it, or launch from "
             "the directory that holds it."
         ) from error
-    if not callable(getattr(module, attribute, None)):
+    if not callable(names.get(attribute)):
         raise ValueError(
             f"`reward_funcs` names {path!r}, but {module_name!r} has no callable {attribute!r}"
-            f"{nearest(attribute, [name for name in vars(module) if not name.startswith('_')])}."
+            f"{nearest(attribute, [name for name in names if not name.startswith('_')])}."
         )
-    return getattr(module, attribute)
+    return names[attribute]
 
 
 def _check_columns(name: str, reward_func: Reward, columns: list[str]) -> None:
     """TRL calls a reward with every column as a keyword: a parameter without a default must be one of them."""
     for parameter in inspect.signature(reward_func).parameters.values():
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        )
-        if optional or parameter.name in (*TRL_KEYWORDS, *columns):
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if variadic or parameter.default is not parameter.empty or parameter.name in (*TRL_KEYWORDS, *columns):
             continue
-        remedy = (
-            "set `answer_column` to the column that holds the reference answer"
-            if parameter.name == "solution"
-            else f"add the column {parameter.name!r} to the data, or choose another reward"
-        )
+        remedy = f"add the column {parameter.name!r} to the data, or choose another reward"
+        if parameter.name == "solution":
+            remedy = "set `answer_column` to the column that holds the reference answer"
         raise ValueError(
             f"`reward_funcs` names {name!r}, which reads the column {parameter.name!r}, but the training set has only "
             f"{', '.join(columns)}: {remedy}."
@@ -169,21 +144,15 @@ def task_reward(task: str, params: dict[str, Any] | None = None) -> Reward:
     """
     The scorer of a reasoning-gym task as a reward function. Reads the column `entry`, and logs as `accuracy` the fraction
     of completions that earn the full score of 1: scorers may pay partial ones.
-
-    Args:
-        task (`str`):
-            Name of the task.
-        params (`dict`, *optional*):
-            Parameters of the task.
     """
     scorer = make_task(task, params, size=1, seed=0)
 
     def reward(
         completions: list[Any], entry: list[str], log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
     ) -> list[float | None]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]  # or a list of messages
         scores = [
-            float(scorer.score_answer(_text(completion), decode_entry(encoded)))
-            for completion, encoded in zip(completions, entry, strict=True)
+            float(scorer.score_answer(text, decode_entry(encoded))) for text, encoded in zip(texts, entry, strict=True)
         ]
         if log_metric is not None:
             log_metric("accuracy", sum(score >= 1 for score in scores) / len(scores))
@@ -191,8 +160,3 @@ def task_reward(task: str, params: dict[str, Any] | None = None) -> Reward:
 
     reward.__name__ = task  # TRL logs rewards under the function's name
     return reward
-
-
-def _text(completion: Any) -> str:
-    """The answer of a completion, which is a string or a list of messages."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]

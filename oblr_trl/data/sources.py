@@ -1,5 +1,6 @@
-"""What `datasets` and `transformers` do not do: errors that name the field, for files, directories and hub ids alike."""
+"""Errors that name the field for what `datasets` and `transformers` load: files, directories and hub ids alike."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,20 +20,8 @@ def is_file(name: str) -> bool:
 
 def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> Dataset:
     """
-    Load one split of a data set.
-
-    Args:
-        name (`str`):
-            Hub id, local directory laid out like a hub data set, or `.json`, `.jsonl` or `.parquet` file.
-        field_name (`str`):
-            The field that gave the name, for errors.
-        config (`str` or `None`):
-            Configuration of a hub data set; a file has none.
-        split (`str`):
-            Split of a hub data set or directory; a file has none.
-
-    Raises:
-        `ValueError`: a source, configuration or split that does not exist, or a file without rows.
+    Load one split of a hub dataset or of a local directory laid out like one, or a `.json`, `.jsonl` or `.parquet` file, which
+    has neither configuration nor split. `field_name` is the field that gave the name, for errors.
     """
     path = Path(name)
     try:
@@ -42,31 +31,38 @@ def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> 
             raise ValueError(f"files with the suffix {path.suffix!r} cannot be read, only {', '.join(FILE_BUILDERS)}")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path} (looked for from {Path.cwd()})")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=name, split="train")
     except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:  # StopIteration: a file without rows
         raise ValueError(
             f"`{field_name}` is {name!r}, which could not be loaded (configuration {config!r}, split {split!r}): "
-            f"{str(error) or 'it has no rows'}. Give a hub id, a local directory laid out like a hub data set, or a "
+            f"{str(error) or 'it has no rows'}. Give a hub id, a local directory laid out like a hub dataset, or a "
             ".json, .jsonl or .parquet file."
         ) from error
 
 
-def check_model(name: str, *, revision: str | None = None) -> None:
-    """Refuse a model that is no local directory and that the hub, or offline its cache, does not give; reads no weights."""
+def check_model(name: str | None, *, revision: str | None = None) -> str:
+    """
+    Refuse a model that is no local directory and that the hub, or offline its cache, does not have; reads no weights. Returns the
+    name, with `~` expanded.
+    """
+    if name is None:
+        raise ValueError("`model_name_or_path` is not set: give a hub id or a local directory.")
+    name = os.path.expanduser(name)
     if Path(name).is_dir():
-        return
-    hub = ""
-    if not name.startswith((".", "/")):
-        try:
-            PreTrainedConfig.get_config_dict(name, revision=revision)
-        except OSError as error:
-            hub = f", and the hub gives none of that name ({str(error).splitlines()[0].rstrip('.')})"
-        else:
-            return
-    raise ValueError(
-        f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory){hub}: "
-        "correct the path or the hub id."
+        return name
+    problem = (
+        f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory)"
     )
+    if name.startswith((".", "/")):
+        remedy = f"correct the path. `python -m examples.tiny_qwen3 --output_dir {name}` makes the model of the tiny recipes"
+        raise ValueError(f"{problem}: {remedy}.")
+    try:
+        PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    else:
+        return name
+    raise ValueError(f"{problem}, and the hub gives none of that name ({reason}): correct the path or the hub id.")
 
 
 def check_column(column: str, columns: Collection[str], *, field_name: str, source: str) -> None:

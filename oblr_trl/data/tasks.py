@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Collection
-from itertools import count, islice
 from typing import Any
 
 # Tasks generate lazily, so candidates beyond the wanted prompts cost nothing unless prompts repeat.
@@ -13,25 +12,8 @@ CANDIDATES_PER_PROMPT = 20
 
 def make_task(name: str, params: dict[str, Any] | None = None, *, size: int, seed: int) -> Any:
     """
-    Build a reasoning-gym task.
-
-    Args:
-        name (`str`):
-            Name of the task, e.g. `"chain_sum"`.
-        params (`dict`, *optional*):
-            Fields of the task's configuration, except `size` and `seed`.
-        size (`int`):
-            Number of entries.
-        seed (`int`):
-            Seed of entry number 0; entry i is seeded with `seed + i`.
-
-    Returns:
-        `reasoning_gym.dataset.ProceduralDataset`:
-            A sequence of entries (`question`, `answer`, `metadata`) with a method `score_answer(answer, entry)`.
-
-    Raises:
-        `ValueError`: reasoning-gym is not installed, or does not know the task or one of its parameters, or refuses a
-        value.
+    Build a reasoning-gym task: a sequence of entries (`question`, `answer`, `metadata`) with a method
+    `score_answer(answer, entry)`. Entry i is seeded with `seed + i`; `params` are the other fields of the task's configuration.
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
@@ -68,29 +50,14 @@ def task_entries(
     excluded_questions: Collection[str] = frozenset(),
 ) -> list[dict[str, Any]]:
     """
-    Generate exactly `size` entries of a task, without any of the excluded questions.
-
-    Args:
-        name (`str`):
-            Name of the task.
-        params (`dict`, *optional*):
-            Fields of the task's configuration.
-        size (`int`):
-            Number of entries.
-        seed (`int`):
-            Seed of the first candidate; entries use seeds in `[seed, seed + 20 * size)`.
-        distinct (`bool`, *optional*, defaults to `False`):
-            Whether no question may occur twice.
-        excluded_questions (`Collection[str]`, *optional*):
-            Questions to leave out.
-
-    Raises:
-        `ValueError`: as [`make_task`], or when the task has too few such questions.
+    Generate exactly `size` entries of a task without the excluded questions, and, if `distinct`, each question once. They use
+    seeds in `[seed, seed + 20 * size)`; a task with too few such questions is refused.
     """
     task = make_task(name, params, size=CANDIDATES_PER_PROMPT * size, seed=seed)
     seen = set(excluded_questions)
     entries: list[dict[str, Any]] = []
-    for entry in islice(map(task.__getitem__, count()), len(task)):
+    for index in range(len(task)):
+        entry = task[index]
         if entry["question"] in seen:
             continue
         if distinct:
@@ -114,7 +81,7 @@ def encode_entry(entry: dict[str, Any]) -> str:
 
 
 def decode_entry(encoded: str) -> dict[str, Any]:
-    """Read what [`encode_entry`] wrote."""
+    """Read an entry that [`encode_entry`] wrote."""
     return json.loads(encoded, object_hook=_untag)
 
 
@@ -133,9 +100,7 @@ def _tag(value: Any) -> Any:
 def _untag(value: dict[str, Any]) -> Any:
     if "__tuple__" in value:
         return tuple(value["__tuple__"])
-    if "__items__" in value:
-        return dict(value["__items__"])
-    return value
+    return dict(value["__items__"]) if "__items__" in value else value
 
 
 def nearest(word: str, candidates: Collection[str]) -> str:

@@ -6,12 +6,10 @@ Differs from `trl grpo` in that parsing is strict (a misspelt key fails and name
 rewards are checked before the model is loaded. Any key of the recipe can be given on the command line too.
 """
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -42,13 +40,7 @@ TRAINERS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer]]] = {
 
 @dataclass
 class TrainScriptArguments:
-    """
-    Arguments of the training script itself.
-
-    Args:
-        trainer (`str`, *optional*, defaults to `"oblrpo"`):
-            `"oblrpo"` for [`OBLRPOTrainer`], or `"grpo"` for [`~trl.GRPOTrainer`], the control.
-    """
+    """Arguments of the training script itself. Fields are documented by their `help`."""
 
     trainer: str = field(
         default="oblrpo", metadata={"help": "`oblrpo`, or `grpo` for TRL's own trainer.", "choices": list(TRAINERS)}
@@ -72,7 +64,7 @@ def main(
         columns=prompts["train"].column_names,
         max_completion_length=training_args.max_completion_length,
     )
-    _check_model(model_args)
+    model = check_model(model_args.model_name_or_path, revision=model_args.model_revision)
     checkpoint = _checkpoint_to_resume(training_args)
     if checkpoint is not None and script_args.trainer == "grpo":
         refuse_for_grpo(checkpoint)
@@ -83,10 +75,8 @@ def main(
         "dtype": model_args.dtype,
         **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
-    trainer_class = TRAINERS[script_args.trainer][1]
-    assert model_args.model_name_or_path is not None
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
+    trainer = TRAINERS[script_args.trainer][1](
+        model=model,
         reward_funcs=list(reward_funcs),
         args=training_args,
         train_dataset=prompts["train"],
@@ -102,19 +92,6 @@ def main(
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
     trainer.accelerator.end_training()  # what `Trainer.end` of newer transformers does
     return trainer
-
-
-def _check_model(model_args: ModelConfig) -> None:
-    name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError("`model_name_or_path` is not set: give a hub id or a local directory.")
-    name = model_args.model_name_or_path = os.path.expanduser(name)
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise ValueError(
-            f"`model_name_or_path` is {name!r}, but there is no such directory. The start model of the tiny recipes is made "
-            f"by `python -m examples.tiny_qwen3 --output_dir {name}`."
-        )
-    check_model(name, revision=model_args.model_revision)
 
 
 def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
@@ -135,27 +112,10 @@ def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
     return wanted
 
 
-def make_parser(subparsers: argparse._SubParsersAction | None = None, trainer: str = "oblrpo") -> TrlParser:
-    """
-    Parser of the training script; its keys depend on the trainer.
-
-    Args:
-        subparsers (`argparse._SubParsersAction`, *optional*):
-            Where to add the parser as a subcommand, as TRL's command line does.
-        trainer (`str`, *optional*, defaults to `"oblrpo"`):
-            `"oblrpo"` or `"grpo"`.
-    """
-    dataclass_types: tuple[Any, ...] = (
-        TrainScriptArguments,
-        TRAINERS[trainer][0],
-        ModelConfig,
-        DataArguments,
-        RewardArguments,
-    )
-    if subparsers is not None:
-        return subparsers.add_parser("oblrpo", help="Run the OBLR-PO training script", dataclass_types=dataclass_types)
+def make_parser(trainer: str = "oblrpo") -> TrlParser:
+    """Parser of the training script; its keys depend on the trainer, `"oblrpo"` or `"grpo"`."""
     return RecipeParser(
-        dataclass_types,
+        (TrainScriptArguments, TRAINERS[trainer][0], ModelConfig, DataArguments, RewardArguments),
         module="oblr_trl.scripts.train",
         description="Train from a YAML recipe, by OBLR-PO or by its control, TRL's own GRPO.",
         example="--config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --max_steps 10",
@@ -164,10 +124,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, trainer: s
 
 def parse(argv: Sequence[str] | None = None) -> tuple:
     """
-    Parse a recipe and the command line, strictly.
-
-    Returns:
-        `tuple`: The arguments of [`main`].
+    Parse a recipe and the command line, strictly, into the arguments of [`main`].
 
     Raises:
         `ValueError`: For a recipe that cannot be read, an unknown key, or a key that the trainer does not have.
@@ -177,13 +134,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple:
     trainer = flag_value(tokens, "trainer") or recipe.get("trainer", "oblrpo")
     if trainer not in TRAINERS:
         raise ValueError(f"`trainer` is {trainer!r}; use one of {', '.join(TRAINERS)}.")
-    parser = make_parser(trainer=trainer)
-    _check_keys(given_keys(tokens, recipe), parser, trainer)
-    return parser.parse_args_and_config(tokens)
-
-
-def _check_keys(keys: list[str], parser: TrlParser, trainer: str) -> None:
-    known = known_keys(parser)
+    parser = make_parser(trainer)
+    keys, known = given_keys(tokens, recipe), known_keys(parser)
     own = {f.name for f in dataclasses.fields(OBLRPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
     for key in keys:
         if key in own - known:
@@ -191,6 +143,7 @@ def _check_keys(keys: list[str], parser: TrlParser, trainer: str) -> None:
                 f"`{key}` belongs to OBLR-PO, but `trainer` is {trainer!r}: remove it, or set trainer: oblrpo."
             )
     check_keys(keys, known)
+    return parser.parse_args_and_config(tokens)
 
 
 if __name__ == "__main__":
