@@ -28,7 +28,7 @@ from oblr_trl.guarded_trainer import GuardedGRPOTrainer
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.model_card import OBLRPO, complete_model_card, method_in_use
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.scores.one_pass import ScoreOutput
+from oblr_trl.scores.score_pass import ScoreOutput
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.scoring_model import FORWARD_KEYS, ScoringModel

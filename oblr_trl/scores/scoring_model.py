@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oblr_trl.scores.one_pass import ScoreOutput
-from oblr_trl.scores.score_pass import ScorePass
+from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 
 # Optional entries of the batch that the forward pass of multimodal models takes.
 FORWARD_KEYS = (
@@ -60,8 +59,7 @@ class ScoringModel:
         All chunks of all processes.
 
         Args:
-            gather (`Callable`):
-                Gathers a tensor over processes.
+            gather (`Callable`): Gathers a tensor over processes.
             sequence_weights (`torch.Tensor` of shape `(B, 1)`, *optional*):
                 What every token weight of a sequence is multiplied by, where that became known after the pass.
         """
@@ -73,8 +71,6 @@ class ScoringModel:
             tensors = [part for part in parts if part is not None]
             return gather(torch.cat(tensors) * scale) if tensors else None
 
-        return ScoreOutput(
-            log_probs,
-            sketches=collect([output.sketches for output in self._outputs], weights),
-            squared_norms=collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square()),
-        )
+        sketches = collect([output.sketches for output in self._outputs], weights)
+        norms = collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square())
+        return ScoreOutput(log_probs, sketches, norms)
