@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch
+from oblr_trl.baselines import BaselineEstimator, GroupedBatch
 
 
 @dataclass
@@ -164,6 +164,7 @@ def stream_advantages(pool: Pool, method: Method, *, num_generations: int, num_p
         for prompts in torch.arange(rewards.size(0)).split(num_prompts):
             batch = GroupedBatch(rewards[prompts, group], lengths[prompts, group], weights[prompts, group])
             advantages[prompts, group] = batch.rewards - estimator(batch)
+            estimator.update(batch)
     if method.baseline == "rescaled_group_mean":
         advantages *= num_generations / (num_generations - 1)
     return advantages

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.snr_rollouts import Rollouts
 from benchmarks.snr_truth import jackknife_error
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch
+from oblr_trl.baselines import BaselineEstimator, GroupedBatch
 from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, per_prompt_gradients, rho
 
 # Two-sided 95 % of the normal distribution.
@@ -112,7 +112,9 @@ def stream_advantages(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> 
         if batch.numel() == num_prompts:
             sequences = rollouts.sequences[batch]
             rewards = rollouts.rewards[batch]
-            yield batch, rewards - estimator(GroupedBatch(rewards, lengths[sequences], norms[sequences]))
+            grouped = GroupedBatch(rewards, lengths[sequences], norms[sequences])
+            yield batch, rewards - estimator(grouped)
+            estimator.update(grouped)
 
 
 def batch_estimates(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> list[BatchEstimate]:

@@ -7,10 +7,12 @@ as total minus own), so that a leave-one-out baseline does not depend on its own
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BASELINES = ("gradient_weighted", "group_mean", "leave_one_out", "length_weighted")
 
 # Powers of two between the paper's formula (0) and one baseline for the whole batch (infinity).
 PRIOR_STRENGTH_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, math.inf)
@@ -112,52 +114,33 @@ def gradient_weighted_baseline(
         `ValueError`: If shapes differ, if `prior_strength` is negative or `nan`, or if a weight of a scored completion is
         negative or not finite.
     """
+    _check_shapes(rewards, weights)
     if not prior_strength >= 0:
         raise ValueError(f"`prior_strength` must be at least 0 (it counts completions), got {prior_strength}.")
-    return _BaselineSums.of(rewards, weights, leave_one_out).baseline(prior_strength).to(rewards.dtype)
-
-
-class _BaselineSums(NamedTuple):
-    """What the gradient-weighted baseline is made of at every prior strength, so that a grid of them costs little more than one."""
-
-    weight: Tensor  # (N, G)
-    weighted_reward: Tensor  # (N, G)
-    prior_weight: Tensor  # (N, 1), per completion of the other groups
-    prior_weighted_reward: Tensor  # (N, 1)
-    plain_mean: Tensor  # (N, G); nan where nothing else was scored
-
-    @classmethod
-    def of(cls, rewards: Tensor, weights: Tensor, leave_one_out: bool) -> "_BaselineSums":
-        _check_shapes(rewards, weights)
-        scorable = ~rewards.isnan()
-        w = torch.where(scorable, weights, 0.0).double()
-        if not bool((w.isfinite() & (w >= 0)).all()):
-            raise ValueError(
-                "`weights` must be finite and non-negative wherever the reward is not nan. A nan or infinite weight means that "
-                "the model's log-probabilities of that completion are not finite; look for overflow in the model."
-            )
-        r = torch.where(scorable, rewards, 0.0).double()
-        sum_over = _sum_of_others if leave_one_out else _sum_of_all
-        count = _sum_of_others(scorable.double().sum(dim=1), dim=0).clamp(min=1).unsqueeze(1)  # (N, 1)
-        return cls(
-            sum_over(w),
-            sum_over(w * r),
-            _sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / count,
-            _sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / count,
-            sum_over(r) / sum_over(scorable.double()),
+    scorable = ~rewards.isnan()
+    w = torch.where(scorable, weights, 0.0).double()  # (N, G)
+    r = torch.where(scorable, rewards, 0.0).double()  # (N, G)
+    if not bool((w.isfinite() & (w >= 0)).all()):
+        raise ValueError(
+            "`weights` must be finite and non-negative wherever the reward is not nan. A nan or infinite weight means that "
+            "the model's log-probabilities of that completion are not finite; look for overflow in the model."
         )
+    sum_over = _sum_of_others if leave_one_out else _sum_of_all
+    weight, weighted_reward = sum_over(w), sum_over(w * r)  # (N, G)
 
-    def baseline(self, prior_strength: float) -> Tensor:
-        """The baseline in float64, `(N, G)`."""
-        weight, weighted_reward = self.weight, self.weighted_reward
-        if math.isinf(prior_strength):
-            has_prior = self.prior_weight > 0
-            weight = torch.where(has_prior, self.prior_weight, weight)
-            weighted_reward = torch.where(has_prior, self.prior_weighted_reward, weighted_reward)
-        elif prior_strength > 0:
-            weight = weight + prior_strength * self.prior_weight
-            weighted_reward = weighted_reward + prior_strength * self.prior_weighted_reward
-        return torch.where(weight > 0, weighted_reward / weight, self.plain_mean)
+    num_others = _sum_of_others(scorable.double().sum(dim=1), dim=0).clamp(min=1).unsqueeze(1)  # (N, 1)
+    prior_weight = _sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / num_others
+    prior_weighted_reward = _sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / num_others
+    if math.isinf(prior_strength):
+        has_prior = prior_weight > 0
+        weight = torch.where(has_prior, prior_weight, weight)
+        weighted_reward = torch.where(has_prior, prior_weighted_reward, weighted_reward)
+    else:
+        weight = weight + prior_strength * prior_weight
+        weighted_reward = weighted_reward + prior_strength * prior_weighted_reward
+
+    plain_mean = sum_over(r) / sum_over(scorable.double())  # nan where nothing else was scored
+    return torch.where(weight > 0, weighted_reward / weight, plain_mean).to(rewards.dtype)
 
 
 def gradient_variance(rewards: Tensor, weights: Tensor, baselines: Tensor) -> float:
@@ -190,7 +173,7 @@ class AutomaticPriorStrength:
     Chooses the prior strength \\( \kappa \\) of [`gradient_weighted_baseline`] from *earlier* batches.
 
     Keeps, for every \\( \kappa \\) of a small grid, an exponential moving average of [`gradient_variance`] (divided by the
-    batch's mean weight, so that batches count alike while score norms drift) and returns the grid point with the least.
+    batch's mean weight, so that batches count alike while score norms drift) and returns the grid point with the minimum.
     Call [`update`][AutomaticPriorStrength.update] *after* the batch's baseline was taken: a strength chosen on the batch it
     is applied to would depend on every completion and bias the gradient.
 
@@ -231,11 +214,13 @@ class AutomaticPriorStrength:
         scale = weights[scored].double().mean().item()
         if not scale > 0 or rewards[scored].min() == rewards[scored].max():
             return
-        sums = _BaselineSums.of(rewards, weights, leave_one_out=True)
-        variances = [gradient_variance(rewards, weights, sums.baseline(strength)) / scale for strength in self.grid]
+        variances = []
+        for strength in self.grid:
+            baselines = gradient_weighted_baseline(rewards.double(), weights, prior_strength=strength)
+            variances.append(gradient_variance(rewards, weights, baselines) / scale)
         if any(math.isnan(variance) for variance in variances):
             return
-        # All grid points share their history, so the bias of starting at zero cannot change which is least.
+        # All grid points share their history, so the bias of starting at zero cannot change where the minimum is.
         self._variances = [
             self.decay * old + (1 - self.decay) * new for old, new in zip(self._variances, variances, strict=True)
         ]
@@ -258,6 +243,69 @@ class AutomaticPriorStrength:
             )
         self._variances = [float(variance) for variance in state["variances"]]
         self._seen = bool(state["seen"])
+
+
+@dataclass
+class GroupedBatch:
+    """
+    One generation batch, grouped by prompt and gathered over processes.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, G)`): Rewards; `nan` where a completion could not be scored.
+        lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
+        weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
+        sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
+    """
+
+    rewards: Tensor
+    lengths: Tensor
+    weights: Tensor | None = None
+    sketches: Tensor | None = None
+
+
+class BaselineEstimator:
+    """
+    The configured baseline of a batch, and the state of the automatic prior strength.
+
+    Args:
+        baseline (`str`): One of `"gradient_weighted"`, `"group_mean"`, `"leave_one_out"`, `"length_weighted"`.
+        leave_one_out (`bool`): Whether weighted baselines keep a completion out of its own baseline.
+        prior_strength (`float`, *optional*): Prior strength of the gradient-weighted baseline; automatic if not given.
+    """
+
+    def __init__(self, baseline: str, *, leave_one_out: bool, prior_strength: float | None) -> None:
+        self.baseline = baseline
+        self.leave_one_out = leave_one_out
+        self.automatic = AutomaticPriorStrength() if prior_strength is None else None
+        self._fixed_strength = prior_strength
+
+    @property
+    def prior_strength(self) -> float:
+        """Prior strength for the next batch, in completions; 0 for baselines without prior."""
+        if self.baseline != "gradient_weighted":
+            return 0.0
+        if self.automatic is not None:
+            return self.automatic.value
+        assert self._fixed_strength is not None
+        return self._fixed_strength
+
+    def __call__(self, batch: GroupedBatch) -> Tensor:
+        """The baseline of every completion, of shape `(N, G)`."""
+        if self.baseline == "group_mean":
+            return group_mean_baseline(batch.rewards)
+        if self.baseline == "leave_one_out":
+            return leave_one_out_baseline(batch.rewards)
+        if self.baseline == "length_weighted":
+            return length_weighted_baseline(batch.rewards, batch.lengths, leave_one_out=self.leave_one_out)
+        assert batch.weights is not None, "the gradient-weighted baseline needs the scoring pass"
+        return gradient_weighted_baseline(
+            batch.rewards, batch.weights, leave_one_out=self.leave_one_out, prior_strength=self.prior_strength
+        )
+
+    def update(self, batch: GroupedBatch) -> None:
+        """Let the automatic prior strength learn from a batch whose baseline has been taken."""
+        if self.automatic is not None and batch.weights is not None:
+            self.automatic.update(batch.rewards, batch.weights)
 
 
 def _check_shapes(rewards: Tensor, *others: Tensor) -> None:

@@ -1,19 +1,78 @@
-"""What a checkpoint of ours holds beside a Trainer's, and which checkpoints are whole."""
+"""What a checkpoint holds in addition to a Trainer's, which checkpoints are complete, and a GRPOTrainer that resumes from them."""
 
 import json
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+
+from oblr_trl.oblrpo_config import OBLRPOConfig
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "oblrpo_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] that resumes from the last checkpoint that was written to its end, also between two optimizer steps on the
+    same rollouts, and saves a state of plain numbers. A subclass adds to `_algorithm_state` and `_load_algorithm_state`.
+    """
+
+    # Narrower than the parent declares, or declared optional there although set from the constructor on.
+    args: OBLRPOConfig
+    _buffered_inputs: Any
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # the parent would take the newest one, complete or not
+            assert self.args.output_dir is not None
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in `output_dir` ({self.args.output_dir}) to resume from."
+                )
+        if resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
+            load_state(resume_from_checkpoint)  # refuses one that cannot be resumed before the parent reads half of it
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # The last thing every process writes, before one of them writes `trainer_state.json` and deletes old checkpoints.
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self._trains_on_old_rollouts():
+            assert self._buffered_inputs is not None
+            save_rollouts(output_dir, self.accelerator.process_index, self._buffered_inputs)
+        if self.args.should_save:
+            save_state(output_dir, self._algorithm_state())
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._load_algorithm_state(load_state(checkpoint))
+        if self._trains_on_old_rollouts():
+            device = self.accelerator.device
+            self._buffered_inputs = load_rollouts(checkpoint, self.accelerator.process_index, device)
+
+    def _trains_on_old_rollouts(self) -> bool:
+        """Whether the next training step is on rollouts that were generated before an optimizer step."""
+        assert self.args.steps_per_generation is not None  # set by the configuration
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def _algorithm_state(self) -> dict[str, Any]:
+        """State of the run that the parent does not save, as plain numbers and strings."""
+        return {"training_steps": self._step}
+
+    def _load_algorithm_state(self, state: dict[str, Any]) -> None:
+        self._step = state["training_steps"]
 
 
 def rollouts_file(process_index: int) -> str:
@@ -86,6 +145,48 @@ def load_rollouts(folder: str, process_index: int, device: torch.device) -> list
     ]
 
 
+def check_same_options(state: dict[str, Any], args: Any, names: Sequence[str]) -> None:
+    """Refuse to resume with other values of the options `names`, which the saved state belongs to."""
+    for name in names:
+        if state.get(name) != getattr(args, name):
+            raise ValueError(
+                f"The checkpoint was written with {name}={state.get(name)!r} but this run has {getattr(args, name)!r}. Resume "
+                "with the former, or start a new run from the checkpoint's weights."
+            )
+
+
+def add_method_settings(args: OBLRPOConfig, prior_strength: float, lrs: Sequence[float]) -> None:
+    """
+    Add what was in use of the method to the model card that TRL has just written in `output_dir`.
+
+    Args:
+        args ([`OBLRPOConfig`]): Options of the run.
+        prior_strength (`float`): Prior strength of the baseline for the next batch, in completions.
+        lrs (`Sequence[float]`): Initial learning rates, one per parameter group.
+    """
+    own = {field.name for field in fields(OBLRPOConfig)} - {field.name for field in fields(GRPOConfig)}
+    rows = {"Setting": "Value", "---": "---"} | {f"`{name}`": f"`{getattr(args, name)}`" for name in sorted(own)}
+    rows |= {
+        "prior strength, last": f"{prior_strength:g}",
+        "initial learning rate": ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+        "prompts x completions per optimizer step": f"{args.prompts_per_step:g} x {args.num_generations}",
+    }
+    unused = []
+    if args.baseline != "gradient_weighted":
+        unused.append("the baseline")
+    if args.lr_adaptation != "snr":
+        unused.append("the learning rate")
+    sentence = "Trained with `oblr_trl`, which is not the authors' code."
+    if unused:
+        sentence += f" Not in use of OBLR-PO: {' and '.join(unused)}."
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    assert args.output_dir is not None  # set by the parent
+    card = Path(args.output_dir) / "README.md"
+    before, heading, after = card.read_text(encoding="utf-8").partition("### Framework versions")
+    section = f"### Method settings\n\n{sentence}\n\n{table}\n\n"
+    card.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
+
+
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """
     The newest checkpoint in `output_dir` that was written to its end.
@@ -116,7 +217,7 @@ def refuse_for_grpo(folder: str) -> None:
     """
     if os.path.isfile(os.path.join(folder, STATE_FILE)):
         raise ValueError(
-            f"The checkpoint {folder!r} was written by `OBLRPOTrainer`, and `trainer` is 'grpo', which cannot go on with its "
+            f"The checkpoint {folder!r} was written by `OBLRPOTrainer`, and `trainer` is 'grpo', which cannot continue its "
             "learning-rate schedule. Resume it with trainer: oblrpo, or start a new run from its weights: set "
             f"model_name_or_path: {folder}, another output_dir, and no resume_from_checkpoint."
         )

@@ -3,6 +3,7 @@
 Shapes: N prompts, k coordinates of a gradient (or of a sketch that preserves inner products). Plain numbers come out.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -109,9 +110,15 @@ class GradientSNR:
         """Smoothed noise; `nan` before the first batch."""
         return self._noise / self._weight if self._weight else math.nan
 
-    def ratio(self, num_prompts: float) -> float:
-        """[`rho`] of the smoothed signal, held back while batches are few, and noise; `nan` before the first batch."""
-        return rho(self._weight * self.signal, self.noise, num_prompts)
+    @property
+    def uncorrected_signal(self) -> float:
+        """Average of the signal that starts from 0 and is not bias-corrected, hence small while batches are few: the estimate
+        of the first ones is mostly chance, and a rate that follows it loses the policy where AdamW moves furthest."""
+        return self._signal
+
+    def rho(self, num_prompts: float) -> float:
+        """[`rho`] of uncorrected signal and noise; `nan` before the first batch."""
+        return rho(self.uncorrected_signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are
@@ -135,22 +142,22 @@ class StepGradientSNR:
     """
     [`GradientSNR`] of optimizer steps, whose prompts may come in several generation batches.
 
-    All batches of one step are pooled and enter the moving averages once; each further batch of the step revises that
-    entry. With one batch per step this is [`GradientSNR.update`].
+    The batches of one step are pooled and enter the moving averages once. With one batch per step this is
+    [`GradientSNR.update`].
 
     Args:
-        snr ([`GradientSNR`]): The moving averages.
+        averages ([`GradientSNR`]): Moving averages of the steps before.
     """
 
-    def __init__(self, snr: GradientSNR) -> None:
-        self.snr = snr
+    def __init__(self, averages: GradientSNR) -> None:
+        self.averages = averages
         self.restart()
 
     def restart(self) -> None:
         """Begin anew: the next batch belongs to another step, whatever its number."""
         self._step: int | None = None
         self._gradients: list[Tensor] = []
-        self._before = self.snr.state_dict()
+        self._earlier_steps = self.averages
 
     @property
     def num_prompts(self) -> int:
@@ -179,12 +186,13 @@ class StepGradientSNR:
             `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate.
         """
         if step != self._step:
-            self._step, self._gradients, self._before = step, [], self.snr.state_dict()
+            self.restart()
+            self._step = step
         self._gradients.append(per_prompt_gradients)
         signal, noise = gradient_moments(torch.cat(self._gradients))
-        self.snr.load_state_dict(self._before)
-        self.snr.update(GradientMoments(signal, noise + self.num_prompts * sampling_variance))
-        return self.snr.ratio(self.num_prompts) if self.num_prompts else math.nan
+        self.averages = copy.copy(self._earlier_steps)
+        self.averages.update(GradientMoments(signal, noise + self.num_prompts * sampling_variance))
+        return self.averages.rho(self.num_prompts) if self.num_prompts else math.nan
 
 
 def sampling_variance(sketches: Tensor, advantages: Tensor, num_steps: float) -> float:

@@ -10,38 +10,40 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 class SNRScheduler(LRScheduler):
     r"""
-    Multiplies the learning rate of any schedule by \\( \mathrm{clamp}(\rho, \text{min\_factor}, \text{max\_factor}) \\).
+    Multiplies the learning rate of any schedule by \\( \mathrm{clamp}(\rho, \text{min\_multiplier}, \text{max\_multiplier}) \\).
 
     \\( \eta_t = \eta_0(t)\, \rho_t \\) with \\( \rho_t = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\)
-    ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The
-    rate is written into the optimizer's parameter groups as soon as [`set_rho`][SNRScheduler.set_rho] is called, so
-    call it before the backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the
-    multiplier is `min_factor`; `min_factor=max_factor=1` is the wrapped schedule. A rate that somebody else writes into a
-    parameter group (a callback in `on_step_begin`) takes the place of the scheduled one, as it does without this scheduler:
-    until the next step, and multiplied (so write a scheduled rate, not a part of the one that is there). Whatever an optimizer derives from the rate is multiplied with it, AdamW's decoupled
-    weight decay (rate x decay) among it.
+    ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, where the schedule \\( \eta_0 \\) is constant). The rate is
+    written into the optimizer's parameter groups as soon as [`set_rho`][SNRScheduler.set_rho] is called, so call it before the
+    backward pass of the step that shall use it. Before the first call, while \\( \rho \\) is unknown, the multiplier is
+    `min_multiplier`; `min_multiplier=max_multiplier=1` is the wrapped schedule. Whatever an optimizer derives from the rate is
+    multiplied with it, AdamW's decoupled weight decay (rate x decay) among it.
+
+    A rate that somebody else writes into a parameter group (a callback in `on_step_begin`) takes the place of the scheduled one,
+    as it does without this scheduler: until the next step, and multiplied. So write a scheduled rate, not a part of the one that
+    is there.
 
     Args:
         scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
             Schedule to wrap. It keeps seeing its own, unmultiplied rates, so recursive schedules work as well.
-        min_factor (`float`, *optional*, defaults to `0.0`):
+        min_multiplier (`float`, *optional*, defaults to `0.0`):
             Minimum multiplier, at least 0.
-        max_factor (`float`, *optional*, defaults to `1.0`):
-            Maximum multiplier, at least `min_factor`.
+        max_multiplier (`float`, *optional*, defaults to `1.0`):
+            Maximum multiplier, at least `min_multiplier`.
     """
 
-    def __init__(self, scheduler: LRScheduler, *, min_factor: float = 0.0, max_factor: float = 1.0) -> None:
+    def __init__(self, scheduler: LRScheduler, *, min_multiplier: float = 0.0, max_multiplier: float = 1.0) -> None:
         # Deliberately not `LRScheduler.__init__`: it would take a step of its own.
-        if not 0 <= min_factor <= max_factor:
+        if not 0 <= min_multiplier <= max_multiplier:
             raise ValueError(
-                f"The factors must satisfy 0 <= min_factor <= max_factor, got min_factor={min_factor}, "
-                f"max_factor={max_factor}."
+                f"The multipliers must satisfy 0 <= min_multiplier <= max_multiplier, got min_multiplier={min_multiplier}, "
+                f"max_multiplier={max_multiplier}."
             )
         self.scheduler = scheduler
         self.optimizer = scheduler.optimizer
-        self.min_factor = min_factor
-        self.max_factor = max_factor
-        self.multiplier = min_factor
+        self.min_multiplier = min_multiplier
+        self.max_multiplier = max_multiplier
+        self.multiplier = min_multiplier
         self.take_scheduled_lrs()
 
     @property
@@ -56,7 +58,7 @@ class SNRScheduler(LRScheduler):
 
     def set_rho(self, ratio: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
-        self.multiplier = min(max(ratio, self.min_factor), self.max_factor)
+        self.multiplier = min(max(ratio, self.min_multiplier), self.max_multiplier)
         self.multiply()
         return self.multiplier
 
@@ -156,7 +158,7 @@ def initial_lrs(scheduler: Any) -> list[float]:
 
 def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:
     """
-    Let a schedule whose state was loaded, at the step where it is, go on from this run's initial rates instead of the saved ones.
+    Let a schedule whose state was loaded, at the step where it is, continue from this run's initial rates instead of the saved ones.
 
     Args:
         scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]): The schedule, wrapped or not.
@@ -175,7 +177,7 @@ def restore_initial_lrs(scheduler: Any, wanted: Sequence[float]) -> list[float]:
     if not isinstance(inner, LambdaLR):
         raise ValueError(
             f"The checkpoint was written with initial learning rates {loaded}, this run has {list(wanted)}, and a "
-            f"`{type(inner).__name__}` cannot go on from others. Remedy: keep the rate, use one of `lr_scheduler_type`, or start "
+            f"`{type(inner).__name__}` cannot continue from others. Remedy: keep the rate, use one of `lr_scheduler_type`, or start "
             "a new run from the checkpoint's weights."
         )
     inner.base_lrs = list(wanted)

@@ -1,4 +1,18 @@
-"""Names under which the trainers log: every reader and writer takes them from here."""
+"""Names of the metrics, which every writer and reader of logs takes from here, and the diagnostics of one batch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from oblr_trl.baselines import (
+    GroupedBatch,
+    gradient_variance,
+    group_mean_baseline,
+    leave_one_out_baseline,
+    length_weighted_baseline,
+)
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients
 
 # Of TRL and transformers.
 REWARD = "reward"
@@ -43,3 +57,45 @@ METRICS = (
     VARIANCE_VS_LEAVE_ONE_OUT,
     VARIANCE_VS_LENGTH_WEIGHTED,
 )
+
+
+def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]:
+    r"""
+    What the baseline did on one batch; every value is `nan` where it is undefined.
+
+    `baseline/mean` (reward units); `baseline/shift`, the mean of abs(b - group mean); and, where the scoring pass ran,
+    `baseline/effective_group_size` \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and
+    `variance_ratio/*`, the variance of one completion's gradient under the baseline in use over that under another one (below
+    1 is a gain): [`gradient_variance`], a second moment, less the squared norm of the mean gradient, estimated from the same
+    batch. The group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of
+    it; the fair comparison at small G is `variance_ratio/leave_one_out`.
+    """
+    rewards, weights, sketches = batch.rewards, batch.weights, batch.sketches
+    group_means = group_mean_baseline(rewards)
+    used = ~rewards.isnan()
+    metrics = {
+        BASELINE_MEAN: baselines[used].nanmean().item(),
+        BASELINE_SHIFT: (baselines - group_means)[used].abs().nanmean().item(),
+    }
+    if weights is None or sketches is None:
+        return metrics
+    scored = torch.where(used, weights, 0.0).double()
+    effective = scored.sum(dim=1).square() / scored.square().sum(dim=1)
+    norms = weights[used].double().sqrt()
+
+    def variance(baseline: Tensor) -> float:
+        signal = gradient_moments(per_prompt_gradients(sketches, rewards - baseline)).signal
+        return max(gradient_variance(rewards, weights, baseline) - signal, 0.0)
+
+    own = variance(baselines)
+    others = {
+        VARIANCE_VS_GROUP_MEAN: variance(group_means),
+        VARIANCE_VS_LEAVE_ONE_OUT: variance(leave_one_out_baseline(rewards)),
+        VARIANCE_VS_LENGTH_WEIGHTED: variance(length_weighted_baseline(rewards, batch.lengths)),
+    }
+    return metrics | {
+        EFFECTIVE_GROUP_SIZE: effective.nanmean().item(),
+        SCORE_NORM_MEAN: norms.mean().item(),
+        SCORE_NORM_MAX: norms.max().item() if norms.numel() else math.nan,
+        **{name: own / other if other > 0 else math.nan for name, other in others.items()},
+    }

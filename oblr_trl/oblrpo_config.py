@@ -1,19 +1,15 @@
-"""GRPOConfig with the options of OBLR-PO, and the refusal of inherited options that OBLR-PO cannot honour."""
+"""GRPOConfig with the options of OBLR-PO. What it cannot honour is in [`~checks.options`]."""
 
-import warnings
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from oblr_trl.advantages import BASELINES, differentiates_sequences
-from oblr_trl.gradient_snr import MIN_PROMPTS
+from oblr_trl.baselines import BASELINES
+from oblr_trl.checks.options import LR_ADAPTATIONS, check_options, check_prompts
+from oblr_trl.scores.loss_weights import differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
-# Losses whose gradient is advantage x a token weight that is known before training, and those for which it is not.
-LINEAR_LOSS_TYPES = ("dr_grpo", "dapo", "grpo", "bnpo", "cispo", "luspo")
 # Of `lr_adaptation="snr"`, whose multiplier averages about 0.2 in the demo (`make demo` prints it): TRL's rate in effect.
 _SNR_LEARNING_RATE = 5e-6
 
@@ -58,7 +54,7 @@ class OBLRPOConfig(GRPOConfig):
             multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_multiplier (`float`, *optional*, defaults to `0.05`):
             Minimum multiplier of the learning rate, in [0, `snr_max_multiplier`], and its value while rho is unknown. Above 0, a
-            run whose signal drowns in noise goes on slowly instead of standing still. 0 is the paper.
+            run whose signal drowns in noise continues slowly instead of stopping. 0 is the paper.
         snr_max_multiplier (`float`, *optional*, defaults to `1.0`):
             Maximum multiplier of the learning rate.
         reward_timeout (`float`, *optional*):
@@ -130,7 +126,7 @@ class OBLRPOConfig(GRPOConfig):
         default="snr",
         metadata={
             "help": "'snr': learning rate = schedule x clamp(N SNR / (1 + N SNR)). 'none': the schedule alone.",
-            "choices": ("snr", "none"),
+            "choices": LR_ADAPTATIONS,
         },
     )
     snr_ema_decay: float = field(
@@ -152,19 +148,8 @@ class OBLRPOConfig(GRPOConfig):
         if self.learning_rate is None:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
         super().__post_init__()
-        self._check_own_fields()
-        if self.needs_scores:
-            self._refuse_unknown_token_weights()
-        if self.baseline != "group_mean" and self.multi_objective_aggregation != "sum_then_normalize":
-            _refuse(
-                "multi_objective_aggregation",
-                self.multi_objective_aggregation,
-                "it normalises every reward function by its own group mean, which leaves no reward to take a baseline of",
-                "use 'sum_then_normalize', or baseline='group_mean'",
-            )
-        if self.lr_adaptation == "snr":
-            self._refuse_unsteerable_schedules()
-        self._check_prompts()
+        check_options(self)
+        check_prompts(self)
 
     @property
     def needs_scores(self) -> bool:
@@ -182,176 +167,15 @@ class OBLRPOConfig(GRPOConfig):
         return rows / self.num_generations / repeats
 
     @property
-    def corrects_tokens(self) -> bool:
-        """Whether vLLM's importance ratio weights the gradients of single tokens."""
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        by_token = self.vllm_importance_sampling_mode.startswith("token")
-        return corrected and by_token and not differentiates_sequences(self.loss_type, self.importance_sampling_level)
-
-    @property
-    def scores_ride(self) -> bool:
+    def reuses_old_logps_forward(self) -> bool:
         """Whether the scoring pass takes the place of the parent's forward pass for the old log-probabilities, where there is
-        one. The importance ratio follows from them: one per sequence can be multiplied on afterwards."""
+        one. vLLM's importance ratio follows from them: one per sequence can be multiplied on afterwards, one per token cannot."""
         assert self.steps_per_generation is not None  # set by the parent
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
         on_policy = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
-        if on_policy and not (self.use_vllm and self.vllm_importance_sampling_correction):
+        if on_policy and not corrected:
             return False
-        return not self.corrects_tokens
-
-    def _check_own_fields(self) -> None:
-        for name, choices in (
-            ("baseline", BASELINES),
-            ("score_scope", SCOPES),
-            ("score_method", METHODS),
-            ("lr_adaptation", ("snr", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                _refuse(name, getattr(self, name), "it is not known", f"use one of {list(choices)}")
-        if self.baseline == "leave_one_out" and not self.baseline_leave_one_out:
-            _refuse("baseline_leave_one_out", False, "it contradicts baseline='leave_one_out'", "use 'group_mean'")
-        strength = self.baseline_prior_strength
-        if strength is not None and self.baseline != "gradient_weighted":
-            _refuse("baseline_prior_strength", strength, "only 'gradient_weighted' has a prior", "leave it unset")
-        if strength is not None and not strength >= 0:
-            _refuse("baseline_prior_strength", strength, "it counts completions", "use a number of at least 0")
-        if self.baseline == "gradient_weighted" and strength != 0 and self.scale_rewards == "group":
-            _refuse(
-                "scale_rewards",
-                "group",
-                "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
-                "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
-            )
-        if (self.score_scope == "last_k") != (self.score_last_k is not None):
-            _refuse(
-                "score_last_k",
-                self.score_last_k,
-                f"score_scope is {self.score_scope!r}",
-                "set it together with score_scope='last_k', and only then",
-            )
-        if self.score_last_k is not None and self.score_last_k < 1:
-            _refuse("score_last_k", self.score_last_k, "it counts blocks", "use at least 1")
-        if self.score_sketch_dim < 1:
-            _refuse("score_sketch_dim", self.score_sketch_dim, "it is a length", "use at least 1")
-        if not 0 <= self.snr_ema_decay < 1:
-            _refuse("snr_ema_decay", self.snr_ema_decay, "it is a decay", "use a number in [0, 1)")
-        if not 0 <= self.snr_min_multiplier <= self.snr_max_multiplier:
-            _refuse(
-                "snr_min_multiplier",
-                self.snr_min_multiplier,
-                f"it must lie between 0 and snr_max_multiplier ({self.snr_max_multiplier})",
-                "lower it, or raise snr_max_multiplier",
-            )
-        if self.reward_timeout is not None and not self.reward_timeout > 0:
-            _refuse("reward_timeout", self.reward_timeout, "it is a time in seconds", "use a positive number, or None")
-
-    def _check_prompts(self) -> None:
-        """The SNR compares the prompts of a step, and the prior the prompts of a generation batch."""
-        assert self.generation_batch_size is not None  # set by the parent
-        assert self.num_generations is not None
-        per_step, per_batch = self.prompts_per_step, self.generation_batch_size / self.num_generations
-        adapts = self.lr_adaptation == "snr"
-        has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
-        batch = (
-            f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {self.num_generations} completions "
-            f"(per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} process(es) x "
-            f"gradient_accumulation_steps={self.gradient_accumulation_steps}, num_iterations={self.num_iterations})"
+        by_token = self.vllm_importance_sampling_mode.startswith("token")
+        return (
+            not corrected or not by_token or differentiates_sequences(self.loss_type, self.importance_sampling_level)
         )
-        remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
-        if adapts and max(per_step, per_batch) < 2:
-            _refuse(
-                "lr_adaptation",
-                "snr",
-                f"{batch}, and the noise of a gradient shows only between prompts",
-                f"{remedy}, or set lr_adaptation='none'",
-            )
-        if has_prior and per_batch < 2:
-            if self.baseline_prior_strength is not None:
-                _refuse(
-                    "baseline_prior_strength",
-                    self.baseline_prior_strength,
-                    f"a generation batch has {per_batch:g} prompt, and a prior comes from the other ones",
-                    "raise per_device_train_batch_size or steps_per_generation, or set it to 0",
-                )
-            warnings.warn(
-                f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
-            )
-        if adapts and max(per_step, per_batch) < MIN_PROMPTS:
-            warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
-
-    def _refuse_unknown_token_weights(self) -> None:
-        """The scoring pass must know, before training, what the loss will multiply each token's gradient by."""
-        assert self.steps_per_generation is not None  # set by the parent
-        if self.loss_type not in LINEAR_LOSS_TYPES:
-            _refuse(
-                "loss_type",
-                self.loss_type,
-                "its gradient is not linear in the advantage (or it is unknown), so no baseline minimises its variance",
-                f"use one of {list(LINEAR_LOSS_TYPES)}",
-            )
-        if self.loss_type == "bnpo" and self.steps_per_generation > 1:
-            _refuse(
-                "loss_type",
-                self.loss_type,
-                "it divides by the token count of micro-batches that are drawn only after scoring",
-                "use 'dapo', which divides by the whole batch's count, or steps_per_generation=1",
-            )
-        if self.top_entropy_quantile < 1.0:
-            _refuse(
-                "top_entropy_quantile",
-                self.top_entropy_quantile,
-                "it drops tokens by a quantile of micro-batches that are drawn only after scoring",
-                "set it to 1.0",
-            )
-        if self.off_policy_mask_threshold is not None:
-            _refuse(
-                "off_policy_mask_threshold",
-                self.off_policy_mask_threshold,
-                "it drops completions by the sign of their advantage, which biases any baseline",
-                "leave it unset",
-            )
-        if self.use_liger_kernel:
-            _refuse(
-                "use_liger_kernel",
-                True,
-                "its fused layers hide inputs and output gradients from the scoring pass",
-                "set it to False; model_init_kwargs={'use_kernels': True} keeps the layers",
-            )
-
-    def _refuse_unsteerable_schedules(self) -> None:
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            _refuse(
-                "lr_scheduler_type",
-                SchedulerType(self.lr_scheduler_type).value,
-                "it sets the learning rate from an evaluation metric, which the SNR multiplier would overwrite",
-                "use a schedule of steps, or lr_adaptation='none'",
-            )
-        optimizer = OptimizerNames(self.optim).value
-        if "layerwise" in optimizer or "lomo" in optimizer:
-            _refuse(
-                "optim",
-                optimizer,
-                "it steps inside the backward pass without parameter groups whose learning rate could be set",
-                "use another optimizer, or lr_adaptation='none'",
-            )
-        assert self.steps_per_generation is not None  # set by the parent
-        steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
-        passes = steps * self.num_iterations
-        if not (steps % accumulation and accumulation % steps) and passes % accumulation and accumulation % passes:
-            _refuse(
-                "num_iterations",
-                self.num_iterations,
-                f"a batch lasts for {passes} micro-batches, so that optimizer steps of {accumulation} would straddle two of them",
-                "make one of steps_per_generation x num_iterations and gradient_accumulation_steps a multiple of the other",
-            )
-        if steps % accumulation and accumulation % steps:
-            _refuse(
-                "steps_per_generation",
-                steps,
-                f"optimizer steps of {accumulation} micro-batches would straddle generation batches, so that no batch's SNR "
-                "would be that of the step",
-                "make one of steps_per_generation and gradient_accumulation_steps a multiple of the other",
-            )
-
-
-def _refuse(name: str, value: object, reason: str, remedy: str) -> None:
-    raise ValueError(f"OBLR-PO cannot honour {name}={value!r}: {reason}. Remedy: {remedy}.")

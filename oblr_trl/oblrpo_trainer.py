@@ -2,6 +2,7 @@
 
 import logging
 import math
+import textwrap
 import warnings
 from typing import Any
 
@@ -10,36 +11,27 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
-from oblr_trl.advantages import (
-    BaselineEstimator,
-    GroupedBatch,
-    applied_importance_ratio,
-    baseline_metrics,
-    loss_token_weights,
-)
-from oblr_trl.gradient_snr import (
-    MIN_PROMPTS,
-    GradientSNR,
-    StepGradientSNR,
-    per_prompt_gradients,
-    sampling_variance,
-)
-from oblr_trl.guarded_trainer import GuardedGRPOTrainer
+from oblr_trl import metrics
+from oblr_trl.baselines import BaselineEstimator, GroupedBatch
+from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
+from oblr_trl.checks.options import check_backend, check_vocabulary
+from oblr_trl.checks.processes import raise_everywhere
+from oblr_trl.checks.reward_functions import RewardFunctions
+from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
-from oblr_trl.model_card import OBLRPO, complete_model_card, method_in_use
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.scores.score_pass import ScoreOutput
+from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
 from oblr_trl.scores.scopes import resolve_scope
-from oblr_trl.scores.score_pass import ScorePass
+from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 from oblr_trl.scores.scoring_model import FORWARD_KEYS, ScoringModel
 
 logger = logging.getLogger(__name__)
 
-# TRL's epsilon beside a standard deviation of rewards; it keeps groups of equal rewards from dividing by zero.
+# TRL's epsilon in addition to a standard deviation of rewards; it keeps groups of equal rewards from dividing by zero.
 _SCALE_EPSILON = 1e-4
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo")
-# Options that the averages of signal and noise, or the strengths of the prior, are in the unit of.
+# Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
 _AVERAGED_OPTIONS = (
     "baseline_leave_one_out",
     "score_scope",
@@ -53,7 +45,7 @@ _AVERAGED_OPTIONS = (
 )
 
 
-class OBLRPOTrainer(GuardedGRPOTrainer):
+class OBLRPOTrainer(ResumableGRPOTrainer):
     r"""
     Trainer for Optimal Baseline and Learning-Rate Policy Optimization (OBLR-PO).
 
@@ -62,8 +54,8 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     by \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\). Both come from one scoring pass over the generated batch, before
     any training step on it.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate (and what happens when
-    something fails, see [`~guarded_trainer.GuardedGRPOTrainer`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is
+    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate (and that a failing reward
+    function stops all processes, see [`~checks.reward_functions`], and runs resume exactly, see [`~checkpoints`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is
     [`~trl.GRPOTrainer`], bit for bit. The constructor is the same; `args` is an [`OBLRPOConfig`], which without `args` accumulates
     gradients over 16 micro-batches: TRL's own batch defaults are one prompt per process, and the SNR needs several.
 
@@ -93,9 +85,25 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
     ```
     """
 
-    _name, _tag_names, _paper = OBLRPO
+    _name = "OBLR-PO"
+    _tag_names = ["trl", "oblr-po", "oblr_trl"]
+    _paper = {
+        "title": "OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning",
+        "id": "2511.23310",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{huang2025oblrpo,
+                title        = {{OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning}},
+                author       = {Huang and Sheng and Zheng},
+                year         = 2025,
+                eprint       = {arXiv:2511.23310},
+                note         = {Re-titled in 2026: Variance-aware baselines and adaptive learning rates for reinforcement
+                                learning with verifiable rewards},
+            }"""),
+    }
 
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
+    model: Any
     lr_scheduler: Any
     num_generations: int
     _logs: dict[str, Any]
@@ -110,34 +118,22 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 f"`args` must be an `OBLRPOConfig`, got a `{type(args).__name__}`. Replace the class name: every option of "
                 "`GRPOConfig` exists there."
             )
-        self._name, self._tag_names, self._paper = method_in_use(args)
         # Read by seams that the parent's constructor may call.
         self._baseline_estimator = BaselineEstimator(
             args.baseline, leave_one_out=args.baseline_leave_one_out, prior_strength=args.baseline_prior_strength
         )
-        self._gradient_snr = GradientSNR(decay=args.snr_ema_decay)
-        self._score_pass: ScorePass | None = None
-        self._scoring_model: ScoringModel | None = None
-        self._old_logps_due = False
-        self._rewards_per_func: Tensor | None = None
-        self._step_snr = StepGradientSNR(self._gradient_snr)
+        self._gradient_snr = StepGradientSNR(GradientSNR(decay=args.snr_ema_decay))
         self._rho = math.nan  # of the batch at hand
         self._initial_lrs: list[float] = []
+        self._rewards_per_func: Tensor | None = None
+        self._score_pass: ScorePass | None = None
+        self._old_logps_forward: OldLogpsForward | None = None
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if args.lr_adaptation == "snr" and plugin is not None and "scheduler" in plugin.deepspeed_config:
-            raise ValueError(
-                "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
-                "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."
-            )
+        self._errors_of_rewards = RewardFunctions(args.reward_timeout)
+        self.reward_funcs = [self._errors_of_rewards.wrap(reward_func) for reward_func in self.reward_funcs]
+        check_backend(self)
+        check_vocabulary(self.model, self._tokenizer)
         if args.needs_scores:
-            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-                raise ValueError(
-                    "OBLR-PO's scoring pass needs parameters of their own shape, which FSDP 1 flattens. Remedy: set "
-                    "fsdp_version: 2 in the accelerate configuration, use DeepSpeed ZeRO, or baseline='group_mean' with "
-                    "lr_adaptation='none'."
-                )
             resolve_scope(
                 self.model, args.score_scope, args.score_last_k
             )  # unknown layers fail before any work is done
@@ -153,47 +149,73 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 gradient_checkpointing=args.gradient_checkpointing,
             )
 
+    # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training or (self.args.baseline == "group_mean" and self._score_pass is None):
+            return super()._generate_and_score_completions(inputs)
+        # A tool mask would be known too late for a pass that takes the place of the parent's.
+        if (
+            self._score_pass is not None
+            and self.args.reuses_old_logps_forward
+            and not self.tools
+            and not self.rollout_func
+        ):
+            self._old_logps_forward = OldLogpsForward(self.model, self._score_pass, self.args.loss_type)
+        output = super()._generate_and_score_completions(inputs)
+
+        batch = self._grouped_batch(output)
+        baselines = self._baseline_estimator(batch)
+        advantages = self._advantages(output, batch.rewards, baselines)
+        if batch.sketches is not None:
+            self._adapt_learning_rate(batch.sketches, advantages, output["num_items_in_batch"])
+        self._log_train_metrics(
+            {metrics.PRIOR_STRENGTH: self._baseline_estimator.prior_strength}
+            | metrics.baseline_metrics(batch, baselines)
+        )
+        self._baseline_estimator.update(batch)
+        return output
+
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        raise_everywhere(self.accelerator, self._errors_of_rewards.take_error())
+        infinite = rewards_per_func.isinf().any(dim=0)
+        if infinite.any():  # gathered, hence the same on all processes: all raise
+            names = [name for name, bad in zip(self.reward_func_names, infinite.tolist(), strict=True) if bad]
+            raise ValueError(
+                f"Reward functions {names} returned an infinite reward, which no baseline can balance. Return a finite "
+                "number, or None for a completion that cannot be scored."
+            )
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
 
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and isinstance(self._schedule, SNRScheduler):
-            self._schedule.multiply()  # also in steps on rollouts of an earlier one, which set no ratio
-        return inputs
-
-    # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
-    def _generate_and_score_completions(self, inputs):
-        training = self.model.training
-        # A tool mask would be known too late for a pass that takes the place of the parent's.
-        unmasked = not self.tools and self.rollout_func is None
-        self._old_logps_due = training and self._score_pass is not None and unmasked and self.args.scores_ride
-        output = super()._generate_and_score_completions(inputs)
-        if not training or (self.args.baseline == "group_mean" and self._score_pass is None):
-            return output
-        loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        scores = self._score_completions(output, loss_mask) if self._score_pass is not None else None
-        self._set_advantages(output, loss_mask, scores)
-        return output
-
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._old_logps_due and model is self.model:
-            self._old_logps_due = False
-            assert self._score_pass is not None
-            loss_mask = attention_mask[:, -logits_to_keep:]
-            model = ScoringModel(self._score_pass, loss_token_weights(self.args.loss_type, loss_mask))
-            self._scoring_model = model
+        if self._old_logps_forward is not None:
+            model = self._old_logps_forward.in_place_of(model, attention_mask[:, -logits_to_keep:])
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def _score_completions(self, output: dict[str, Any], loss_mask: Tensor) -> ScoreOutput:
-        """Run the scoring pass on the local rows, in chunks of `per_device_train_batch_size`, unless it has been on the way,
-        and gather its results."""
-        scoring_model, self._scoring_model = self._scoring_model, None
+    def _grouped_batch(self, output: dict[str, Any]) -> GroupedBatch:
+        """Rewards, lengths and scores of all processes, one row per prompt."""
+        rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
+        assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        rewards[rewards_per_func.isnan().all(dim=1)] = math.nan  # no function applied: unscorable
+        rewards = rewards.view(-1, self.num_generations)  # (N, G)
+        loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
+        batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
+        if self._score_pass is not None:
+            scores = self._score_completions(self._score_pass, output, loss_mask)
+            assert scores.sketches is not None  # the first of the methods
+            batch.sketches = scores.sketches.view(*rewards.shape, -1)
+            exact = scores.squared_norms
+            batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
+        return batch
+
+    def _score_completions(self, score_pass: ScorePass, output: dict[str, Any], loss_mask: Tensor) -> ScoreOutput:
+        """The scores of all processes: from the parent's forward pass for the old log-probabilities, if the scoring pass took its
+        place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
         vllm_ratio = output.get("importance_sampling_ratio")
         if vllm_ratio is not None:
             vllm_ratio = applied_importance_ratio(
@@ -202,14 +224,13 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 loss_type=self.args.loss_type,
                 importance_sampling_level=self.args.importance_sampling_level,
             )
+        old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
+        scoring_model = None if old_logps_forward is None else old_logps_forward.scoring_model
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
         else:
-            assert self._score_pass is not None
-            scoring_model = ScoringModel(
-                self._score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
-            )
+            scoring_model = ScoringModel(score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio))
             self._get_per_token_logps_and_entropies(
                 scoring_model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
@@ -219,57 +240,35 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
                 **{key: output[key] for key in FORWARD_KEYS if key in output},
             )
             scores = scoring_model.result(self.accelerator.gather)
-        self._log_train_metrics({"score/pass_time": scoring_model.seconds})
+        self._log_train_metrics({metrics.PASS_TIME: scoring_model.seconds})
         assert scores.sketches is not None
-        self._refuse_not_finite("score", scores.sketches)
+        finite = scores.sketches.isfinite().view(self.accelerator.num_processes, -1).all(dim=1)
+        if not finite.all():  # gathered, hence the same on all processes: all raise
+            raise ValueError(
+                f"The score of step {self.state.global_step} is not finite on process {finite.tolist().index(False)}: the model's "
+                "activations or logits are not. No weight was changed by it. Resume from the last checkpoint with a lower "
+                "learning rate, gradient clipping, or bf16 instead of fp16."
+            )
         return scores
 
-    def _set_advantages(self, output: dict[str, Any], loss_mask: Tensor, scores: ScoreOutput | None) -> None:
-        """Replace the parent's advantages by r - b, and set the learning rate of the step that will use them."""
-        rewards = self._grouped_rewards()  # (N, G)
-        weights = sketches = None
-        if scores is not None:
-            assert scores.sketches is not None
-            sketches = scores.sketches.view(*rewards.shape, -1)
-            exact = scores.squared_norms
-            weights = sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
-        lengths = self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards)
-        batch = GroupedBatch(rewards, lengths, weights, sketches)
-
-        prior_strength = self._baseline_estimator.prior_strength
-        baselines = self._baseline_estimator(batch)
-        self._log_train_metrics(baseline_metrics(batch, baselines) | {"baseline/prior_strength": prior_strength})
+    def _advantages(self, output: dict[str, Any], rewards: Tensor, baselines: Tensor) -> Tensor:
+        """r - b, in the place of the parent's; `nan` where a completion could not be scored."""
         if self.args.baseline == "group_mean":
             advantages = self.accelerator.gather(output["advantages"]).view_as(rewards)
             unscorable = rewards.isnan()
             lowest = rewards.masked_fill(unscorable, math.inf).amin(dim=1, keepdim=True)
             highest = rewards.masked_fill(unscorable, -math.inf).amax(dim=1, keepdim=True)
             # Of equal rewards the parent's mean may differ by rounding, which would pass for a gradient.
-            advantages = advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
-        else:
-            advantages = (rewards - baselines) / self._reward_scale(rewards)
-            self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
-        if sketches is not None:
-            unit = 1.0
-            if self.args.loss_type in _DIVIDED_BY_TOKENS:
-                unit = rewards.numel() / max(int(output["num_items_in_batch"]), 1)
-            self._adapt_learning_rate(sketches, unit * advantages)
-
-    def _grouped_rewards(self) -> Tensor:
-        """Weighted sum of the reward functions over all processes, `(N, G)`; `nan` where none of them applied."""
-        rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
-        assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        rewards[rewards_per_func.isnan().all(dim=1)] = math.nan
-        return rewards.view(-1, self.num_generations)
-
-    def _reward_scale(self, rewards: Tensor) -> Tensor | float:
-        if self.scale_rewards == "none":
-            return 1.0
-        std = nanstd(rewards, dim=1).unsqueeze(1) if self.scale_rewards == "group" else nanstd(rewards)
-        return std + _SCALE_EPSILON
+            return advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
+        advantages = rewards - baselines
+        if self.scale_rewards != "none":
+            std = nanstd(rewards, dim=1).unsqueeze(1) if self.scale_rewards == "group" else nanstd(rewards)
+            advantages = advantages / (std + _SCALE_EPSILON)
+        self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
+        return advantages
 
     def _write_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
+        """Put this process's slice of the advantages into the batch, and all of them into the log."""
         num_local = output["advantages"].size(0)
         output["advantages"] = advantages[self.accelerator.process_index * num_local :][:num_local]
         logged = self._logs["advantages"]  # the parent has just appended its own: they are the tail
@@ -277,45 +276,54 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
             logged.pop()
         logged.extend(advantages.tolist())
 
-    def _adapt_learning_rate(self, sketches: Tensor, advantages: Tensor) -> None:
+    def _adapt_learning_rate(self, sketches: Tensor, advantages: Tensor, num_tokens: Any) -> None:
+        """Signal, noise and rho of the optimizer step at hand, and its learning rate."""
         assert self.args.steps_per_generation is not None  # set by the configuration
+        if self.args.loss_type in _DIVIDED_BY_TOKENS:
+            advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
         # Optimizer steps that share the batch, where above 1.
         steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
-        self._rho = self._step_snr.add(
+        snr = self._gradient_snr
+        self._rho = snr.add(
             per_prompt_gradients(sketches, advantages),
             step=self.state.global_step,
             sampling_variance=sampling_variance(sketches, advantages, steps),
         )
-        num_prompts, num_batches = self._step_snr.num_prompts, self._step_snr.num_batches
-        if num_prompts < 2 and num_batches * steps * self.num_iterations >= 1:
+        if snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
                 "multiplier stays as it was, `snr_min_multiplier` at the start. See for what the reward functions return None."
             )
-        metrics = {
-            "gradient_snr/signal": self._gradient_snr.signal,
-            "gradient_snr/noise": self._gradient_snr.noise,
-            "gradient_snr/rho": self._rho,
-            "gradient_snr/num_prompts": num_prompts,
+        values = {
+            metrics.SIGNAL: snr.averages.signal,
+            metrics.NOISE: snr.averages.noise,
+            metrics.RHO: self._rho,
+            metrics.NUM_PROMPTS: snr.num_prompts,
         }
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
-            metrics["lr_multiplier"] = schedule.multiplier
+            values[metrics.LR_MULTIPLIER] = schedule.multiplier
         # Of several batches of one step the last one's hold: the others were provisional.
-        self._log_train_metrics(metrics, replace=num_batches > 1)
+        self._log_train_metrics(values, replace=snr.num_batches > 1)
 
-    def _log_train_metrics(self, metrics: dict[str, float], *, replace: bool = False) -> None:
-        for name, value in metrics.items():
+    def _log_train_metrics(self, values: dict[str, float], *, replace: bool = False) -> None:
+        for name, value in values.items():
             logged = self._metrics["train"][name]
             if replace and logged:  # a callback may have logged in the middle of the step
                 logged.pop()
             logged.append(value)
 
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and isinstance(self._schedule, SNRScheduler):
+            self._schedule.multiply()  # also in steps on rollouts of an earlier one, which set no rho
+        return inputs
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
-        self._step_snr.restart()
+        self._gradient_snr.restart()
         adapts = self.args.lr_adaptation == "snr"
         optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
         if adapts:
@@ -323,9 +331,8 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         super().create_scheduler(num_training_steps, optimizer)
         if adapts and not isinstance(self._schedule, SNRScheduler):
             check_wrappable(self.lr_scheduler)
-            self.lr_scheduler = SNRScheduler(
-                self.lr_scheduler, min_factor=self.args.snr_min_multiplier, max_factor=self.args.snr_max_multiplier
-            )
+            low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
+            self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
             if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
                 self.lr_scheduler.set_rho(self._rho)
         lrs = initial_lrs(self._schedule)
@@ -361,35 +368,45 @@ class OBLRPOTrainer(GuardedGRPOTrainer):
         wanted = list(self._initial_lrs)
         if checkpoint is not None and (loaded := restore_initial_lrs(self._schedule, wanted)) != wanted:
             logger.warning(
-                "The schedule goes on from initial learning rates %s, not the checkpoint's %s.", wanted, loaded
+                "The schedule continues from initial learning rates %s, not the checkpoint's %s.", wanted, loaded
             )
-
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            complete_model_card(self.args, self.optimizer, self._baseline_estimator.prior_strength)
 
     def _algorithm_state(self) -> dict[str, Any]:
         automatic = self._baseline_estimator.automatic
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
-            "gradient_snr": self._gradient_snr.state_dict(),
+            "gradient_snr": self._gradient_snr.averages.state_dict(),
             "prior_strength": None if automatic is None else automatic.state_dict(),
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        args = self.args
-        averages = args.lr_adaptation == "snr" or (
-            args.baseline == "gradient_weighted" and args.baseline_prior_strength is None
-        )
-        compared = _AVERAGED_OPTIONS if averages else ()
-        for name in ("baseline", "lr_adaptation", *compared):
-            if state.get(name) != getattr(self.args, name):
-                raise ValueError(
-                    f"The checkpoint was written with {name}={state.get(name)!r} but this run has "
-                    f"{getattr(self.args, name)!r}. Resume with the former, or start a new run from the checkpoint's weights."
-                )
+        args, automatic = self.args, self._baseline_estimator.automatic
+        averages = args.lr_adaptation == "snr" or (args.baseline == "gradient_weighted" and automatic is not None)
+        check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
-        self._gradient_snr.load_state_dict(state["gradient_snr"])
-        if self._baseline_estimator.automatic is not None and state["prior_strength"] is not None:
-            self._baseline_estimator.automatic.load_state_dict(state["prior_strength"])
+        self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
+        if automatic is not None and state["prior_strength"] is not None:
+            automatic.load_state_dict(state["prior_strength"])
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            lrs = self._initial_lrs or [self.args.learning_rate]
+            add_method_settings(self.args, self._baseline_estimator.prior_strength, lrs)
+
+
+class OldLogpsForward:
+    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
+
+    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
+        self._model = model
+        self._score_pass = score_pass
+        self._loss_type = loss_type
+        self.scoring_model: ScoringModel | None = None
+
+    def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
+        """The scoring pass in the shape of a model where it is due, else `model`."""
+        if model is not self._model or self.scoring_model is not None:
+            return model
+        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
+        return self.scoring_model

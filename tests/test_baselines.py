@@ -167,9 +167,9 @@ def test_the_variance_objective_is_least_at_the_optimal_baseline():
     torch.manual_seed(0)
     rewards, weights = torch.rand(1, 1000), torch.rand(1, 1000) ** 4
     optimal = (weights * rewards).sum() / weights.sum()
-    least = gradient_variance(rewards, weights, optimal.expand_as(rewards))
+    minimum = gradient_variance(rewards, weights, optimal.expand_as(rewards))
     for shift in (-0.1, -0.01, 0.01, 0.1):
-        assert gradient_variance(rewards, weights, (optimal + shift).expand_as(rewards)) > least
+        assert gradient_variance(rewards, weights, (optimal + shift).expand_as(rewards)) > minimum
 
 
 def heavy_tailed_batch(generator, num_groups=24, num_generations=4):

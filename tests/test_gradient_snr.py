@@ -80,15 +80,15 @@ def test_the_average_is_bias_corrected_and_clamps_only_at_the_end():
     # weights 1/3 and 2/3: signal (4 - 2) / 3, noise (1 + 8) / 3
     assert (snr.signal, snr.noise) == pytest.approx((2 / 3, 3.0))
     # of which 1 - 0.5^2 has been seen: signal 0.75 x 2/3
-    assert snr.ratio(2) == pytest.approx(0.5 / (0.5 + 1.5))
+    assert snr.rho(2) == pytest.approx(0.5 / (0.5 + 1.5))
 
 
-def test_the_ratio_starts_low_and_forgets_its_start():
+def test_rho_starts_low_and_forgets_its_start():
     snr = GradientSNR(decay=0.9)
     ratios = []
     for _ in range(400):
         snr.update(GradientMoments(3.0, 8.0))
-        ratios.append(snr.ratio(8))
+        ratios.append(snr.rho(8))
     assert ratios[0] == pytest.approx(0.3 / (0.3 + 1))
     assert ratios == sorted(ratios)
     assert ratios[-1] == pytest.approx(3 / (3 + 1))
@@ -97,19 +97,19 @@ def test_the_ratio_starts_low_and_forgets_its_start():
 def test_without_decay_the_start_is_not_held_back():
     snr = GradientSNR(decay=0.0)
     snr.update(GradientMoments(3.0, 8.0))
-    assert snr.ratio(8) == pytest.approx(3 / (3 + 1))
+    assert snr.rho(8) == pytest.approx(3 / (3 + 1))
 
 
 def test_a_batch_without_estimate_changes_nothing_and_the_state_is_plain():
     snr = GradientSNR(decay=0.9)
-    assert math.isnan(snr.ratio(4))
+    assert math.isnan(snr.rho(4))
     snr.update(GradientMoments(1.0, 2.0))
     state = snr.state_dict()
     snr.update(GradientMoments(math.nan, math.nan))
     assert snr.state_dict() == state
     other = GradientSNR(decay=0.9)
     other.load_state_dict(state)
-    assert other.ratio(4) == snr.ratio(4)
+    assert other.rho(4) == snr.rho(4)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         GradientSNR(decay=1.0)
 
@@ -133,7 +133,7 @@ def test_batches_of_one_step_are_pooled_and_counted_once():
             ratio = parts.add(half, step=step)
         pooled.append(ratio)
     assert pooled == pytest.approx(expected)
-    assert parts.snr.state_dict() == pytest.approx(whole.snr.state_dict())
+    assert parts.averages.state_dict() == pytest.approx(whole.averages.state_dict())
 
 
 @pytest.mark.parametrize("num_steps", [2, 4])
@@ -157,7 +157,7 @@ def test_the_variance_of_a_step_that_draws_its_completions_from_the_batch(num_st
         added = sampling_variance(sketches, ones, num_steps)
         step = StepGradientSNR(GradientSNR())
         step.add(per_prompt_gradients(sketches, ones), step=0, sampling_variance=added)
-        estimates.append(step.snr.noise / num_prompts)
+        estimates.append(step.averages.noise / num_prompts)
         noises.append(gradient_moments(per_prompt_gradients(sketches, ones)).noise / num_prompts)
     true = torch.stack(steps).var(dim=0).sum().item()
     # By hand: 3 axes x (0.25 + 1 / 4) / 4 between batches, and (S - 1) / 16 x the variance of all completions, 3 x (1 + about 0.25 x 12/15)
@@ -182,26 +182,25 @@ def test_one_step_per_batch_draws_nothing_and_unscored_completions_stay_out():
 
 def test_equal_rewards_use_up_nothing_of_the_averages_start():
     """A batch of zero gradients says nothing; groups of zeros among others are real samples."""
-    snr = GradientSNR(decay=0.9)
-    steps = StepGradientSNR(snr)
+    steps = StepGradientSNR(GradientSNR(decay=0.9))
     assert math.isnan(steps.add(torch.zeros(4, 3), step=0))
-    assert snr.state_dict() == GradientSNR(decay=0.9).state_dict()
+    assert steps.averages.state_dict() == GradientSNR(decay=0.9).state_dict()
     gradients = torch.ones(4, 3) + torch.eye(4, 3)
     gradients[3] = 0
     steps.add(gradients, step=1)
-    before = snr.state_dict()
-    assert steps.snr.signal == pytest.approx(gradient_moments(gradients).signal)
+    before = steps.averages.state_dict()
+    assert steps.averages.signal == pytest.approx(gradient_moments(gradients).signal)
     steps.add(torch.zeros(4, 3), step=2)
-    assert snr.state_dict() == before
+    assert steps.averages.state_dict() == before
     # Pooled with another batch of the same step they count: 8 prompts, 4 of them zero.
     steps.add(gradients, step=3)
     steps.add(torch.zeros(4, 3), step=3)
     pooled = torch.cat([gradients, torch.zeros(4, 3)])
-    assert snr.signal == pytest.approx(
+    assert steps.averages.signal == pytest.approx(
         (0.9 * gradient_moments(gradients).signal + gradient_moments(pooled).signal) / 1.9
     )
     assert (steps.num_prompts, steps.num_batches) == (8, 2)
 
 
-def test_a_step_without_prompts_has_no_ratio():
+def test_a_step_without_prompts_has_no_rho():
     assert math.isnan(StepGradientSNR(GradientSNR()).add(torch.zeros(0, 5), step=0))

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
-from tests.test_trainer import Recording, RecordingSGD, oracle_scores, some_unscorable
+from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
+from tests.test_trainer import some_unscorable
 from tests.tiny_models import digit_reward, logged, prompts, tiny_model, train
 
 PAPER = {"snr_ema_decay": 0.0, "snr_min_multiplier": 0.0}
@@ -26,7 +27,7 @@ def test_the_logged_multiplier_is_the_applied_one_where_a_step_has_several_batch
     options = {"optimizers": (optimizer, None), "lr_scheduler_type": "constant", **POOLED}
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
     multipliers = logged(trainer, "lr_multiplier")
-    assert optimizer.used == pytest.approx([0.05 * multiplier for multiplier in multipliers], rel=1e-9)
+    assert optimizer.rates == pytest.approx([0.05 * multiplier for multiplier in multipliers], rel=1e-9)
     assert [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/rho")] == multipliers
     assert logged(trainer, "gradient_snr/num_prompts") == [8, 8, 8]
 
@@ -37,27 +38,14 @@ def test_pooled_batches_count_as_the_loss_divides_them(tmp_path, loss_type):
     model = tiny_model("qwen3_untied", num_layers=2)
     optimizer = RecordingSGD(model.parameters(), lr=0.05)
     start = model.lm_head.weight.detach().clone()
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        model=model,
-        optimizers=(optimizer, None),
-        score_scope="lm_head",
-        loss_type=loss_type,
-        max_steps=1,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        **PAPER,
-        **POOLED,
-    )
-    pooled, tokens = [], []
-    for batch in trainer.batches:
-        advantages = batch["advantages"].view(-1, 8)
-        scores = oracle_scores(batch, "qwen3_untied", scope="lm_head").view(*advantages.shape, -1)
-        tokens.append(batch["completion_mask"].sum().item())
-        pooled.append(per_prompt_gradients(scores, advantages) / (tokens[-1] if loss_type != "dr_grpo" else 1.0))
+    options = PAPER | POOLED | {"score_scope": "lm_head", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    options |= {"loss_type": loss_type, "optimizers": (optimizer, None), "max_steps": 1}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, model=model, **options)
+    tokens = [batch["completion_mask"].sum().item() for batch in trainer.batches]
     assert tokens[0] != tokens[1]
+    pooled = [head_gradients([batch], "qwen3_untied") for batch in trainer.batches]
+    if loss_type != "dr_grpo":
+        pooled = [gradients / count for gradients, count in zip(pooled, tokens, strict=True)]
     gradients = torch.cat(pooled)
     # That this is the gradient which was stepped along is seen from the step itself.
     step = (model.lm_head.weight.detach() - start).flatten()
@@ -78,7 +66,7 @@ def test_a_rate_set_by_a_callback_is_applied_multiplied(tmp_path):
     options = {"optimizers": (optimizer, None), "callbacks": [HalfWay()], "lr_scheduler_type": "constant"}
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
     multipliers = logged(trainer, "lr_multiplier")
-    assert optimizer.used == pytest.approx([lr * m for lr, m in zip((0.05, 0.7, 0.05), multipliers, strict=True)])
+    assert optimizer.rates == pytest.approx([lr * m for lr, m in zip((0.05, 0.7, 0.05), multipliers, strict=True)])
 
 
 def test_a_second_train_in_the_middle_of_a_rollout_keeps_its_multiplier(tmp_path):
@@ -117,14 +105,8 @@ def test_a_changed_learning_rate_holds_from_the_checkpoint_on(tmp_path, caplog, 
     whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     with caplog.at_level(logging.WARNING, logger="oblr_trl"):
-        resumed = train(
-            OBLRPOTrainer,
-            OBLRPOConfig,
-            tmp_path / "resumed",
-            **options,
-            learning_rate=1e-4,
-            resume_from_checkpoint=checkpoint,
-        )
+        changed = options | {"learning_rate": 1e-4, "resume_from_checkpoint": checkpoint}
+        resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", **changed)
     before, after = logged(whole, "learning_rate"), logged(resumed, "learning_rate")
     assert after[:2] == before[:2]
     # Step 3 has the same batch at the same weights, hence the same multiplier: a tenth of the rate at the same place of the schedule.
@@ -149,15 +131,9 @@ def test_averages_in_another_unit_are_not_resumed(tmp_path_factory, name, option
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     if not folder.exists():
         train(OBLRPOTrainer, OBLRPOConfig, folder, **saving)
+    resume = saving | options | {"resume_from_checkpoint": str(folder / "checkpoint-1")}
     with pytest.raises(ValueError, match=f"written with {name}="):
-        train(
-            OBLRPOTrainer,
-            OBLRPOConfig,
-            folder.with_name("other"),
-            **saving,
-            **options,
-            resume_from_checkpoint=str(folder / "checkpoint-1"),
-        )
+        train(OBLRPOTrainer, OBLRPOConfig, folder.with_name("other"), **resume)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +162,7 @@ def test_the_snr_of_the_group_mean_leaves_missing_rewards_out(tmp_path):
     for batch, noise in zip(trainer.batches, logged(trainer, "gradient_snr/noise"), strict=True):
         rewards = batch["rewards"]
         advantages = batch["advantages"].view_as(rewards).masked_fill(rewards.isnan(), math.nan)
-        gradients = per_prompt_gradients(oracle_scores(batch, scope="lm_head").view(*rewards.shape, -1), advantages)
+        gradients = per_prompt_gradients(oracle_scores(batch, scope="lm_head"), advantages)
         assert gradients.size(0) == 3  # the group without any reward is no prompt
         assert noise == pytest.approx(gradient_moments(gradients).noise, rel=1e-3)
 
@@ -202,7 +178,7 @@ def test_equal_rewards_tell_the_snr_of_the_group_mean_nothing(tmp_path):
         baseline="group_mean",
     )
     assert logged(trainer, "lr_multiplier") == [0.05] * 3
-    assert trainer._gradient_snr.state_dict()["weight"] == 0
+    assert trainer._gradient_snr.averages.state_dict()["weight"] == 0
 
 
 class OnSecondProcess(OBLRPOTrainer):
@@ -237,7 +213,7 @@ def test_a_rate_set_by_a_callback_is_multiplied_also_in_a_step_on_old_rollouts(t
     options = options | {"optimizers": (optimizer, None), "callbacks": [Everywhere()], "max_steps": 4}
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
     first, second = logged(trainer, "lr_multiplier")  # one per generation batch of two steps
-    assert optimizer.used == pytest.approx([0.7 * first, 0.7 * first, 0.7 * second, 0.7 * second])
+    assert optimizer.rates == pytest.approx([0.7 * first, 0.7 * first, 0.7 * second, 0.7 * second])
 
 
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
@@ -268,15 +244,9 @@ def test_a_schedule_of_the_evaluations_is_resumed_after_it_changed_the_rate(tmp_
     rates = logged(whole, "learning_rate")
     assert rates[3] < rates[0]
     assert logged(resumed, "learning_rate") == rates
+    changed = options | {"learning_rate": 1e-4, "resume_from_checkpoint": checkpoint}
     with pytest.raises(ValueError, match="initial learning rates"):
-        train(
-            Evaluated,
-            OBLRPOConfig,
-            tmp_path / "b",
-            **options,
-            learning_rate=1e-4,
-            resume_from_checkpoint=checkpoint,
-        )
+        train(Evaluated, OBLRPOConfig, tmp_path / "b", **changed)
 
 
 def test_metrics_may_be_logged_in_the_middle_of_a_step(tmp_path):
@@ -311,3 +281,17 @@ def test_one_scored_prompt_in_the_first_batch_of_a_step_is_not_warned_of(tmp_pat
         trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, reward=reward, max_steps=1, **POOLED)
     assert calls == [32, 32]
     assert logged(trainer, "gradient_snr/num_prompts") == [5]
+
+
+def test_an_optimizer_without_rates_is_refused(tmp_path):
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+    model = tiny_model(num_layers=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"needs an optimizer that steps by the `lr` of its parameter groups.*lr_adaptation='none'"
+    ):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(Rateless(model.parameters()), None))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

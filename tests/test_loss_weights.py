@@ -7,23 +7,13 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.advantages import applied_importance_ratio, loss_token_weights
-from oblr_trl.oblrpo_config import LINEAR_LOSS_TYPES
+from oblr_trl.oblrpo_trainer import OldLogpsForward
 from oblr_trl.scores import reference_scores
-from tests.tiny_models import digit_reward, prompts, random_batch, tiny_model, tiny_tokenizer
+from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES, applied_importance_ratio, loss_token_weights
+from tests.tiny_models import construct, random_batch, tiny_model
 
 RATIOS = ("none", "sequence", "token")
 LEVELS = ("token", "sequence")
-
-
-def construct(tmp_path, trainer_class, config_class, **options):
-    return trainer_class(
-        model=tiny_model(num_layers=2),
-        reward_funcs=digit_reward,
-        args=config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options),
-        train_dataset=prompts(),
-        processing_class=tiny_tokenizer(),
-    )
 
 
 def batch_with_ratio(ratio, seed=0):
@@ -67,7 +57,7 @@ def token_weights(batch, loss_type, level):
 @pytest.mark.parametrize(("loss_type", "level", "ratio"), itertools.product(LINEAR_LOSS_TYPES, LEVELS, RATIOS))
 def test_the_token_weights_are_those_of_the_loss(tmp_path, loss_type, level, ratio):
     """At ratio 1 the gradient of the loss is -sum_i A_i s_i, up to one positive constant."""
-    trainer = construct(tmp_path, GRPOTrainer, GRPOConfig, loss_type=loss_type, importance_sampling_level=level)
+    trainer = construct(GRPOTrainer, GRPOConfig, tmp_path, loss_type=loss_type, importance_sampling_level=level)
     trainer.current_gradient_accumulation_steps = 1  # set when training begins
     trainer.use_vllm = ratio != "none"  # no engine is asked for anything
     batch = batch_with_ratio(ratio)
@@ -112,17 +102,17 @@ def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
 def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level, ratio, reused):
     """Squared norms hold the square of a sequence's ratio, whether it was known before the pass or multiplied on afterwards."""
     options = {"importance_sampling_level": level, "score_method": "exact", "per_device_train_batch_size": 16}
-    trainer = construct(tmp_path, OBLRPOTrainer, OBLRPOConfig, **options)
+    trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
     batch = batch_with_ratio(ratio)
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused
     if reused:
-        trainer._old_logps_due = True
+        trainer._old_logps_forward = OldLogpsForward(trainer.model, trainer._score_pass, "dr_grpo")
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, input_ids, attention_mask, batch["completion_ids"].size(1)
         )
-    scores = trainer._score_completions(batch, batch["completion_mask"])
+    scores = trainer._score_completions(trainer._score_pass, batch, batch["completion_mask"])
     truth = oracle(trainer.model, batch, token_weights(batch, "dr_grpo", level).double()).square().sum(dim=1).float()
     torch.testing.assert_close(scores.squared_norms, truth, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scores.sketches.square().sum(dim=1), truth, rtol=0.2, atol=1e-6)

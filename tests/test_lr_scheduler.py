@@ -26,11 +26,11 @@ def rates(opt):
 def test_the_rate_is_the_schedule_times_the_clamped_ratio_of_the_same_step(schedule):
     plain_optimizer, wrapped_optimizer = optimizer(), optimizer()
     plain = SCHEDULES[schedule](plain_optimizer)
-    wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_factor=0.05, max_factor=0.9)
+    wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_multiplier=0.05, max_multiplier=0.9)
     assert isinstance(wrapped, LRScheduler)
-    for ratio, factor in ((0.5, 0.5), (0.0, 0.05), (1.0, 0.9), (0.3, 0.3), (0.07, 0.07)):
-        assert wrapped.set_rho(ratio) == factor
-        assert rates(wrapped_optimizer) == pytest.approx([factor * lr for lr in rates(plain_optimizer)])
+    for ratio, multiplier in ((0.5, 0.5), (0.0, 0.05), (1.0, 0.9), (0.3, 0.3), (0.07, 0.07)):
+        assert wrapped.set_rho(ratio) == multiplier
+        assert rates(wrapped_optimizer) == pytest.approx([multiplier * lr for lr in rates(plain_optimizer)])
         assert wrapped.get_last_lr() == rates(wrapped_optimizer)
         for opt, scheduler in ((plain_optimizer, plain), (wrapped_optimizer, wrapped)):
             opt.step()
@@ -40,7 +40,7 @@ def test_the_rate_is_the_schedule_times_the_clamped_ratio_of_the_same_step(sched
 
 def test_while_the_ratio_is_unknown_the_multiplier_is_the_minimum():
     opt = optimizer()
-    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_factor=0.05)
+    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_multiplier=0.05)
     assert scheduler.multiplier == 0.05
     assert rates(opt) == pytest.approx([0.005, 0.001])
     opt.step()
@@ -50,7 +50,7 @@ def test_while_the_ratio_is_unknown_the_multiplier_is_the_minimum():
 
 def test_a_unit_multiplier_is_the_wrapped_schedule():
     opt = optimizer()
-    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_factor=1.0)
+    scheduler = SNRScheduler(SCHEDULES["lambda"](opt), min_multiplier=1.0)
     assert rates(opt) == [0.1, 0.02]
     opt.step()
     scheduler.step()
@@ -89,10 +89,10 @@ def test_a_resumed_scheduler_equals_an_uninterrupted_one(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one(schedule):
-    """Until the schedule's next step, or, where that goes on from the rate that is there, from then on."""
+    """Until the schedule's next step, or, where that continues from the rate that is there, from then on."""
     plain_optimizer, wrapped_optimizer = optimizer(), optimizer()
     plain = SCHEDULES[schedule](plain_optimizer)
-    wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_factor=0.05)
+    wrapped = SNRScheduler(SCHEDULES[schedule](wrapped_optimizer), min_multiplier=0.05)
     for step, ratio in enumerate((0.5, 0.4, 0.3, 0.2)):
         for opt in (plain_optimizer, wrapped_optimizer):
             if step == 1:  # as a callback does in `on_step_begin`
@@ -109,7 +109,7 @@ def test_a_rate_of_somebody_else_takes_the_place_of_the_scheduled_one(schedule):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda scheduler: scheduler, lambda scheduler: SNRScheduler(scheduler, min_factor=0.5)]
+    "wrap", [lambda scheduler: scheduler, lambda scheduler: SNRScheduler(scheduler, min_multiplier=0.5)]
 )
 def test_a_restored_schedule_goes_on_from_other_initial_rates(wrap):
     opt = optimizer()
@@ -154,7 +154,7 @@ def test_an_optimizer_that_ignores_its_rate_is_refused():
 def test_restoring_the_scheduler_alone_writes_its_rates():
     first_optimizer, second_optimizer = optimizer(), optimizer()
     first, second = (
-        SNRScheduler(SCHEDULES["lambda"](o), min_factor=0.05) for o in (first_optimizer, second_optimizer)
+        SNRScheduler(SCHEDULES["lambda"](o), min_multiplier=0.05) for o in (first_optimizer, second_optimizer)
     )
     first.set_rho(0.4)
     first_optimizer.step()
@@ -177,7 +177,7 @@ def test_tensor_rates_are_written_in_place():
     assert tensor.item() == pytest.approx(0.025)
 
 
-def test_foreign_states_and_bad_factors_are_refused():
+def test_foreign_states_and_bad_multipliers_are_refused():
     opt = optimizer()
     scheduler = SNRScheduler(SCHEDULES["lambda"](opt))
     with pytest.raises(ValueError, match="without the SNR learning rate"):
@@ -185,5 +185,5 @@ def test_foreign_states_and_bad_factors_are_refused():
     other = optimizer((0.1,))
     with pytest.raises(ValueError, match="parameter groups"):
         scheduler.load_state_dict(SNRScheduler(SCHEDULES["lambda"](other)).state_dict())
-    with pytest.raises(ValueError, match="0 <= min_factor <= max_factor"):
-        SNRScheduler(SCHEDULES["lambda"](optimizer()), min_factor=0.5, max_factor=0.1)
+    with pytest.raises(ValueError, match="0 <= min_multiplier <= max_multiplier"):
+        SNRScheduler(SCHEDULES["lambda"](optimizer()), min_multiplier=0.5, max_multiplier=0.1)

@@ -56,10 +56,10 @@ def test_the_title_cell_asks_one_question_and_the_last_cells_answer_with_a_pictu
     title = notebook.cells[0]
     assert title.cell_type == "markdown"
     assert re.match(r"# .+\?$", title.source.split("\n")[0])
-    *_, answer, picture = notebook.cells
+    *_, answer, figure = notebook.cells
     assert answer.source.startswith("## Answer\n")
     assert len(answer.source) > 100
-    assert any("image/png" in output.get("data", {}) for output in picture.outputs)
+    assert any("image/png" in output.get("data", {}) for output in figure.outputs)
 
 
 def test_it_is_small_and_was_executed_from_top_to_bottom(path):

@@ -16,7 +16,10 @@ from tests import recipe_stand_ins
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 BLOCKS = {
     f"{name}-{number}": block
     for name, text in TEXTS.items()
@@ -38,22 +41,22 @@ class SmallConfig(OBLRPOConfig):
     disable_tqdm: bool = True
 
 
-def section(title):
-    return README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-
-
 def test_the_metrics_table_lists_exactly_the_metrics_that_are_logged():
-    assert sorted(re.findall(r"^\| `([\w/]+)` \|", section("Metrics"), flags=re.MULTILINE)) == sorted(METRICS)
+    assert sorted(re.findall(r"^\| `([\w/]+)` \|", TEXTS["docs/metrics.md"], flags=re.MULTILINE)) == sorted(METRICS)
 
 
 def test_the_options_table_lists_every_own_option_with_its_default():
     inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
     own = {field.name: field.default for field in dataclasses.fields(OBLRPOConfig) if field.name not in inherited}
     listed = {}
-    for names, default in re.findall(r"^\| (`.+?`) \| (.+?) \|", section("Options"), flags=re.MULTILINE):
+    for names, default in re.findall(r"^\| (`.+?`) \| (.+?) \|", TEXTS["docs/options.md"], flags=re.MULTILINE):
         for name, value in zip(re.findall(r"`(\w+)`", names), default.replace("`", "").split(", "), strict=True):
             listed[name] = value
     assert listed == {name: str(default) for name, default in own.items()}
+
+
+def test_the_readme_sells_in_few_lines():
+    assert len(README.splitlines()) <= 180
 
 
 def test_commands_and_files_exist():
@@ -62,9 +65,19 @@ def test_commands_and_files_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for path in re.findall(r"(?:recipes|docs|benchmarks)/[\w./-]+\.\w+", README):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"^  ((?:\w+\.py ?)+)", section("Layout"), flags=re.MULTILINE):
-        for file in name.split():
-            assert (ROOT / "oblr_trl" / file).exists(), file
+    layout = README.split("## Layout\n", 1)[1].split("\n## ", 1)[0]
+    listed = set(re.findall(r"^  (\w+(?:\.py|/))", layout, flags=re.MULTILINE))
+    package = ROOT / "oblr_trl"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert listed == modules | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert len(modules) < 9  # and `__init__.py`
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_to_files_lead_somewhere_and_every_page_is_listed(name):
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", TEXTS[name]):
+        assert (ROOT / name).parent.joinpath(link).exists(), link
+    assert name in ("README.md", "docs/README.md") or f"({Path(name).name})" in TEXTS["docs/README.md"]
 
 
 @pytest.fixture(scope="module")

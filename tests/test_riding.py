@@ -48,7 +48,7 @@ class _Counting(OBLRPOTrainer):
 @pytest.mark.parametrize("scope", [{}, {"score_scope": "lm_head"}, {"score_method": "exact"}])
 def test_old_log_probabilities_and_scores_come_from_one_forward_pass(tmp_path, monkeypatch, scope):
     riding = train(_Counting, OBLRPOConfig, tmp_path, **OFF_POLICY, **scope)
-    monkeypatch.setattr(OBLRPOConfig, "scores_ride", False)
+    monkeypatch.setattr(OBLRPOConfig, "reuses_old_logps_forward", False)
     apart = train(_Counting, OBLRPOConfig, tmp_path, **OFF_POLICY, **scope)
 
     chunks = OFF_POLICY["steps_per_generation"]
@@ -95,7 +95,7 @@ def test_the_reference_model_of_an_adapter_is_not_scored(tmp_path, monkeypatch):
     options = OFF_POLICY | {"beta": 0.1}
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     riding = train(_Counting, OBLRPOConfig, tmp_path, peft_config=lora, **options)
-    monkeypatch.setattr(OBLRPOConfig, "scores_ride", False)
+    monkeypatch.setattr(OBLRPOConfig, "reuses_old_logps_forward", False)
     apart = train(_Counting, OBLRPOConfig, tmp_path, peft_config=lora, **options)
 
     (ours,), (theirs,) = riding.batches, apart.batches
@@ -125,7 +125,7 @@ def test_the_configuration_knows_when_the_pass_rides(tmp_path, options, rides):
     config = OBLRPOConfig(
         str(tmp_path), **({"per_device_train_batch_size": 32, "bf16": False, "use_cpu": True} | options)
     )
-    assert config.scores_ride == rides
+    assert config.reuses_old_logps_forward == rides
 
 
 @pytest.mark.parametrize("scope", ["all", "lm_head"])

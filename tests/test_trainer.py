@@ -12,37 +12,11 @@ from trl.trainer.utils import nanstd
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from oblr_trl.metrics import METRICS
-from oblr_trl.scores import reference_scores
+from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
 from tests.tiny_models import digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
 
-
-class Recording(OBLRPOTrainer):
-    """Keeps, for every generated batch, what the model, the rewards and the advantages were."""
-
-    def __init__(self, *args, **kwargs):
-        self.batches = []
-        super().__init__(*args, **kwargs)
-
-    def _calculate_rewards(self, *args):
-        self.last_rewards = super()._calculate_rewards(*args)
-        return self.last_rewards
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            tensors = {name: tensor.clone() for name, tensor in output.items() if isinstance(tensor, torch.Tensor)}
-            self.batches.append({"state": state, "rewards": self.last_rewards[:, 0].view(-1, 8), **tensors})
-        return output
-
-
-def oracle_scores(batch, architecture="qwen3", **options):
-    """Full scores of a recorded batch, at the weights it was generated with."""
-    model = tiny_model(architecture, num_layers=2)
-    model.load_state_dict(batch["state"])
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return reference_scores(model, input_ids, attention_mask, batch["completion_mask"], **options)
+# rho of a step's own batch, in a unit that the reference shares: the head's parameters fit a sketch without projection.
+HEAD = {"score_scope": "lm_head", "snr_ema_decay": 0.0, "snr_min_multiplier": 0.0}
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
@@ -80,82 +54,38 @@ def test_reward_scaling_divides_by_the_standard_deviation_of_trl(tmp_path, scale
     torch.testing.assert_close(batch["advantages"].view_as(rewards), expected)
 
 
-def test_the_advantages_are_those_of_the_oracles_full_gradients(tmp_path):
-    trainer = train(Recording, OBLRPOConfig, tmp_path, baseline_prior_strength=2.0, score_method="exact", beta=0.0)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss_type": "grpo"}, {"temperature": 0.5}, {"baseline_prior_strength": 0.0}],
+    ids=["default", "length-normalised", "temperature", "no prior"],
+)
+def test_the_advantages_are_those_of_the_oracles_full_gradients(tmp_path, options):
+    options = {"baseline_prior_strength": 2.0, "score_method": "exact"} | options
+    trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     assert len(trainer.batches) == 3
     for batch in trainer.batches:
-        weights = oracle_scores(batch).square().sum(dim=1).view_as(batch["rewards"])
-        expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights, prior_strength=2.0)
-        torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_length_normalised_loss_is_scored_as_it_is_trained(tmp_path):
-    trainer = train(
-        Recording, OBLRPOConfig, tmp_path, loss_type="grpo", score_method="exact", baseline_prior_strength=0.0
-    )
-    for batch in trainer.batches:
         mask = batch["completion_mask"].float()
-        scores = oracle_scores(batch, token_weights=(mask / mask.sum(dim=1, keepdim=True)))
-        weights = scores.square().sum(dim=1).view_as(batch["rewards"])
-        expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights)
+        token_weights = mask / mask.sum(dim=1, keepdim=True) if options.get("loss_type") == "grpo" else mask
+        scores = oracle_scores(batch, token_weights=token_weights, temperature=options.get("temperature", 1.0))
+        expected = batch["rewards"] - gradient_weighted_baseline(
+            batch["rewards"], scores.square().sum(dim=2), prior_strength=options["baseline_prior_strength"]
+        )
         torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_temperature_belongs_to_the_policy(tmp_path):
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        temperature=0.5,
-        score_method="exact",
-        baseline_prior_strength=0.0,
-        max_steps=1,
-    )
-    (batch,) = trainer.batches
-    weights = oracle_scores(batch, temperature=0.5).square().sum(dim=1).view_as(batch["rewards"])
-    expected = batch["rewards"] - gradient_weighted_baseline(batch["rewards"], weights)
-    torch.testing.assert_close(batch["advantages"].view_as(expected), expected, rtol=1e-4, atol=1e-6)
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Writes down the rate that the step itself uses."""
-
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, lr=lr)
-        self.used = []
-
-    def step(self, closure=None):
-        self.used.append(self.param_groups[0]["lr"])
-        return super().step(closure)
 
 
 def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_steps_batch(tmp_path):
-    """rho is recomputed here from full gradients; the head's 2560 parameters fit a sketch without projection."""
     model = tiny_model(num_layers=2)
     optimizer = RecordingSGD(model.parameters(), lr=0.05)
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        model=model,
-        optimizers=(optimizer, None),
-        max_steps=5,
-        score_scope="lm_head",
-        snr_ema_decay=0.0,
-        snr_min_multiplier=0.0,
-        lr_scheduler_type="linear",
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=4,
-    )
+    batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 5}
+    options = HEAD | batch | {"optimizers": (optimizer, None), "lr_scheduler_type": "linear"}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, model=model, **options)
     expected = []
     for step, batch in enumerate(trainer.batches):
-        advantages = batch["advantages"].view(-1, 8)
-        scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
-        moments = gradient_moments(per_prompt_gradients(scores, advantages))
-        expected.append(0.05 * (1 - step / 5) * rho(*moments, advantages.size(0)))
-    assert optimizer.used == pytest.approx(expected, rel=1e-4)
-    assert len({round(rate, 9) for rate in optimizer.used}) == 5  # it moves
-    assert logged(trainer, "learning_rate") == pytest.approx(optimizer.used)
+        gradients = head_gradients([batch])
+        expected.append(0.05 * (1 - step / 5) * rho(*gradient_moments(gradients), len(gradients)))
+    assert optimizer.rates == pytest.approx(expected, rel=1e-4)
+    assert len({round(rate, 9) for rate in optimizer.rates}) == 5  # it moves
+    assert logged(trainer, "learning_rate") == pytest.approx(optimizer.rates)
 
 
 def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path):
@@ -181,54 +111,17 @@ def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path
         assert rates == pytest.approx(reference[2], rel=1e-4)
 
 
-def test_several_generation_batches_per_step_are_one_estimate(tmp_path):
-    """The rate of a step comes from all its prompts: 2 batches of 4 prompts each, pooled."""
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        score_scope="lm_head",
-        snr_ema_decay=0.0,
-        snr_min_multiplier=0.0,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=4,
-        steps_per_generation=2,
-        max_steps=2,
-    )
-    assert len(trainer.batches) == 4
-    for step in range(2):
-        pooled = []
-        for batch in trainer.batches[2 * step : 2 * step + 2]:
-            advantages = batch["advantages"].view(-1, 8)
-            scores = oracle_scores(batch, scope="lm_head").view(*advantages.shape, -1)
-            pooled.append(per_prompt_gradients(scores, advantages))
-        gradients = torch.cat(pooled)
-        rate = 1e-3 * (1 - step / 2) * rho(*gradient_moments(gradients), gradients.size(0))
-        assert logged(trainer, "learning_rate")[step] == pytest.approx(rate, rel=1e-4)
-
-
-def test_several_steps_per_generation_keep_the_factor_and_share_the_prompts(tmp_path):
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        score_scope="lm_head",
-        snr_ema_decay=0.0,
-        snr_min_multiplier=0.0,
-        per_device_train_batch_size=16,
-        steps_per_generation=2,
-        max_steps=4,
-        lr_scheduler_type="constant",
-    )
+def test_several_steps_per_generation_keep_the_multiplier_and_share_the_prompts(tmp_path):
+    batch = {"per_device_train_batch_size": 16, "steps_per_generation": 2, "max_steps": 4}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, lr_scheduler_type="constant", **HEAD, **batch)
     assert len(trainer.batches) == 2
     rates = logged(trainer, "learning_rate")
     assert rates[0] == rates[1]
     assert rates[2] == rates[3] != rates[0]
-    advantages = trainer.batches[0]["advantages"].view(-1, 8)
-    scores = oracle_scores(trainer.batches[0], scope="lm_head").view(*advantages.shape, -1)
-    signal, noise = gradient_moments(per_prompt_gradients(scores, advantages))
+    signal, noise = gradient_moments(head_gradients(trainer.batches[:1]))
     # Each step draws 16 of 32 completions: variance tr(H) / 4 of the batch's gradient + sigma^2 (1 / 16 - 1 / 32) of the draw.
-    rows = (advantages.unsqueeze(2) * scores).flatten(0, 1)
+    advantages = trainer.batches[0]["advantages"].unsqueeze(1)
+    rows = advantages * oracle_scores(trainer.batches[0], scope="lm_head").flatten(0, 1)
     drawn = (rows - rows.mean(dim=0)).square().sum().item() / 31 * (1 / 16 - 1 / 32)
     assert rates[0] == pytest.approx(1e-3 * signal / (signal + noise / 4 + drawn), rel=1e-4)
 
@@ -246,11 +139,11 @@ def test_evaluation_does_no_scoring_pass(tmp_path, monkeypatch):
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, per_device_eval_batch_size=8)
     calls = []
     monkeypatch.setattr(trainer, "_score_pass", lambda *args: calls.append(args))
-    before = trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()
+    before = trainer._gradient_snr.averages.state_dict(), trainer._baseline_estimator.automatic.state_dict()
     metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
     assert "eval_reward" in metrics
     assert not calls
-    assert (trainer._gradient_snr.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
+    assert (trainer._gradient_snr.averages.state_dict(), trainer._baseline_estimator.automatic.state_dict()) == before
 
 
 def test_the_completions_table_shows_the_advantages_that_were_trained_on(tmp_path):
@@ -259,15 +152,6 @@ def test_the_completions_table_shows_the_advantages_that_were_trained_on(tmp_pat
         table = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
         assert table["advantage"].tolist() == pytest.approx(batch["advantages"].tolist())
         assert table["digit_reward"].tolist() == pytest.approx(batch["rewards"].flatten().tolist())
-
-
-def test_the_model_card_cites_the_paper_and_names_the_method(tmp_path):
-    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1)
-    trainer.create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
-    assert "OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning" in card
-    assert "2511.23310" in card
-    assert "oblr-po" in card
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -282,7 +166,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     for name in METRICS:
         if name != "score/pass_time":
             assert logged(resumed, name) == logged(whole, name), name
-    assert resumed._gradient_snr.state_dict() == whole._gradient_snr.state_dict()
+    assert resumed._gradient_snr.averages.state_dict() == whole._gradient_snr.averages.state_dict()
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
@@ -295,12 +179,6 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", **changed, **options, resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="without the SNR learning rate"):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "c", **options, resume_from_checkpoint=checkpoint)
-    (tmp_path / "rloo" / "checkpoint-1" / "oblrpo_state.json").unlink()
-    with pytest.raises(ValueError, match="not written by `OBLRPOTrainer`"):
-        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "d", **plain, **options, resume_from_checkpoint=checkpoint)
-
-
-# --- rewards ------------------------------------------------------------------------------------------------------------
 
 
 def some_unscorable(completions, **kwargs):
@@ -313,30 +191,20 @@ def test_unscorable_completions_are_left_out_and_get_no_advantage(tmp_path, miss
     def reward(completions, **kwargs):
         return [missing if value is None else value for value in some_unscorable(completions)]
 
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        reward=reward,
-        score_method="exact",
-        baseline_prior_strength=1.0,
-        score_scope="lm_head",
-        snr_ema_decay=0.0,
-    )
-    for batch, signal, noise in zip(
-        trainer.batches, logged(trainer, "gradient_snr/signal"), logged(trainer, "gradient_snr/noise"), strict=True
-    ):
+    options = {"score_method": "exact", "baseline_prior_strength": 1.0, "score_scope": "lm_head", "snr_ema_decay": 0.0}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, reward=reward, **options)
+    moments = zip(logged(trainer, "gradient_snr/signal"), logged(trainer, "gradient_snr/noise"), strict=True)
+    for batch, logged_moments in zip(trainer.batches, moments, strict=True):
         rewards = batch["rewards"]
         advantages = batch["advantages"].view_as(rewards)
         assert (advantages[rewards.isnan()] == 0).all()
         assert rewards.isnan().sum() == 7 - 2 + 8  # every fifth of 32, of which 2 lie in the dead group of 8
         scores = oracle_scores(batch, scope="lm_head")
-        weights = scores.square().sum(dim=1).view_as(rewards)
-        expected = rewards - gradient_weighted_baseline(rewards, weights, prior_strength=1.0)
+        expected = rewards - gradient_weighted_baseline(rewards, scores.square().sum(dim=2), prior_strength=1.0)
         torch.testing.assert_close(advantages[~rewards.isnan()], expected[~rewards.isnan()], rtol=1e-4, atol=1e-6)
-        gradients = per_prompt_gradients(scores.view(*rewards.shape, -1), expected)
+        gradients = per_prompt_gradients(scores, expected)
         assert gradients.size(0) == 3  # the dead group is no prompt
-        assert (signal, noise) == pytest.approx(tuple(gradient_moments(gradients)), rel=1e-3)
+        assert logged_moments == pytest.approx(tuple(gradient_moments(gradients)), rel=1e-3)
 
 
 def test_equal_rewards_are_real_samples(tmp_path):
@@ -389,21 +257,11 @@ def test_reward_functions_are_summed_with_their_weights(tmp_path):
     def one(completions, **kwargs):
         return [1.0 if i % 2 else None for i in range(len(completions))]
 
-    trainer = train(
-        Recording,
-        OBLRPOConfig,
-        tmp_path,
-        reward=[digit_reward, one],
-        reward_weights=[2.0, 0.5],
-        baseline="leave_one_out",
-        max_steps=1,
-    )
+    options = {"reward_weights": [2.0, 0.5], "baseline": "leave_one_out", "max_steps": 1}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, reward=[digit_reward, one], **options)
     rewards = (2 * trainer.last_rewards[:, 0] + 0.5 * trainer.last_rewards[:, 1].nan_to_num()).view(-1, 8)
     expected = rewards - leave_one_out_baseline(rewards)
     torch.testing.assert_close(trainer.batches[0]["advantages"].view_as(rewards), expected)
-
-
-# --- construction -------------------------------------------------------------------------------------------------------
 
 
 def test_a_grpo_config_is_refused_with_the_remedy(tmp_path):

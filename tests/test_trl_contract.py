@@ -86,7 +86,7 @@ def test_rewards_are_summed_and_scaled_as_ours():
 
 def test_the_mathematics_needs_neither_trl_nor_transformers():
     code = (
-        "import sys, oblr_trl, oblr_trl.advantages; "
+        "import sys, oblr_trl, oblr_trl.metrics; "
         "assert not {'trl', 'transformers', 'accelerate'} & set(sys.modules); oblr_trl.OBLRPOTrainer"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

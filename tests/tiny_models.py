@@ -109,8 +109,8 @@ def digit_reward(completions, **kwargs):
     return [sum(character.isdigit() for character in completion) / 8 for completion in completions]
 
 
-def train(trainer_class, config_class, output_dir, *, model=None, reward=digit_reward, callbacks=None, **overrides):
-    """Train a tiny model for a few steps on the CPU and return the trainer."""
+def construct(trainer_class, config_class, output_dir, *, model=None, reward=digit_reward, trainer=None, **overrides):
+    """A trainer of a tiny model on the CPU; `trainer` are further arguments of the trainer, `overrides` options."""
     options = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 32,
@@ -126,20 +126,21 @@ def train(trainer_class, config_class, output_dir, *, model=None, reward=digit_r
         "disable_tqdm": True,
         "seed": 3,
     }
-    optimizers = overrides.pop("optimizers", (None, None))
-    peft_config = overrides.pop("peft_config", None)
-    resume = overrides.pop("resume_from_checkpoint", None)
-    trainer = trainer_class(
+    arguments = {"train_dataset": prompts(), "processing_class": tiny_tokenizer()}
+    return trainer_class(
         model=tiny_model(num_layers=2) if model is None else model,
         reward_funcs=reward,
         args=config_class(**(options | overrides)),
-        train_dataset=prompts(),
-        processing_class=tiny_tokenizer(),
-        optimizers=optimizers,
-        callbacks=callbacks,
-        peft_config=peft_config,
+        **(arguments | (trainer or {})),
     )
-    trainer.train(resume_from_checkpoint=resume)
+
+
+def train(trainer_class, config_class, output_dir, *, resume_from_checkpoint=None, **options):
+    """Train what [`construct`] makes for a few steps and return the trainer."""
+    keywords = ("callbacks", "optimizers", "peft_config")
+    arguments = {name: options.pop(name) for name in keywords if name in options}
+    trainer = construct(trainer_class, config_class, output_dir, trainer=arguments, **options)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
 
 

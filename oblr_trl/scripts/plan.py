@@ -160,7 +160,7 @@ def count_rollouts(setup: Setup) -> dict[str, Any]:
     num_processes, group = setup.backend.num_processes, args.num_generations
     per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
     per_batch = setup.completions_per_process * num_processes
-    takes_place = scores and setup.scoring is not None and setup.scoring.scores_ride
+    takes_place = scores and setup.scoring is not None and setup.scoring.reuses_old_logps_forward
     return {
         "prompts_per_step": per_step / group,  # a fraction where steps cut through groups
         "completions_per_step": per_step,

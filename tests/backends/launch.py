@@ -7,8 +7,8 @@ Three things differ from `python -m oblr_trl.scripts.train`, none of them in the
   the rows of a batch are dealt to optimizer steps in a fixed order: the same rollouts come out on any number of processes;
 - DeepSpeed and FSDP get the CPU process group that accelerate prepares for CUDA only (`BACKENDS_ENGINE`).
 
-`BACKENDS_PAUSE` lets it wait, for ever, in the middle of a step: to be killed there. `BACKENDS_BREAK` breaks the code under test on purpose, so that the suite can be seen to fail; `BACKENDS_FAULT` lets
-something go wrong around it, on the second process only.
+`BACKENDS_PAUSE` lets it wait indefinitely in the middle of a step: to be killed there. `BACKENDS_BREAK` breaks the code under test
+on purpose, so that the suite can be seen to fail; `BACKENDS_FAULT` lets something go wrong on the second process only.
 """
 
 import gc
@@ -117,8 +117,8 @@ def record_everything(path):
             completions=gather_object([row[mask].tolist() for row, mask in rows_of_completions(output)]),
             advantages=self.accelerator.gather(output["advantages"]).tolist(),
             weights=None if scores is None else scores.sketches.square().sum(dim=1).tolist(),
-            signal=self._gradient_snr.signal,
-            noise=self._gradient_snr.noise,
+            signal=self._gradient_snr.averages.signal,
+            noise=self._gradient_snr.averages.noise,
             rho=self._metrics["train"].get("gradient_snr/rho", [None])[-1],
             prior_strength=self._metrics["train"].get("baseline/prior_strength", [None])[-1],
         )
@@ -192,35 +192,29 @@ def break_on_purpose(what):
 
         def forgetful(self, state):
             load(self, state)
-            self._gradient_snr.load_state_dict({"signal": 0.0, "noise": 0.0, "weight": 0.0})
+            self._gradient_snr.averages.load_state_dict({"signal": 0.0, "noise": 0.0, "weight": 0.0})
 
         OBLRPOTrainer._load_algorithm_state = forgetful
     else:
         raise ValueError(f"Unknown way to break: {what}")
 
 
-def go_wrong(what):
-    """Let step 3 of the second process compute something that is not finite."""
+def lose_hidden_states():
+    """Let the first row's hidden states be nan from step 3 of the second process on, in scoring and training."""
     from trl import GRPOTrainer
 
-    if RANK != WORLD_SIZE - 1:
-        return
-    name, compute = {
-        "loss": ("_compute_loss", GRPOTrainer._compute_loss),
-        "logits": ("_generate", GRPOTrainer._generate),
-    }[what]
+    generate = GRPOTrainer._generate
 
     def faulty(self, *args, **kwargs):
-        result = compute(self, *args, **kwargs)
-        if self.state.global_step == 3 and what == "loss":
-            return result * float("nan")
-        if self.state.global_step == 3:  # from here on the first row's hidden states are nan, in scoring and training
+        result = generate(self, *args, **kwargs)
+        if self.state.global_step == 3:
             self.model.get_decoder().norm.register_forward_hook(
                 lambda module, inputs, output: output.index_fill(0, torch.tensor([0]), float("nan"))
             )
         return result
 
-    setattr(GRPOTrainer, name, faulty)
+    if RANK == WORLD_SIZE - 1:
+        GRPOTrainer._generate = faulty
 
 
 def main():
@@ -235,8 +229,8 @@ def main():
         record_everything(f"{os.environ['BACKENDS_RECORD']}.{RANK}.jsonl")
     if os.environ.get("BACKENDS_BREAK"):
         break_on_purpose(os.environ["BACKENDS_BREAK"])
-    if os.environ.get("BACKENDS_FAULT"):
-        go_wrong(os.environ["BACKENDS_FAULT"])
+    if os.environ.get("BACKENDS_FAULT") == "logits":
+        lose_hidden_states()
     from oblr_trl.scripts import train
 
     train.main(*train.parse())

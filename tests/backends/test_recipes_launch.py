@@ -92,7 +92,7 @@ def test_two_steps_through_the_launch_line_of_the_recipe(name, stand_ins, tmp_pa
     assert [row["step"] for row in run.history if "eval_reward" in row] == [0, 2]
     rates = [history[step]["learning_rate"] for step in (1, 2)]
     written = recipe_stand_ins.read(recipe)
-    factors = [history[step].get("lr_multiplier", 1.0) for step in (1, 2)]
-    assert run.learning_rates.tolist() == pytest.approx([written["learning_rate"] * factor for factor in factors])
+    multipliers = [history[step].get("lr_multiplier", 1.0) for step in (1, 2)]
+    assert run.learning_rates.tolist() == pytest.approx([written["learning_rate"] * factor for factor in multipliers])
     assert all(rate <= written["learning_rate"] for rate in rates)
     assert run.final_weights

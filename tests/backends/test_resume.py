@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at a random step and resumed from its last whole checkpoint equals one that was not killed."""
+"""A run killed with SIGKILL at a random step and resumed from its last complete checkpoint equals one that was not killed."""
 
 import json
 import random

@@ -93,4 +93,4 @@ def test_evaluation_and_prediction_work_without_training(tmp_path, trainer_class
     assert math.isfinite(metrics["test_loss"])
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
     if trainer_class is OBLRPOTrainer:
-        assert math.isnan(trainer._gradient_snr.signal)  # no evaluated batch has entered the averages
+        assert math.isnan(trainer._gradient_snr.averages.signal)  # no evaluated batch has entered the averages

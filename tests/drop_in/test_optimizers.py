@@ -1,4 +1,4 @@
-"""The rate differs by the SNR factor alone: so do the steps of one's own optimizer and schedule, and what callbacks read."""
+"""The rate differs by the SNR multiplier alone: so do the steps of one's own optimizer and schedule, and what callbacks read."""
 
 import pytest
 import torch
@@ -8,17 +8,8 @@ from trl import GRPOTrainer
 from oblr_trl import OBLRPOTrainer
 from tests.drop_in.expected_advantages import assert_advantages
 from tests.drop_in.scripts import G, both_trainers, run
+from tests.recording import RecordingSGD
 from tests.tiny_models import logged, tiny_model
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Writes down, for each step, the rate of every parameter group."""
-
-    used: list
-
-    def step(self, closure=None):
-        self.__dict__.setdefault("used", []).append([group["lr"] for group in self.param_groups])
-        return super().step(closure)
 
 
 class Watching(TrainerCallback):
@@ -38,7 +29,7 @@ class Watching(TrainerCallback):
 
 @both_trainers
 @pytest.mark.parametrize("own_schedule", [False, True], ids=["trainer's schedule", "own schedule"])
-def test_an_optimizer_of_ones_own_steps_at_the_schedule_times_the_factor(tmp_path, trainer_class, own_schedule):
+def test_an_optimizer_of_ones_own_steps_at_the_schedule_times_the_multiplier(tmp_path, trainer_class, own_schedule):
     model = tiny_model(num_layers=2)
     head, body = [model.lm_head.weight], [p for p in model.parameters() if p is not model.lm_head.weight]
     optimizer = RecordingSGD([{"params": head, "lr": 0.02}, {"params": body, "lr": 0.01}])
@@ -63,10 +54,10 @@ def test_an_optimizer_of_ones_own_steps_at_the_schedule_times_the_factor(tmp_pat
         max_grad_norm=0.0,  # no clipping: the step is rate x gradient
         lr_scheduler_type="linear",
     )
-    factors = logged(trainer, "lr_multiplier") or [1.0] * 3
-    expected = [factor * share for factor, share in zip(factors, shape, strict=True)]
+    multipliers = logged(trainer, "lr_multiplier") or [1.0] * 3
+    expected = [multiplier * share for multiplier, share in zip(multipliers, shape, strict=True)]
     assert optimizer.used == [pytest.approx([0.02 * x, 0.01 * x]) for x in expected]
-    assert (trainer_class is GRPOTrainer) == (factors == [1.0] * 3)
+    assert (trainer_class is GRPOTrainer) == (multipliers == [1.0] * 3)
     assert watching.steps == [0, 1, 2]
     assert watching.rates == [pytest.approx((0.02 * x, 0.02 * x)) for x in expected]
     assert [rate for _, rate in watching.rewards] == pytest.approx([0.02 * x for x in expected])
@@ -113,10 +104,12 @@ def test_several_iterations_and_steps_share_a_generated_batch(tmp_path, trainer_
     )
     assert len(trainer.batches) == 2
     assert_advantages(trainer)
-    factors = [1.0, 1.0]
+    multipliers = [1.0, 1.0]
     if trainer_class is OBLRPOTrainer:
-        factors = [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/rho")]  # once per batch
-    assert logged(trainer, "learning_rate") == pytest.approx([1e-3 * factor for factor in factors for _ in range(4)])
+        multipliers = [max(ratio, 0.05) for ratio in logged(trainer, "gradient_snr/rho")]  # once per batch
+    assert logged(trainer, "learning_rate") == pytest.approx(
+        [1e-3 * multiplier for multiplier in multipliers for _ in range(4)]
+    )
 
 
 def test_iterations_that_straddle_a_step_are_refused(tmp_path):

@@ -24,7 +24,7 @@ def digit_share(text):
 def test_a_synchronous_reward_is_what_the_advantages_are_made_of(tmp_path, trainer_class):
     trainer = run(trainer_class, tmp_path, max_steps=3)
     assert_advantages(trainer)
-    assert moved(trainer) == set(trainer.start)
+    assert moved(trainer) == set(dict(trainer.model.named_parameters()))
 
 
 @both_trainers

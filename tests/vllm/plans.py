@@ -5,7 +5,7 @@ Server mode is missing: its weight sync is NCCL only, which needs GPUs.
 
 from typing import Any
 
-# A rate at which three steps move the weights by far more than rounding does. Without the SNR factor it is certain to be used.
+# A rate at which three steps move the weights by far more than rounding does. Without the SNR multiplier it is certain to be used.
 FAST = {"learning_rate": 0.05, "snr_min_multiplier": 1.0}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
 

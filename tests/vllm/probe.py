@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from oblr_trl import OBLRPOTrainer, oblrpo_trainer
-from oblr_trl.advantages import BaselineEstimator
+from oblr_trl.baselines import BaselineEstimator
 
 BATCH_KEYS = (
     "prompt_ids",

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 600  # seconds, on a busy machine; an engine that waits for a dead peer waits for ever
+TIMEOUT = 600  # seconds, on a busy machine; an engine that waits for a dead peer waits indefinitely
 
 # Everything but the algorithm, which is left at its defaults.
 RECIPE = {

@@ -36,7 +36,7 @@ def test_an_engine_that_is_not_synced_is_caught_from_the_second_step_on(run_name
     assert min(later) > 0.1
 
 
-def test_the_snr_factor_drives_the_rate_of_a_run_with_vllm(run_named):
+def test_the_snr_multiplier_drives_the_rate_of_a_run_with_vllm(run_named):
     multipliers = run_named("snr").logged("lr_multiplier")
 
     assert len(multipliers) == 3

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from oblr_trl.advantages import BaselineEstimator, GroupedBatch, baseline_metrics
+from oblr_trl.baselines import BaselineEstimator, GroupedBatch
+from oblr_trl.metrics import baseline_metrics
 
 
 def test_variance_ratios_by_hand():
@@ -42,6 +43,6 @@ def test_an_automatic_prior_is_judged_leave_one_out_also_where_the_baseline_is_n
         for _ in range(20):
             weights = torch.exp(2 * torch.randn(24, 4, generator=generator))
             rewards = (torch.rand(24, 4, generator=generator) < 0.5).float()
-            estimator(GroupedBatch(rewards, torch.ones(24, 4), weights))
+            estimator.update(GroupedBatch(rewards, torch.ones(24, 4), weights))
         strengths[leave_one_out] = estimator.prior_strength
     assert strengths[False] == strengths[True] >= 8

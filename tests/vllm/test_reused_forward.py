@@ -1,4 +1,4 @@
-"""Scoring rides on the forward that TRL takes for the old log-probabilities, wherever it need not know the ratio first."""
+"""Scoring reuses the forward that TRL takes for the old log-probabilities, wherever it need not know the ratio first."""
 
 import pytest
 

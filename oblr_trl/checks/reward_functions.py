@@ -1,8 +1,8 @@
 """Reward functions whose failure reaches every process, and that may only take so long.
 
 TRL calls the reward functions on each process and then gathers their results: if one raises, or waits for a server that never
-answers, all other processes wait in that gather. A guarded function never raises: the guard keeps the first error, and the
-trainer raises it on all processes after the gather.
+answers, all other processes wait in that gather. A wrapped function never raises: its first error is kept, and the trainer raises
+it on all processes after the gather.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ _WAKE_UP = signal.SIGURG
 _GRACE = 1.0
 
 
-class RewardGuard:
+class RewardFunctions:
     """
-    Guards the reward functions of one trainer.
+    Wraps the reward functions of one trainer, and keeps their first error.
 
     Args:
         timeout (`float`, *optional*):
@@ -45,33 +45,33 @@ class RewardGuard:
         error, self._error = self._error, None
         return error
 
-    def guard(self, reward_func: Any) -> Any:
-        """The guarded reward function, synchronous or asynchronous as it was. A reward model is returned as it is."""
+    def wrap(self, reward_func: Any) -> Any:
+        """The function with its errors kept, synchronous or asynchronous as it was. A reward model is returned as it is."""
         if isinstance(reward_func, nn.Module):
             return reward_func
         name = get_callable_name(reward_func)
-        wrapper = self._guard_async if is_async_callable(reward_func) else self._guard_sync
-        guarded = wrapper(reward_func, name)
-        guarded.__name__ = name
-        return guarded
+        wrap = self._wrap_async if is_async_callable(reward_func) else self._wrap_sync
+        wrapped = wrap(reward_func, name)
+        wrapped.__name__ = name
+        return wrapped
 
-    def _guard_sync(self, reward_func: Callable, name: str) -> Callable:
-        def guarded(**kwargs: Any) -> list:
+    def _wrap_sync(self, reward_func: Callable, name: str) -> Callable:
+        def wrapped(**kwargs: Any) -> list:
             try:
                 return _call_in_time(lambda: _checked(reward_func(**kwargs), kwargs["prompts"]), self.timeout)
             except Exception as error:
                 return self._keep(error, name, kwargs["prompts"])
 
-        return guarded
+        return wrapped
 
-    def _guard_async(self, reward_func: Callable, name: str) -> Callable:
-        async def guarded(**kwargs: Any) -> list:
+    def _wrap_async(self, reward_func: Callable, name: str) -> Callable:
+        async def wrapped(**kwargs: Any) -> list:
             try:
                 return _checked(await _await_in_time(reward_func(**kwargs), self.timeout), kwargs["prompts"])
             except Exception as error:
                 return self._keep(error, name, kwargs["prompts"])
 
-        return guarded
+        return wrapped
 
     def _keep(self, error: Exception, name: str, prompts: list) -> list[float]:
         if isinstance(error, _OutOfTime):
@@ -88,7 +88,7 @@ class RewardGuard:
 
 
 class _OutOfTime(Exception):
-    """The guard's own limit, not a timeout that the reward function raised itself."""
+    """Our own limit, not a timeout that the reward function raised itself."""
 
 
 class _Interruption(BaseException):
@@ -110,7 +110,7 @@ def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
     """
     Call a function in the main thread; raise `_OutOfTime` if it took longer, whatever it caught, raised or returned.
 
-    It is interrupted by a signal, also out of a blocking system call, and again for as long as it goes on: it may wait in a
+    It is interrupted by a signal, also out of a blocking system call, and again until it ends: it may wait in a
     clean-up, or catch everything and try again. A thread for the function would not do: rewards that use signals themselves
     (math-verify) only work in the main one.
     """
@@ -159,7 +159,7 @@ def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
 
 
 async def _await_in_time(call: Awaitable, seconds: float | None) -> Any:
-    """As `_call_in_time`, for a coroutine. One that catches its cancellation and goes on is left behind, not awaited."""
+    """As `_call_in_time`, for a coroutine. One that catches its cancellation and continues is left behind, not awaited."""
     start = time.monotonic()
     task = asyncio.ensure_future(call)
     await asyncio.wait({task}, timeout=seconds)

@@ -1,0 +1,1 @@
+"""Options that cannot be honoured, and failures of reward functions and processes: errors with a remedy."""

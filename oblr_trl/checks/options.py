@@ -1,0 +1,241 @@
+"""What OBLR-PO cannot honour, as a table, and what it only warns of. `args` is an [`OBLRPOConfig`] throughout."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from oblr_trl.baselines import BASELINES
+from oblr_trl.gradient_snr import MIN_PROMPTS
+from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES
+from oblr_trl.scores.scopes import SCOPES
+from oblr_trl.scores.score_pass import METHODS
+
+LR_ADAPTATIONS = ("snr", "none")
+
+
+class _Refusal(NamedTuple):
+    """An option that cannot be honoured, when, why, and what to do; `{args.name}` in the reason is the option `name`."""
+
+    field: str
+    applies: Callable[[Any], bool]
+    reason: str
+    remedy: str
+
+
+def _unknown(name: str, choices: tuple[str, ...]) -> _Refusal:
+    return _Refusal(
+        name, lambda args: getattr(args, name) not in choices, "it is not known", f"use one of {list(choices)}"
+    )
+
+
+def _adapts(args: Any) -> bool:
+    return args.lr_adaptation == "snr"
+
+
+def _straddle(first: Any, second: Any) -> bool:
+    return bool(first % second and second % first)
+
+
+_REFUSALS = (
+    _unknown("baseline", BASELINES),
+    _unknown("score_scope", SCOPES),
+    _unknown("score_method", METHODS),
+    _unknown("lr_adaptation", LR_ADAPTATIONS),
+    _Refusal(
+        "baseline_leave_one_out",
+        lambda args: args.baseline == "leave_one_out" and not args.baseline_leave_one_out,
+        "it contradicts baseline='leave_one_out'",
+        "use 'group_mean'",
+    ),
+    _Refusal(
+        "baseline_prior_strength",
+        lambda args: args.baseline_prior_strength is not None and args.baseline != "gradient_weighted",
+        "only 'gradient_weighted' has a prior",
+        "leave it unset",
+    ),
+    _Refusal(
+        "baseline_prior_strength",
+        lambda args: args.baseline_prior_strength is not None and not args.baseline_prior_strength >= 0,
+        "it counts completions",
+        "use a number of at least 0",
+    ),
+    _Refusal(
+        "scale_rewards",
+        lambda args: (
+            args.baseline == "gradient_weighted"
+            and args.baseline_prior_strength != 0
+            and args.scale_rewards == "group"
+        ),
+        "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
+        "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
+    ),
+    _Refusal(
+        "score_last_k",
+        lambda args: (args.score_scope == "last_k") != (args.score_last_k is not None),
+        "score_scope is {args.score_scope!r}",
+        "set it together with score_scope='last_k', and only then",
+    ),
+    _Refusal(
+        "score_last_k",
+        lambda args: args.score_last_k is not None and args.score_last_k < 1,
+        "it counts blocks",
+        "use at least 1",
+    ),
+    _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 1, "it is a length", "use at least 1"),
+    _Refusal("snr_ema_decay", lambda args: not 0 <= args.snr_ema_decay < 1, "it is a decay", "use a number in [0, 1)"),
+    _Refusal(
+        "snr_min_multiplier",
+        lambda args: not 0 <= args.snr_min_multiplier <= args.snr_max_multiplier,
+        "it must lie between 0 and snr_max_multiplier ({args.snr_max_multiplier})",
+        "lower it, or raise snr_max_multiplier",
+    ),
+    _Refusal(
+        "reward_timeout",
+        lambda args: args.reward_timeout is not None and not args.reward_timeout > 0,
+        "it is a time in seconds",
+        "use a positive number, or None",
+    ),
+    # The scoring pass must know, before training, what the loss will multiply each token's gradient by.
+    _Refusal(
+        "loss_type",
+        lambda args: args.needs_scores and args.loss_type not in LINEAR_LOSS_TYPES,
+        "its gradient is not linear in the advantage (or it is unknown), so no baseline minimises its variance",
+        f"use one of {list(LINEAR_LOSS_TYPES)}",
+    ),
+    _Refusal(
+        "loss_type",
+        lambda args: args.needs_scores and args.loss_type == "bnpo" and args.steps_per_generation > 1,
+        "it divides by the token count of micro-batches that are drawn only after scoring",
+        "use 'dapo', which divides by the whole batch's count, or steps_per_generation=1",
+    ),
+    _Refusal(
+        "top_entropy_quantile",
+        lambda args: args.needs_scores and args.top_entropy_quantile < 1.0,
+        "it drops tokens by a quantile of micro-batches that are drawn only after scoring",
+        "set it to 1.0",
+    ),
+    _Refusal(
+        "off_policy_mask_threshold",
+        lambda args: args.needs_scores and args.off_policy_mask_threshold is not None,
+        "it drops completions by the sign of their advantage, which biases any baseline",
+        "leave it unset",
+    ),
+    _Refusal(
+        "use_liger_kernel",
+        lambda args: args.needs_scores and args.use_liger_kernel,
+        "its fused layers hide inputs and output gradients from the scoring pass",
+        "set it to False; model_init_kwargs={'use_kernels': True} keeps the layers",
+    ),
+    _Refusal(
+        "multi_objective_aggregation",
+        lambda args: args.baseline != "group_mean" and args.multi_objective_aggregation != "sum_then_normalize",
+        "it normalises every reward function by its own group mean, which leaves no reward to take a baseline of",
+        "use 'sum_then_normalize', or baseline='group_mean'",
+    ),
+    # The SNR multiplies the rate of every step, known before its first micro-batch.
+    _Refusal(
+        "lr_scheduler_type",
+        lambda args: _adapts(args) and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        "it sets the learning rate from an evaluation metric, which the SNR multiplier would overwrite",
+        "use a schedule of steps, or lr_adaptation='none'",
+    ),
+    _Refusal(
+        "optim",
+        lambda args: _adapts(args) and any(word in OptimizerNames(args.optim).value for word in ("layerwise", "lomo")),
+        "it steps inside the backward pass without parameter groups whose learning rate could be set",
+        "use another optimizer, or lr_adaptation='none'",
+    ),
+    _Refusal(
+        "steps_per_generation",
+        lambda args: _adapts(args) and _straddle(args.steps_per_generation, args.gradient_accumulation_steps),
+        "optimizer steps of {args.gradient_accumulation_steps} micro-batches would straddle generation batches, so that no "
+        "batch's SNR would be that of the step",
+        "make one of steps_per_generation and gradient_accumulation_steps a multiple of the other",
+    ),
+    _Refusal(
+        "num_iterations",
+        lambda args: (
+            _adapts(args)
+            and _straddle(args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps)
+        ),
+        "a batch lasts for steps_per_generation x num_iterations micro-batches, so that optimizer steps of "
+        "{args.gradient_accumulation_steps} would straddle two of them",
+        "make one of steps_per_generation x num_iterations and gradient_accumulation_steps a multiple of the other",
+    ),
+)
+
+
+def check_options(args: Any) -> None:
+    """Raise a `ValueError` for the first option that cannot be honoured."""
+    for refusal in _REFUSALS:
+        if refusal.applies(args):
+            _refuse(refusal.field, getattr(args, refusal.field), refusal.reason.format(args=args), refusal.remedy)
+
+
+def check_prompts(args: Any) -> None:
+    """Refuse or warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch."""
+    per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
+    adapts = args.lr_adaptation == "snr"
+    has_prior = args.baseline == "gradient_weighted" and args.baseline_prior_strength != 0
+    batch = (
+        f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} completions "
+        f"(per_device_train_batch_size={args.per_device_train_batch_size} x {args.world_size} process(es) x "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps}, num_iterations={args.num_iterations})"
+    )
+    remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
+    if adapts and max(per_step, per_batch) < 2:
+        _refuse(
+            "lr_adaptation",
+            "snr",
+            f"{batch}, and the noise of a gradient shows only between prompts",
+            f"{remedy}, or set lr_adaptation='none'",
+        )
+    if has_prior and per_batch < 2:
+        if args.baseline_prior_strength is not None:
+            _refuse(
+                "baseline_prior_strength",
+                args.baseline_prior_strength,
+                f"a generation batch has {per_batch:g} prompt, and a prior comes from the other ones",
+                "raise per_device_train_batch_size or steps_per_generation, or set it to 0",
+            )
+        warnings.warn(
+            f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
+        )
+    if adapts and max(per_step, per_batch) < MIN_PROMPTS:
+        warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
+
+
+def check_backend(trainer: Any) -> None:
+    """Raise a `ValueError` for what the trainer's backend does that OBLR-PO cannot work with."""
+    args, state = trainer.args, trainer.accelerator.state
+    deepspeed = state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    if args.lr_adaptation == "snr" and deepspeed is not None and "scheduler" in deepspeed.deepspeed_config:
+        raise ValueError(
+            "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
+            "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."
+        )
+    if args.needs_scores and trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "OBLR-PO's scoring pass needs parameters of their own shape, which FSDP 1 flattens. Remedy: set fsdp_version: 2 in "
+            "the accelerate configuration, use DeepSpeed ZeRO, or baseline='group_mean' with lr_adaptation='none'."
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise a `ValueError` for a tokenizer with token ids that the model has no embedding for: the look-up of one is an unclear
+    error on a CPU and the end of the process on a GPU."""
+    size = model.config.get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= size:
+        raise ValueError(
+            f"The tokenizer has token id {highest}, but the model's vocabulary has {size} entries. Use the tokenizer the model "
+            "was trained with, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def _refuse(name: str, value: object, reason: str, remedy: str) -> None:
+    value = value.value if isinstance(value, SchedulerType | OptimizerNames) else value
+    raise ValueError(f"OBLR-PO cannot honour {name}={value!r}: {reason}. Remedy: {remedy}.")

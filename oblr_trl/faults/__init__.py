@@ -1,1 +1,0 @@
-"""What happens when a reward function or a process fails."""
