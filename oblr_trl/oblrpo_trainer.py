@@ -21,10 +21,9 @@ from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
-from oblr_trl.scores.one_pass import ScoreOutput
 from oblr_trl.scores.scopes import resolve_scope
-from oblr_trl.scores.score_pass import ScorePass
-from oblr_trl.scores.scoring_model import FORWARD_KEYS, ScoringModel
+from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
+from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +43,6 @@ _AVERAGED_OPTIONS = (
     "temperature",
     "num_generations",
 )
-
-
-class OldLogpsForward:
-    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
-
-    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
-        self._model = model
-        self._score_pass = score_pass
-        self._loss_type = loss_type
-        self.scoring_model: ScoringModel | None = None
-
-    def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
-        """The scoring pass in the shape of a model where it is due, else `model`."""
-        if model is not self._model or self.scoring_model is not None:
-            return model
-        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
-        return self.scoring_model
 
 
 class OBLRPOTrainer(ResumableGRPOTrainer):

@@ -7,9 +7,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.oblrpo_trainer import OldLogpsForward
 from oblr_trl.scores import reference_scores
 from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES, applied_importance_ratio, loss_token_weights
+from oblr_trl.scores.scoring_model import OldLogpsForward
 from tests.tiny_models import construct, random_batch, tiny_model
 
 RATIOS = ("none", "sequence", "token")

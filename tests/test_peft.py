@@ -19,7 +19,8 @@ from peft.tuners.lily import LilyConfig
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline
 from oblr_trl.scores import reference_scores, score_sketches
 from oblr_trl.scores.scopes import resolve_scope
-from tests.tiny_models import digit_reward, logged, prompts, random_batch, tiny_model, tiny_tokenizer, train
+from tests.recording import Recording
+from tests.tiny_models import construct, logged, random_batch, tiny_model, train
 
 TOLERANCE = 1e-10
 
@@ -74,7 +75,7 @@ HONOURED = {
     "rank-stabilised": (lora_config(use_rslora=True), "qwen3"),
     "biases of the adapter": (lora_config(lora_bias=True), "qwen2"),
     "all biases": (lora_config(bias="all"), "qwen2"),
-    "biases beside adapters": (lora_config(bias="lora_only"), "qwen2"),
+    "biases of adapted layers": (lora_config(bias="lora_only"), "qwen2"),
     "principal components": (lora_config(init_lora_weights="pissa"), "qwen3"),
     "ranks by layer": (lora_config(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 32}), "qwen3"),
     "a whole block part": (lora_config(modules_to_save=["mlp"]), "qwen3"),
@@ -117,11 +118,9 @@ def test_every_scope_serves_adapters(scope, last_k, checkpointing, modules_to_sa
         model.train().gradient_checkpointing_enable()
         model.enable_input_require_grads()
     assert_equal_to_the_oracle(model, scope=scope, last_k=last_k)
-    expected = {"all": 28, "last_k": 14 * (last_k or 0), "lm_head": 0}[
-        scope
-    ]  # A and B of 7 layers in each of 2 blocks
+    expected = {"all": 28, "last_k": 14 * (last_k or 0), "lm_head": 0}  # A and B of 7 layers in each of 2 blocks
     scored = resolve_scope(model, scope, last_k)
-    assert sum(len(names) for names in scored.names.values()) == expected
+    assert sum(len(names) for names in scored.names.values()) == expected[scope]
     # the head's score is taken where it is frozen, too, if it is asked for by name
     assert list(scored.head_names) == (["weight"] if modules_to_save or scope == "lm_head" else [])
 
@@ -157,30 +156,26 @@ def test_the_scaling_of_rank_stabilised_lora_is_in_its_scores():
 def test_dropout_inside_an_adapter_is_that_of_the_pass():
     model = adapted(lora_config(lora_dropout=0.5))
     batch = [tensor[1:2] for tensor in random_batch()]  # one sequence: the oracle then draws the same masks
-    in_eval = score_sketches(model, *batch, method="exact")
-    torch.testing.assert_close(in_eval, reference_scores(model, *batch).square().sum(dim=1), rtol=TOLERANCE, atol=0)
-    model.train()
-    torch.manual_seed(1)
-    dropped = score_sketches(model, *batch, method="exact")
-    torch.manual_seed(1)
-    truth = reference_scores(model, *batch).square().sum(dim=1)
-    torch.testing.assert_close(dropped, truth, rtol=TOLERANCE, atol=0)
-    assert (dropped - in_eval).abs() > 1e-6 * in_eval
+    norms = []
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(1)
+        norms.append(score_sketches(model, *batch, method="exact"))
+        torch.manual_seed(1)
+        truth = reference_scores(model, *batch).square().sum(dim=1)
+        torch.testing.assert_close(norms[-1], truth, rtol=TOLERANCE, atol=0)
+    assert (norms[1] - norms[0]).abs() > 1e-6 * norms[0]
 
 
 def test_only_active_adapters_are_scored():
     model = adapted(lora_config())
     model.add_adapter("second", lora_config(target_modules=["o_proj"], modules_to_save=["norm"]))
-    model.set_adapter("second")
-    perturbed(model.double())
-    assert all("second" in name for name in resolve_scope(model, "all", None).shapes)
-    assert_equal_to_the_oracle(model)
-    model.set_adapter("default")
-    assert all("default" in name for name in resolve_scope(model, "all", None).shapes)
-    assert_equal_to_the_oracle(model)
-    model.base_model.set_adapter(["default", "second"])
-    assert {name.split(".")[-2] for name in resolve_scope(model, "all", None).shapes} == {"default", "second"}
-    assert_equal_to_the_oracle(model)
+    for active in (["second"], ["default"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        perturbed(model.double())
+        # "...lora_A.default.weight": PEFT's name of the adapter is the second to last part
+        assert {name.split(".")[-2] for name in resolve_scope(model, "all", None).shapes} == set(active)
+        assert_equal_to_the_oracle(model)
 
 
 def test_a_head_copy_of_an_inactive_adapter_is_not_the_head():
@@ -277,17 +272,9 @@ REFUSED = {
 }
 
 
-def construct(output_dir, config, **options):
-    defaults = {"per_device_train_batch_size": 32, "use_cpu": True, "bf16": False, "report_to": "none"}
-    args = OBLRPOConfig(str(output_dir), **(defaults | options))
-    return OBLRPOTrainer(
-        tiny_model("qwen3_untied", num_layers=2),
-        digit_reward,
-        args,
-        prompts(),
-        processing_class=tiny_tokenizer(),
-        peft_config=config,
-    )
+def construct_with(config, output_dir, **options):
+    model = tiny_model("qwen3_untied", num_layers=2)
+    return construct(OBLRPOTrainer, OBLRPOConfig, output_dir, model=model, trainer={"peft_config": config}, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*lm_head")
@@ -295,7 +282,7 @@ def construct(output_dir, config, **options):
 def test_methods_that_taps_cannot_see_are_refused_by_name_before_any_work(tmp_path, name):
     config, message = REFUSED[name]
     with pytest.raises(ValueError, match=rf"{message}.*or score the output projection alone \(`scope='lm_head'`"):
-        construct(tmp_path, config)
+        construct_with(config, tmp_path)
 
 
 # Lily's router averages over the batch, so no sequence has a log-probability of its own.
@@ -305,51 +292,39 @@ def test_the_remedy_of_scoring_the_head_alone_works(name):
     assert_equal_to_the_oracle(model, scope="lm_head")
 
 
-def test_adapters_that_replace_the_head_are_refused_by_name(tmp_path):
-    lora = adapted(lora_config(target_modules=["q_proj", "lm_head"]), "qwen3_untied")
-    tokens = adapted(lora_config(trainable_token_indices=[3, 4]))  # tied: the head takes part
-    for scope in ("all", "lm_head"):
-        with pytest.raises(
-            ValueError, match=r"peft\.tuners\.lora\.layer\.Linear`: LoRA on the head.*modules_to_save="
-        ):
-            score_sketches(lora, *random_batch(), scope=scope)
-        with pytest.raises(
-            ValueError, match=r"TrainableTokensWrapper`: .*`trainable_token_indices` with tied embeddings"
-        ):
-            score_sketches(tokens, *random_batch(), scope=scope)
-    with pytest.raises(
-        ValueError, match="PEFT adapter to `lm_head` is not supported"
-    ):  # TRL's own refusal comes first
-        construct(tmp_path, lora_config(target_modules=["q_proj", "lm_head"]))
+@pytest.mark.parametrize("scope", ["all", "lm_head"])
+@pytest.mark.parametrize(
+    ("config", "architecture", "message"),
+    [
+        (
+            lora_config(target_modules=["q_proj", "lm_head"]),
+            "qwen3_untied",
+            r"peft\.tuners\.lora\.layer\.Linear`: LoRA on the head.*modules_to_save=",
+        ),
+        (
+            lora_config(trainable_token_indices=[3, 4]),
+            "qwen3",  # tied: the head takes part
+            r"TrainableTokensWrapper`: .*`trainable_token_indices` with tied embeddings",
+        ),
+    ],
+    ids=["LoRA", "trainable tokens"],
+)
+def test_adapters_that_replace_the_head_are_refused_by_name(config, architecture, message, scope):
+    with pytest.raises(ValueError, match=message):
+        score_sketches(adapted(config, architecture), *random_batch(), scope=scope)
+
+
+def test_trl_refuses_an_adapter_of_the_head_first(tmp_path):
+    with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
+        construct_with(lora_config(target_modules=["q_proj", "lm_head"]), tmp_path)
 
 
 def test_a_head_copy_whose_forward_the_trainer_replaces_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32=False"):
-        construct(tmp_path, lora_config(modules_to_save=["lm_head"]), cast_lm_head_to_fp32=True)
+        construct_with(lora_config(modules_to_save=["lm_head"]), tmp_path, cast_lm_head_to_fp32=True)
 
 
 # --- the trainer --------------------------------------------------------------------------------------------------------
-
-
-class Recording(OBLRPOTrainer):
-    """Keeps, for every generated batch, the weights, the rewards and the tensors, and what trained it."""
-
-    def __init__(self, *args, **kwargs):
-        self.batches = []
-        super().__init__(*args, **kwargs)
-        self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-
-    def _calculate_rewards(self, *args):
-        self.last_rewards = super()._calculate_rewards(*args)
-        return self.last_rewards
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            tensors = {name: tensor.clone() for name, tensor in output.items() if isinstance(tensor, torch.Tensor)}
-            self.batches.append({"state": state, "rewards": self.last_rewards[:, 0].view(-1, 8), **tensors})
-        return output
 
 
 EXACT = {"score_method": "exact", "baseline_prior_strength": 2.0, "learning_rate": 1e-2}

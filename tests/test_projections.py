@@ -12,25 +12,31 @@ from oblr_trl.scores.projections import Projections
 SHAPES = {"first": (40, 30), "second": (40, 30), "small": (5, 6), "vector": (100,)}
 
 
-def projections(seed, sketch_dim=16, shapes=SHAPES, tables=()):
-    return Projections(
-        shapes, tables=tables, sketch_dim=sketch_dim, seed=seed, dtype=torch.float64, device=torch.device("cpu")
-    )
+def projections(seed, sketch_dim=16, shapes=SHAPES, tables=(), dtype=torch.float64):
+    device = torch.device("cpu")
+    return Projections(shapes, tables=tables, sketch_dim=sketch_dim, seed=seed, dtype=dtype, device=device)
 
 
-def sketch_of_ones(names, **options):
-    """Sketch of the gradient whose every entry is one: the worst case for signs that are missing."""
-    drawn = projections(**options)
-    total = drawn.empty_sum(1)
-    for name in names:
-        shape = SHAPES[name]
-        if len(shape) == 1:
-            drawn.add_dense(total, name, torch.ones(1, *shape, dtype=torch.float64))
-        else:
-            rows = drawn.project_rows(name, torch.ones(1, 1, shape[0], dtype=torch.float64))
-            columns = drawn.project_columns(name, torch.ones(1, 1, shape[1], dtype=torch.float64))
-            drawn.add_matrix(total, name, torch.bmm(rows.mT, columns))
+def sketch(gradients, seed, **options):
+    """Of full gradients by name, all with a first axis of sequences."""
+    drawn = projections(seed, **options)
+    total = drawn.empty_sum(len(next(iter(gradients.values()))))
+    for name, gradient in gradients.items():
+        drawn.add_dense(total, name, gradient.flatten(1))
     return drawn.sketch(total)
+
+
+def ones(*names):
+    """The worst case for signs that are missing."""
+    return {name: torch.ones(1, *SHAPES[name], dtype=torch.float64) for name in names}
+
+
+def squared_norms(gradients, num_seeds, **options):
+    return torch.stack([sketch(gradients, seed, **options).square().sum() for seed in range(num_seeds)])
+
+
+def assert_unbiased(draws, truth):
+    assert (draws.mean() - truth).abs() < 4 * draws.std() / len(draws) ** 0.5 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -39,41 +45,36 @@ def sketch_of_ones(names, **options):
 )
 def test_squared_norms_are_unbiased_and_parameters_do_not_mix(names, squared_norm):
     """Two equal gradients of two parameters have twice the squared norm of one; without independent signs, four times."""
-    draws = torch.stack([sketch_of_ones(names, seed=seed).square().sum() for seed in range(600)])
-    standard_error = draws.std() / len(draws) ** 0.5
-    assert (draws.mean() - squared_norm).abs() < 4 * standard_error + 1e-9
+    assert_unbiased(squared_norms(ones(*names), 600), squared_norm)
 
 
 def test_a_model_smaller_than_the_sketch_is_not_projected():
-    sketch = sketch_of_ones(list(SHAPES), seed=0, sketch_dim=4096)
-    assert sketch.square().sum().item() == pytest.approx(2530, rel=1e-12)
-    assert (sketch != 0).sum() == 2530
+    sketched = sketch(ones(*SHAPES), 0, sketch_dim=4096)
+    assert sketched.square().sum().item() == pytest.approx(2530, rel=1e-12)
+    assert (sketched != 0).sum() == 2530
 
 
 def test_the_same_seed_gives_the_same_projection_and_another_one_another():
-    assert torch.equal(sketch_of_ones(["first"], seed=3), sketch_of_ones(["first"], seed=3))
-    assert not torch.equal(sketch_of_ones(["first"], seed=3), sketch_of_ones(["first"], seed=4))
+    assert torch.equal(sketch(ones("first"), 3), sketch(ones("first"), 3))
+    assert not torch.equal(sketch(ones("first"), 3), sketch(ones("first"), 4))
 
 
-def test_looking_rows_up_is_projecting_unit_vectors():
-    drawn = projections(seed=0)
-    indices = torch.tensor([[3, 39, 3]])
-    one_hot = torch.nn.functional.one_hot(indices, 40).double()
-    torch.testing.assert_close(drawn.look_up_rows("first", indices, 40), drawn.project_rows("first", one_hot))
-    torch.testing.assert_close(one_hot @ drawn.rows("first", 40), drawn.project_rows("first", one_hot))
+@pytest.mark.parametrize("sketch_dim", [16, 4096])
+@pytest.mark.parametrize("name", ["first", "small"])
+def test_factors_have_the_sketch_of_the_gradient_that_they_are_of(name, sketch_dim):
+    """Row factors may be a tensor, or indices of unit vectors; the same, too, by the matrix of the projection."""
+    drawn, (num_rows, num_columns) = projections(0, sketch_dim), SHAPES[name]
+    indices = torch.tensor([[3, num_rows - 1, 3]])
+    one_hot = torch.nn.functional.one_hot(indices, num_rows).double()
+    projected_rows = drawn.look_up_rows(name, indices)
+    torch.testing.assert_close(projected_rows, drawn.project_rows(name, one_hot))
+    torch.testing.assert_close(projected_rows, one_hot @ drawn.rows(name))
 
-
-def squared_norms_over_seeds(shapes, gradients, sketch_dim, num_seeds=200):
-    """Of the sketches of dense gradients, relative to the truth."""
-    truth = sum(gradient.square().sum() for gradient in gradients.values())
-    results = []
-    for seed in range(num_seeds):
-        drawn = projections(seed, sketch_dim, shapes)
-        total = drawn.empty_sum(1)
-        for name, gradient in gradients.items():
-            drawn.add_dense(total, name, gradient.reshape(1, -1))
-        results.append(drawn.sketch(total).square().sum() / truth)
-    return torch.stack(results)
+    columns = torch.randn(1, 3, num_columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = drawn.empty_sum(1)
+    drawn.add_matrix(total, name, torch.bmm(projected_rows.mT, drawn.project_columns(name, columns)))
+    expected = sketch({name: torch.bmm(one_hot.mT, columns)}, 0, sketch_dim=sketch_dim)
+    torch.testing.assert_close(drawn.sketch(total), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 4096), (8192, 2), (4096,), (1024,)], ids=str)
@@ -91,8 +92,9 @@ def test_an_outlier_channel_of_every_layer_does_not_fall_into_one_place(shape):
         gradient[..., 17 % shape[-1]] += 1.0 if len(shape) == 1 or shape[0] == 8 else 0.0
         if shape[0] == 8192:
             gradient[17] += 1.0
-        gradients[name] = gradient
-    ratios = squared_norms_over_seeds(shapes, gradients, sketch_dim=4096)
+        gradients[name] = gradient.unsqueeze(0)
+    truth = sum(gradient.square().sum() for gradient in gradients.values())
+    ratios = squared_norms(gradients, 200, sketch_dim=4096, shapes=shapes) / truth
     assert ratios.mean().item() == pytest.approx(1, abs=0.02)
     assert ratios.std() < 0.04
 
@@ -102,31 +104,31 @@ def test_a_vector_wraps_around_the_sketch_and_keeps_its_norm():
 
     So 15 places hold +-1 and one holds +-1 +-1: ||z||^2 = 15 + (0 or 4), and the sum of absolute values 15 + (0 or 2).
     """
-    shapes, starts = {"vector": (17,), "rest": (40, 30)}, set()
+    shared = set()
     for seed in range(50):
-        drawn = projections(seed, 16, shapes)
-        total = drawn.empty_sum(1)
-        drawn.add_dense(total, "vector", torch.ones(1, 17, dtype=torch.float64))
-        sketch = drawn.sketch(total)
-        starts.add(drawn._starts["vector"][0])
-        assert total[:, 16:].any() or drawn._starts["vector"][0] == 0
-        assert sketch.square().sum().item() in (15, 19)
-        assert sketch.abs().sum().item() in (15, 17)
-    assert len(starts) > 8  # of 16
+        sketched = sketch({"vector": torch.ones(1, 17, dtype=torch.float64)}, seed, shapes={"vector": (17,)})
+        assert sketched.square().sum().item() in (15, 19)
+        assert sketched.abs().sum().item() in (15, 17)
+        shared |= set((sketched[0].abs() != 1).nonzero().flatten().tolist())
+    assert len(shared) > 8  # of 16
 
 
 def test_blocks_that_wrap_around_keep_inner_products():
     """A vector no longer than the sketch is exact wherever it starts: two of them have the inner product of their sketches."""
-    shapes = {"vector": (16,), "rest": (40, 30)}
-    first, second = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for seed in range(20):
-        drawn = projections(seed, 16, shapes)
-        total = drawn.empty_sum(2)
-        drawn.add_dense(total, "vector", torch.stack([first, second]))
-        sketches = drawn.sketch(total)
-        torch.testing.assert_close(
-            sketches @ sketches.T, torch.stack([first, second]) @ torch.stack([first, second]).T
-        )
+        sketches = sketch({"vector": vectors}, seed, shapes={"vector": (16,), "rest": (40, 30)})
+        torch.testing.assert_close(sketches @ sketches.T, vectors @ vectors.T)
+
+
+def test_wide_heads_with_a_bias_are_unbiased():
+    """A table's bias is projected like a matrix of one column; unprojected it would need V x V numbers."""
+    options = {"sketch_dim": 64, "shapes": {"weight": (700, 20), "bias": (700,)}, "tables": ("weight", "bias")}
+    assert all(projections(0, **options).rows(name).size(1) <= 64 for name in ("weight", "bias"))
+    bias = torch.randn(1, 700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = {"weight": bias.unsqueeze(2).expand(-1, -1, 20), "bias": bias}
+    # ||g||^2 (20 + 1), the weight's gradient being g in each of its 20 columns.
+    assert_unbiased(squared_norms(gradients, 300, **options), 21 * bias.square().sum())
 
 
 def test_a_large_vocabulary_with_a_head_bias_and_few_hidden_features_takes_little_memory():
@@ -135,42 +137,12 @@ def test_a_large_vocabulary_with_a_head_bias_and_few_hidden_features_takes_littl
     Two bases of V x 128 and V x 64 float32 numbers are 38 MB, as much again carries their signs for a moment, and a tile of
     logits has 16 x 8192.
     """
-    config = PhiConfig(
-        vocab_size=50_000,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        pad_token_id=0,
-    )
-    model = PhiForCausalLM(config).eval()
+    sizes = {"vocab_size": 50_000, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = PhiForCausalLM(PhiConfig(num_attention_heads=1, pad_token_id=0, **sizes)).eval()
     input_ids = torch.arange(24).view(2, 12)
-    ones = torch.ones_like(input_ids)
+    mask = torch.ones_like(input_ids)
     for scope in ("all", "lm_head"):
         memory = measure_memory(
-            lambda scope=scope: score_sketches(model, input_ids, ones, ones[:, :8], scope=scope), torch.device("cpu")
+            lambda scope=scope: score_sketches(model, input_ids, mask, mask[:, :8], scope=scope), torch.device("cpu")
         )
         assert memory.peak - memory.before < 200e6
-
-
-def test_wide_heads_with_a_bias_are_unbiased():
-    """A table's bias is projected like a matrix of one column; unprojected it would need V x V numbers."""
-    shapes = {"weight": (700, 20), "bias": (700,)}
-    gradients = torch.randn(700, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(1, 1, 700)
-    draws = []
-    for seed in range(300):
-        drawn = projections(seed, 64, shapes, tables=("weight", "bias"))
-        total = drawn.empty_sum(1)
-        columns = {
-            "weight": torch.ones(1, 1, 20, dtype=torch.float64),
-            "bias": torch.ones(1, 1, 1, dtype=torch.float64),
-        }
-        for name in shapes:
-            rows = gradients @ drawn.rows(name, 700)
-            assert rows.size(-1) <= 64
-            drawn.add_matrix(total, name, torch.bmm(rows.mT, drawn.project_columns(name, columns[name])))
-        draws.append(drawn.sketch(total).square().sum())
-    # ||g||^2 (20 + 1), the weight's gradient being g in each of its 20 columns.
-    draws = torch.stack(draws)
-    truth = 21 * gradients.square().sum()
-    assert (draws.mean() - truth).abs() < 4 * draws.std() / 300**0.5

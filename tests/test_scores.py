@@ -2,25 +2,22 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from oblr_trl.scores import reference_scores, score_sketches
+from oblr_trl.scores import DenseGradient, reference_scores, register_score_rule, score_sketches
+from oblr_trl.scores import rules as rules_module
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
 
 SCOPES = [("all", None), ("last_k", 1), ("last_k", 2), ("lm_head", None)]
 
 
-def float64_model(architecture, checkpointing=False):
+def float64_model(architecture="qwen3", checkpointing=False):
     model = tiny_model(architecture).double()
     model.train(checkpointing)  # transformers checkpoints in training mode only; there is no dropout here
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model
-
-
-def token_weights(completion_mask):
-    generator = torch.Generator().manual_seed(5)
-    return torch.rand(completion_mask.shape, generator=generator, dtype=torch.float64) + 0.2
 
 
 def relative_error(estimate, truth):
@@ -30,27 +27,68 @@ def relative_error(estimate, truth):
     return ((estimate - truth).abs() / truth)[~empty].max().item()
 
 
+def assert_equal_to_the_oracle(model, batch=None, **options):
+    """Exact norms to rounding, and inner products of wide sketches to 5 %."""
+    batch = random_batch() if batch is None else batch
+    scores = reference_scores(model, *batch, **options)
+    gram = scores @ scores.T
+    norms = gram.diagonal().sqrt()
+    exact = score_sketches(model, *batch, method="exact", **options)
+    assert exact.dtype == torch.float64
+    assert not exact.requires_grad
+    assert relative_error(exact, norms.square()) < 1e-10
+    sketches = score_sketches(model, *batch, sketch_dim=65536, **options)
+    assert ((sketches @ sketches.T - gram).abs() <= 0.05 * norms.outer(norms)).all()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exact_norms_and_wide_sketches_equal_the_oracle(architecture, padding, checkpointing):
-    model = float64_model(architecture, checkpointing)
-    batch = random_batch(padding)
-    weights = token_weights(batch[2])
+    model, batch = float64_model(architecture, checkpointing), random_batch(padding)
+    weights = torch.rand(batch[2].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.2
     for scope, last_k in SCOPES:
-        options = {"token_weights": weights, "scope": scope, "last_k": last_k}
-        scores = reference_scores(model, *batch, **options)
-        gram = scores @ scores.T
-        norms = gram.diagonal().sqrt()
+        assert_equal_to_the_oracle(model, batch, token_weights=weights, scope=scope, last_k=last_k)
 
-        exact = score_sketches(model, *batch, method="exact", **options)
-        assert exact.dtype == torch.float64
-        assert not exact.requires_grad
-        assert relative_error(exact, norms.square()) < 1e-10
 
-        sketches = score_sketches(model, *batch, sketch_dim=65536, **options)
-        error = (sketches @ sketches.T - gram).abs()
-        assert (error <= 0.05 * norms.outer(norms)).all()
+def with_a_head_bias():
+    model = float64_model("qwen3_untied")
+    model.set_output_embeddings(nn.Linear(64, model.config.vocab_size).double())
+    return model
+
+
+def with_a_module_in_two_blocks():
+    model = float64_model("llama")
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    return model
+
+
+def with_the_norms_of_torch():
+    model = float64_model("llama")
+    model.model.norm = nn.RMSNorm(64).double()
+    model.model.layers[1].input_layernorm = nn.LayerNorm(64, bias=False).double()
+    return model
+
+
+@pytest.mark.parametrize("model", [with_a_head_bias, with_a_module_in_two_blocks, with_the_norms_of_torch])
+@pytest.mark.parametrize("scope", ["all", "lm_head"])
+def test_unusual_layers_equal_the_oracle(model, scope):
+    assert_equal_to_the_oracle(model(), scope=scope)
+
+
+def test_a_rule_may_return_the_whole_gradient_of_a_large_matrix(monkeypatch):
+    """Projected as factors are: its 131072 numbers are twice as many as the sketch has."""
+    rule = rules_module._RULES[nn.Linear]
+
+    def dense_rule(module, inputs, grad_output):
+        product = rule(module, inputs, grad_output)["weight"]
+        return {"weight": DenseGradient(torch.bmm(product.rows.values.mT, product.columns).flatten(1))}
+
+    monkeypatch.setattr(rules_module, "_RULES", dict(rules_module._RULES))
+    model, batch = tiny_model(hidden_size=128).double().eval(), random_batch()
+    expected = score_sketches(model, *batch)
+    register_score_rule(nn.Linear, dense_rule)
+    torch.testing.assert_close(score_sketches(model, *batch), expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -73,21 +111,17 @@ def test_sketches_are_unbiased_over_their_seed():
     model = tiny_model("gpt2", hidden_size=96, num_layers=1).double().eval()
     batch = random_batch(batch_size=3)
     scores = reference_scores(model, *batch)
-    gram = scores @ scores.T
-    draws = []
-    for seed in range(300):
-        sketches = score_sketches(model, *batch, sketch_dim=64, seed=seed)
-        draws.append(sketches @ sketches.T)
-    stacked = torch.stack(draws)
-    standard_error = stacked.std(dim=0) / len(draws) ** 0.5
-    z = (stacked.mean(dim=0) - gram).abs() / standard_error.clamp(min=1e-12)
+    draws = [score_sketches(model, *batch, sketch_dim=64, seed=seed) for seed in range(300)]
+    grams = torch.stack([sketches @ sketches.T for sketches in draws])
+    standard_error = grams.std(dim=0) / len(draws) ** 0.5
+    z = (grams.mean(dim=0) - scores @ scores.T).abs() / standard_error.clamp(min=1e-12)
     assert z.max() < 4.5
     assert standard_error.max() > 0  # something was projected
 
 
 def test_tied_embeddings_are_one_matrix():
     """The oracle's norm of a tied matrix holds the cross term of its two uses; two separate norms would not."""
-    model = float64_model("qwen3")
+    model = float64_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "model.embed_tokens.weight")
     batch = random_batch()
@@ -104,76 +138,34 @@ def test_lora_scores_are_those_of_the_adapters():
     assert trainable < sum(parameter.numel() for parameter in model.parameters()) / 2
 
 
-def test_micro_batches_do_not_change_the_scores():
-    model = tiny_model().double().eval()
-    batch = random_batch()
-    whole = score_sketches(model, *batch)
-    for size in (1, 2):
-        torch.testing.assert_close(score_sketches(model, *batch, micro_batch_size=size), whole, rtol=1e-9, atol=1e-9)
-
-
-def test_checkpointing_does_not_change_the_sketches():
+@pytest.mark.parametrize(
+    ("checkpointing", "options"), [(False, {"micro_batch_size": 1}), (False, {"micro_batch_size": 2}), (True, {})]
+)
+def test_neither_micro_batches_nor_checkpointing_change_the_sketches(checkpointing, options):
     """Not only their norms: the coordinates must agree, since sketches of different runs are compared."""
     batch = random_batch()
-    plain = score_sketches(float64_model("qwen3"), *batch)
-    checkpointed = score_sketches(float64_model("qwen3", checkpointing=True), *batch)
-    torch.testing.assert_close(plain, checkpointed, rtol=1e-9, atol=1e-9)
-
-
-def test_a_module_called_twice_is_one_parameter():
-    model = tiny_model("llama").double().eval()
-    layers = model.model.layers
-    layers[1].mlp.up_proj = layers[0].mlp.up_proj  # shared between two blocks
-    batch = random_batch()
-    truth = reference_scores(model, *batch).square().sum(dim=1)
-    assert relative_error(score_sketches(model, *batch, method="exact"), truth) < 1e-10
-    sketches = score_sketches(model, *batch, sketch_dim=65536)
-    assert relative_error(sketches.square().sum(dim=1), truth) < 0.05
-
-
-@pytest.mark.parametrize("method", ["sketch", "exact"])
-def test_mixed_precision_stays_close_and_accumulates_in_float32(method):
-    batch = random_batch()
-    truth = score_sketches(tiny_model().double().eval(), *batch, method="exact")
-    half = tiny_model().to(torch.bfloat16).eval()
-    options = {"method": method} | ({"sketch_dim": 65536} if method == "sketch" else {})
-
-    def squared_norms(result):
-        assert result.dtype == torch.float32
-        return result.square().sum(dim=1) if method == "sketch" else result
-
-    assert relative_error(squared_norms(score_sketches(half, *batch, **options)).double(), truth) < 0.1
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = score_sketches(tiny_model().eval(), *batch, **options)
-    assert relative_error(squared_norms(autocast).double(), truth) < 0.1
+    whole = score_sketches(float64_model(), *batch)
+    sketches = score_sketches(float64_model(checkpointing=checkpointing), *batch, **options)
+    torch.testing.assert_close(sketches, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_do_not_depend_on_the_amount_of_padding():
-    model = tiny_model().double().eval()
-    input_ids, attention_mask, completion_mask = random_batch("right")
-    before = score_sketches(model, input_ids, attention_mask, completion_mask, method="exact")
-    zeros = torch.zeros(input_ids.size(0), 4, dtype=torch.long)
-    wider = [torch.cat([tensor, zeros], dim=1) for tensor in (input_ids, attention_mask, completion_mask)]
+    model, batch = float64_model(), random_batch("right")
+    before = score_sketches(model, *batch, method="exact")
+    zeros = torch.zeros(batch[0].size(0), 4, dtype=torch.long)
+    wider = [torch.cat([tensor, zeros], dim=1) for tensor in batch]
     torch.testing.assert_close(score_sketches(model, *wider, method="exact"), before, rtol=1e-6, atol=0)
 
 
 def test_a_model_that_changes_a_layers_output_in_place_is_scored():
     """OLMo clamps the outputs of its query, key and value projections in place, here about half of them."""
     torch.manual_seed(0)
-    config = OlmoConfig(
-        vocab_size=40,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        clip_qkv=0.1,
-        pad_token_id=0,
-    )
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = OlmoConfig(num_attention_heads=2, clip_qkv=0.1, pad_token_id=0, **sizes)
     model = OlmoForCausalLM(config).double().eval()
     batch = random_batch()
     truth = reference_scores(model, *batch).square().sum(dim=1)
     assert relative_error(score_sketches(model, *batch, method="exact"), truth) < 1e-10
     model.config.clip_qkv = None
-    assert (
-        relative_error(reference_scores(model, *batch).square().sum(dim=1), truth) > 1e-3
-    )  # else nothing was clamped
+    unclamped = reference_scores(model, *batch).square().sum(dim=1)
+    assert relative_error(unclamped, truth) > 1e-3  # else nothing was clamped

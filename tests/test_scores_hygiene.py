@@ -9,17 +9,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from oblr_trl.scores import (
-    DenseGradient,
-    reference_scores,
-    register_score_rule,
-    score_sketches,
-)
+from oblr_trl.scores import DenseGradient, reference_scores, register_score_rule, score_sketches
 from oblr_trl.scores import rules as rules_module
 from oblr_trl.scores.head import head_pass
 from oblr_trl.scores.projections import Projections
 from oblr_trl.scores.scopes import resolve_scope
 from tests.tiny_models import random_batch, tiny_model
+
+
+class Scale(nn.Module):
+    """A trainable layer that no rule knows."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, hidden_states):
+        return self.scale * hidden_states
+
+
+class Own(nn.Linear):
+    """Computes something else than the class whose rule it would inherit."""
+
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Failing(nn.Linear):
+    def forward(self, inputs):
+        raise RuntimeError("broken layer")
+
+
+def failing_rule(module, inputs, grad_output):
+    raise RuntimeError("broken layer")
+
+
+@pytest.fixture(autouse=True)
+def rules_of_one_test(monkeypatch):
+    monkeypatch.setattr(rules_module, "_RULES", dict(rules_module._RULES))
+
+
+def model_with(layer):
+    """A tiny model with `layer` in place of a linear one."""
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = layer
+    return model
 
 
 def traces(model):
@@ -30,37 +64,28 @@ def traces(model):
     flags = [parameter.requires_grad for parameter in model.parameters()]
     grads = [parameter.grad for parameter in model.parameters()]
     attributes = [sorted(vars(module)) for module in model.modules()]
-    return hooks, flags, grads, attributes
+    modes = [module.training for module in model.modules()]
+    return hooks, flags, grads, attributes, modes
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("scope", ["all", "lm_head"])
-def test_nothing_is_left_on_the_model(scope):
-    model = tiny_model()
+def test_nothing_is_left_on_the_model(scope, training):
+    model = tiny_model().train(training)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     before = traces(model)
     score_sketches(model, *random_batch(), scope=scope)
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_nothing_is_left_on_the_model_after_an_exception(where):
-    class Failing(nn.Linear):
-        def forward(self, inputs):
-            if where == "forward":
-                raise RuntimeError("broken layer")
-            return super().forward(inputs)
-
-    def failing_rule(module, inputs, grad_output):
-        raise RuntimeError("broken layer")
-
-    model = tiny_model()
-    model.model.layers[1].mlp.up_proj = Failing(64, 128, bias=False)
-    register_score_rule(Failing, failing_rule)
+@pytest.mark.parametrize("layer", [Failing, Own], ids=["forward", "backward"])
+def test_nothing_is_left_on_the_model_after_an_exception(layer):
+    model = model_with(layer(64, 128, bias=False))
+    register_score_rule(layer, failing_rule)
     before = traces(model)
     with pytest.raises(RuntimeError, match="broken layer"):
         score_sketches(model, *random_batch())
     assert traces(model) == before
-    del rules_module._RULES[Failing]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -71,31 +96,21 @@ def test_no_tensor_outlives_the_pass(fails):
         gc.collect()
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
-    model, batch = tiny_model(), random_batch()
-    model.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.zeros(128))
+    model, batch = model_with(nn.Linear(64, 128)), random_batch()
 
     def run():
-        if fails:
-            with pytest.raises(ValueError, match="broken rule"):
-                score_sketches(model, *batch)
-        else:
+        try:
             score_sketches(model, *batch)
+        except RuntimeError:
+            assert fails
 
-    original = rules_module._RULES[nn.Linear]
     if fails:
-        rules_module._RULES[nn.Linear] = broken_rule
-    try:
+        register_score_rule(nn.Linear, failing_rule)
+    run()
+    before = num_tensors()
+    for _ in range(3):
         run()
-        before = num_tensors()
-        for _ in range(3):
-            run()
-        assert num_tensors() == before
-    finally:
-        rules_module._RULES[nn.Linear] = original
-
-
-def broken_rule(module, inputs, grad_output):
-    raise ValueError("broken rule")
+    assert num_tensors() == before
 
 
 def test_accumulated_gradients_survive_and_no_gradient_is_added():
@@ -108,19 +123,11 @@ def test_accumulated_gradients_survive_and_no_gradient_is_added():
 
 
 def test_callers_without_gradients_are_served():
-    model = tiny_model()
-    batch = random_batch()
+    model, batch = tiny_model(), random_batch()
     expected = score_sketches(model, *batch)
     with torch.no_grad():
         assert torch.equal(score_sketches(model, *batch), expected)
         assert not torch.is_grad_enabled()
-
-
-def test_training_mode_is_kept():
-    for mode in (True, False):
-        model = tiny_model().train(mode)
-        score_sketches(model, *random_batch())
-        assert all(module.training is mode for module in model.modules())
 
 
 def test_reentrant_checkpointing_is_set_aside_for_the_pass():
@@ -141,17 +148,6 @@ def test_reentrant_checkpointing_is_set_aside_for_the_pass():
     assert all(block.gradient_checkpointing for block in blocks)
 
 
-class Scale(nn.Module):
-    """A trainable layer that no rule knows."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, size))
-
-    def forward(self, hidden_states):
-        return self.scale * hidden_states
-
-
 def test_an_unknown_layer_is_named_and_a_rule_can_be_registered():
     model = tiny_model("llama").double().eval()
     model.model.norm = nn.Sequential(model.model.norm, Scale(64)).double()
@@ -167,18 +163,11 @@ def test_an_unknown_layer_is_named_and_a_rule_can_be_registered():
     exact = score_sketches(model, *batch, method="exact")
     truth = reference_scores(model, *batch).square().sum(dim=1)
     torch.testing.assert_close(exact, truth, rtol=1e-10, atol=0)
-    del rules_module._RULES[Scale]
 
 
 def test_a_subclass_with_its_own_forward_does_not_inherit_a_rule():
-    class Doubled(nn.Linear):
-        def forward(self, inputs):
-            return 2 * super().forward(inputs)
-
-    model = tiny_model()
-    model.model.layers[0].mlp.up_proj = Doubled(64, 128, bias=False)
-    with pytest.raises(ValueError, match="Doubled"):
-        score_sketches(model, *random_batch())
+    with pytest.raises(ValueError, match="of a Own"):
+        score_sketches(model_with(Own(64, 128, bias=False)), *random_batch())
 
 
 def test_layers_that_are_never_called_are_reported():
@@ -198,23 +187,14 @@ def test_layers_that_are_never_called_are_reported():
         ({"sketch_dim": 0}, "`sketch_dim` must be at least 1"),
         ({"micro_batch_size": 0}, "`micro_batch_size` must be at least 1"),
         ({"token_weights": torch.ones(5, 3)}, "`token_weights` must have the shape"),
+        ({"attention_mask": torch.ones(5, 15)}, "Expected `input_ids` and `attention_mask`"),
+        ({"completion_mask": torch.ones(5, 16)}, "at least one completion column and one prompt column"),
     ],
 )
 def test_bad_options_are_refused(options, message):
+    batch = dict(zip(("input_ids", "attention_mask", "completion_mask"), random_batch(), strict=True))
     with pytest.raises(ValueError, match=message):
-        score_sketches(tiny_model(), *random_batch(), **options)
-
-
-def test_bad_shapes_and_empty_scopes_are_refused():
-    model = tiny_model()
-    input_ids, attention_mask, completion_mask = random_batch()
-    with pytest.raises(ValueError, match="Expected `input_ids` and `attention_mask`"):
-        score_sketches(model, input_ids, attention_mask[:, 1:], completion_mask)
-    with pytest.raises(ValueError, match="at least one completion column and one prompt column"):
-        score_sketches(model, input_ids, attention_mask, torch.ones_like(input_ids))
-    model.requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        score_sketches(model, input_ids, attention_mask, completion_mask)
+        score_sketches(tiny_model(), **(batch | options))
 
 
 def test_heads_whose_logits_are_transformed_are_refused():
@@ -232,8 +212,13 @@ def test_a_head_with_a_forward_of_its_own_is_refused():
         score_sketches(model, *random_batch(), scope="lm_head")
 
 
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        score_sketches(tiny_model().requires_grad_(False), *random_batch())
+
+
 def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():
-    def scoped(num_layers):
+    def num_bytes(num_layers):
         config = Qwen3Config(
             vocab_size=151936,
             hidden_size=4096,
@@ -245,28 +230,20 @@ def test_projections_of_a_qwen3_8b_take_at_most_64_mib_whatever_the_depth():
             tie_word_embeddings=False,
         )
         with torch.device("meta"):
-            return resolve_scope(AutoModelForCausalLM.from_config(config), "all", None)
-
-    def num_bytes(parameters):
-        projections = Projections(
-            parameters.shapes,
-            tables=parameters.tables,
-            sketch_dim=4096,
-            seed=0,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
-        for name, shape in parameters.shapes.items():
+            scoped = resolve_scope(AutoModelForCausalLM.from_config(config), "all", None)
+        options = {"sketch_dim": 4096, "seed": 0, "dtype": torch.float32, "device": torch.device("cpu")}
+        projections = Projections(scoped.shapes, tables=scoped.tables, **options)
+        for name, shape in scoped.shapes.items():
             if len(shape) == 2:
-                projections.look_up_rows(name, torch.zeros(1, 1, dtype=torch.long), shape[0])
+                projections.look_up_rows(name, torch.zeros(1, 1, dtype=torch.long))
                 projections.project_columns(name, torch.zeros(1, 1, shape[1]))
             else:
                 projections.add_dense(projections.empty_sum(1), name, torch.zeros(1, shape[0]))
         return projections.num_bytes()
 
-    assert num_bytes(scoped(36)) <= 64 * 2**20
+    assert num_bytes(36) <= 64 * 2**20
     # the bases are shared: more blocks cost their signs alone, one byte per row and column of a matrix
-    assert num_bytes(scoped(6)) - num_bytes(scoped(4)) < 2 * 100_000
+    assert num_bytes(6) - num_bytes(4) < 2 * 100_000
 
 
 class LargestTensor(TorchDispatchMode):
@@ -287,7 +264,7 @@ def test_the_head_is_tiled_over_positions_and_vocabulary():
     hidden, weight = torch.randn(num_tokens, 8), torch.randn(vocab_size, 8)
     targets = torch.randint(0, vocab_size, (num_tokens,))
     with LargestTensor() as mode:
-        head_pass(hidden, weight, None, targets, projection=torch.randn(vocab_size, 4))
+        head_pass(hidden, weight, None, targets, [weight, torch.randn(vocab_size, 4)])
     assert mode.largest < num_tokens * vocab_size / 3
 
 
@@ -296,32 +273,15 @@ def test_the_head_pass_equals_autograd_across_tiles(bias):
     torch.manual_seed(0)
     vocab_size, temperature = 20_000, 0.7
     hidden = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(vocab_size, 6, dtype=torch.float64, requires_grad=True)
+    weight, projection = (torch.randn(vocab_size, size, dtype=torch.float64) for size in (6, 3))
     offset = torch.randn(vocab_size, dtype=torch.float64) if bias else None
     targets = torch.randint(0, vocab_size, (40,))
-    projection = torch.randn(vocab_size, 3, dtype=torch.float64)
     logits = torch.nn.functional.linear(hidden, weight, offset) / temperature
     logits.retain_grad()
     log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
     log_probs.sum().backward()
 
-    result = head_pass(
-        hidden.detach(), weight.detach(), offset, targets, temperature=temperature, projection=projection
-    )
+    result = head_pass(hidden.detach(), weight, offset, targets, [weight, projection], temperature=temperature)
     torch.testing.assert_close(result.log_probs, log_probs.detach())
     torch.testing.assert_close(result.log_normalizer, logits.detach().logsumexp(-1))
-    torch.testing.assert_close(result.grad_hidden, hidden.grad)
-    torch.testing.assert_close(result.projected_rows, logits.grad @ projection / temperature)
-
-
-def test_a_trainable_head_bias_is_scored():
-    model = tiny_model("qwen3_untied").double().eval()
-    head = nn.Linear(64, model.config.vocab_size).double()
-    model.set_output_embeddings(head)
-    batch = random_batch()
-    for scope in ("all", "lm_head"):
-        truth = reference_scores(model, *batch, scope=scope).square().sum(dim=1)
-        exact = score_sketches(model, *batch, scope=scope, method="exact")
-        torch.testing.assert_close(exact, truth, rtol=1e-10, atol=0)
-        sketched = score_sketches(model, *batch, scope=scope, sketch_dim=65536).square().sum(dim=1)
-        torch.testing.assert_close(sketched, truth, rtol=0.05, atol=0)
+    torch.testing.assert_close(result.gradients, (hidden.grad, logits.grad @ projection / temperature))

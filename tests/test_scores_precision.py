@@ -45,12 +45,12 @@ def test_the_heads_gradients_keep_their_precision_where_p_is_near_1(dtype):
     hidden = (weight.float() * (10 / 32)).to(dtype)  # <h, W_y> is about 10, <h, W_v> about 0 +- 2
     bias = torch.zeros(20)
     projection = torch.randn(20, 8, generator=generator)
-    truth = head_pass(hidden.double(), weight.double(), bias.double(), targets, projection=projection.double())
-    found = head_pass(hidden, weight, bias, targets, projection=projection)
-    for name in ("grad_hidden", "projected_rows"):
-        expected, got = getattr(truth, name), getattr(found, name)
+    exact = [tensor.double() for tensor in (hidden, weight, bias)]
+    truth = head_pass(*exact, targets, [weight.double(), projection.double()])
+    found = head_pass(hidden, weight, bias, targets, [weight, projection])
+    for expected, got in zip(truth.gradients, found.gradients, strict=True):
         # Logits of 10 are rounded to 2^-5 at worst, so probabilities to 3 %.
-        assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.05, name
+        assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.05
     assert ((found.other_probs - truth.other_probs).abs() / truth.other_probs).max() < 0.05
 
 
@@ -76,6 +76,20 @@ def test_masked_tokens_with_huge_logits_do_not_spoil_exact_norms():
     input_ids, attention_mask, completion_mask = random_batch()
     squared_norms = score_sketches(model, input_ids, attention_mask, completion_mask, scope="lm_head", method="exact")
     assert squared_norms.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["sketch", "exact"])
+def test_mixed_precision_stays_close_and_accumulates_in_float32(method):
+    batch = random_batch()
+    truth = score_sketches(tiny_model().double().eval(), *batch, method="exact").float()
+    options = {"method": method} | ({"sketch_dim": 65536} if method == "sketch" else {})
+    half = score_sketches(tiny_model().to(torch.bfloat16).eval(), *batch, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = score_sketches(tiny_model().eval(), *batch, **options)
+    for result in (half, autocast):
+        assert result.dtype == torch.float32
+        squared_norms = result.square().sum(dim=1) if method == "sketch" else result
+        torch.testing.assert_close(squared_norms, truth, rtol=0.1, atol=0)
 
 
 def test_float32_and_float64_share_their_projections():

@@ -1,38 +1,33 @@
-"""Per-sequence parameter gradients in factored form: what a layer rule returns, and exact inner products of it.
+r"""Per-sequence parameter gradients in factored form, as layer rules return them, and their exact norms.
 
-The gradient of a weight matrix, for one sequence, is a sum of outer products over positions. It is never formed here: a rule
-returns the two factors, and an accumulator either projects both (`sketches.py`) or multiplies their Gram matrices
-(`exact.py`).
+The gradient of a weight matrix, for one sequence, is a sum of outer products over positions, \\( \sum_t r_t c_t^\top \\). It is not
+formed here: the accumulators (`accumulators.py`) either project both factors or multiply their Gram matrices.
 
-Shapes: B sequences, T positions, R rows and C columns of the parameter.
+Shapes: B sequences, T positions, R rows and C columns of the parameter, V vocabulary, d hidden features.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Vocabulary slice of the exact head: B x T x 2048 numbers at a time.
+_VOCAB_TILE = 2048
+
 
 @dataclass
 class DenseRows:
-    """Row factor held as a tensor.
+    """Row factor held as a tensor: one row vector per position."""
 
-    Args:
-        values (`torch.Tensor` of shape `(B, T, R)`): One row vector per position.
-    """
-
-    values: Tensor
+    values: Tensor  # (B, T, R)
 
 
 @dataclass
 class IndexRows:
-    """Row factor of a table look-up: the unit vector of one row per position.
+    """Row factor of a table look-up: the unit vector of the row that each position looks up."""
 
-    Args:
-        indices (`torch.Tensor` of shape `(B, T)`): The row that each position looks up.
-    """
-
-    indices: Tensor
+    indices: Tensor  # (B, T)
 
 
 @dataclass
@@ -40,43 +35,40 @@ class HeadRows:
     r"""
     Row factor of an output projection followed by a log-softmax: \\( c_t (e_{y_t} - \mathrm{softmax}(l_t)) \\), R = V.
 
-    Kept implicit, because (B, T, V) does not fit in memory: `logits` are recomputed from `hidden` tile by tile.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, T, d)`): Input of the projection.
-        weight (`torch.Tensor` of shape `(V, d)`): The projection.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*): Its bias.
-        targets (`torch.Tensor` of shape `(B, T)`): The tokens \\( y_t \\).
-        coefficients (`torch.Tensor` of shape `(B, T)`): \\( c_t \\), the seed of the token over the temperature.
-        log_normalizer (`torch.Tensor` of shape `(B, T)`): log-sum-exp of the logits.
-        other_probs (`torch.Tensor` of shape `(B, T)`): \\( 1 - \mathrm{softmax}(l_t)_{y_t} \\), which a difference would lose.
-        temperature (`float`): What the logits are divided by.
-        projected (`torch.Tensor` of shape `(B, T, r)`, *optional*): The factor times a projection, where it was asked for.
+    Kept implicit, because (B, T, V) does not fit in memory: the logits l are recomputed from `hidden` tile by tile.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    coefficients: Tensor
-    log_normalizer: Tensor
-    other_probs: Tensor
+    hidden: Tensor  # (B, T, d)
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (B, T), the tokens y
+    coefficients: Tensor  # (B, T), c: the seed of the token over the temperature
+    log_normalizer: Tensor  # (B, T), log-sum-exp of the logits over the temperature
+    other_probs: Tensor  # (B, T), 1 - softmax(l)_y, which a difference would lose
     temperature: float
-    projected: Tensor | None = None
+    projected: Tensor | None = None  # (B, T, r), the factor times a projection, where it was asked for
 
-    def columns(self, start: int, end: int) -> Tensor:
-        """The factor's columns for the vocabulary slice, of shape `(B, T, end - start)`."""
-        bias = None if self.bias is None else self.bias[start:end].to(self.hidden.dtype)
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """Start of every vocabulary slice, and the factor's columns for it, of shape `(B, T, slice)`."""
+        return ((start, self._columns(start)) for start in range(0, self.weight.size(0), _VOCAB_TILE))
+
+    def _columns(self, start: int) -> Tensor:
+        vocab = slice(start, start + _VOCAB_TILE)
+        bias = None if self.bias is None else self.bias[vocab].to(self.hidden.dtype)
         # In the precision of the pass, whose normaliser belongs to logits rounded like these.
-        logits = torch.nn.functional.linear(self.hidden, self.weight[start:end].to(self.hidden.dtype), bias)
+        logits = torch.nn.functional.linear(self.hidden, self.weight[vocab].to(self.hidden.dtype), bias)
         logits = logits.to(self.log_normalizer.dtype)
         values = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
-        inside = (self.targets >= start) & (self.targets < end)
-        index = (self.targets - start).clamp(0, end - start - 1).unsqueeze(-1)
-        values.scatter_(
-            -1, index, torch.where(inside.unsqueeze(-1), self.other_probs.unsqueeze(-1), values.gather(-1, index))
-        )
+        inside, index = locate(self.targets.unsqueeze(-1), start, values.size(-1))
+        values.scatter_(-1, index, torch.where(inside, self.other_probs.unsqueeze(-1), values.gather(-1, index)))
         return values * self.coefficients.unsqueeze(-1)
+
+
+def locate(tokens: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Whether each token lies in the vocabulary slice of `size` that begins at `start`, and an index into the slice; clamped
+    where it does not."""
+    local = tokens - start
+    return (local >= 0) & (local < size), local.clamp(0, size - 1)
 
 
 Rows = DenseRows | IndexRows | HeadRows
@@ -84,34 +76,23 @@ Rows = DenseRows | IndexRows | HeadRows
 
 @dataclass
 class OuterProduct:
-    """
-    Per-sequence gradient of a matrix parameter: the sum over positions of rows x columns.
+    """Per-sequence gradient of a matrix parameter: the sum over positions of rows x columns."""
 
-    Args:
-        rows (`DenseRows`, `IndexRows` or `HeadRows`): Factor along the parameter's first axis.
-        columns (`torch.Tensor` of shape `(B, T, C)`): Factor along the parameter's second axis.
-    """
-
-    rows: Rows
-    columns: Tensor
+    rows: Rows  # the factor along the parameter's first axis
+    columns: Tensor  # (B, T, C), along its second axis
 
 
 @dataclass
 class DenseGradient:
-    """
-    Per-sequence gradient held as a tensor, for vectors such as biases and norm scales.
+    """Per-sequence gradient held as a tensor, for vectors such as biases and norm scales."""
 
-    Args:
-        values (`torch.Tensor` of shape `(B, numel)`): One flattened gradient per sequence.
-    """
-
-    values: Tensor
+    values: Tensor  # (B, numel), flattened
 
 
 PerSequenceGradient = OuterProduct | DenseGradient
 
 
-def squared_norm(products: list[OuterProduct], *, vocab_tile: int) -> Tensor:
+def squared_norm(products: list[OuterProduct]) -> Tensor:
     r"""
     Exact \\( \|\sum_a R_a^\top C_a\|_F^2 \\) per sequence, of shape `(B,)`.
 
@@ -127,40 +108,28 @@ def squared_norm(products: list[OuterProduct], *, vocab_tile: int) -> Tensor:
     total = products[0].columns.new_zeros(products[0].columns.size(0))
     for i, first in enumerate(products):
         for j, second in enumerate(products[i:], start=i):
-            row_gram = _row_gram(first.rows, second.rows, vocab_tile)  # (B, T, T')
             column_gram = torch.einsum("btc,bsc->bts", first.columns, second.columns)  # (B, T, T')
-            total = total + (1 if i == j else 2) * (row_gram * column_gram).sum(dim=(1, 2))
+            total = total + (1 if i == j else 2) * (_row_gram(first.rows, second.rows) * column_gram).sum(dim=(1, 2))
     return total
 
 
-def _row_gram(first: Rows, second: Rows, vocab_tile: int) -> Tensor:
-    """Inner products of two row factors at all pairs of positions, `(B, T, T')`."""
+def _row_gram(first: Rows, second: Rows) -> Tensor:
+    """Inner products of two row factors at all pairs of positions, `(B, T, T')`. The output projection's use of a matrix comes
+    before its use as an embedding."""
     match first, second:
         case DenseRows(a), DenseRows(b):
             return torch.einsum("btr,bsr->bts", a, b)
         case IndexRows(a), IndexRows(b):
             return (a.unsqueeze(2) == b.unsqueeze(1)).to(torch.get_default_dtype())
-        case DenseRows(a), IndexRows(b):
-            return a.gather(2, b.unsqueeze(1).expand(-1, a.size(1), -1))
         case HeadRows(), HeadRows() if first is second:
-            gram = first.coefficients.new_zeros(*first.hidden.shape[:2], first.hidden.size(1))
-            for start in range(0, first.weight.size(0), vocab_tile):
-                tile = first.columns(start, min(start + vocab_tile, first.weight.size(0)))
+            gram = first.coefficients.new_zeros(*first.targets.shape, first.targets.size(1))
+            for _, tile in first.tiles():
                 gram += torch.einsum("btv,bsv->bts", tile, tile)
             return gram
         case HeadRows(), IndexRows(b):
-            return _head_at_indices(first, b, vocab_tile)
-        case IndexRows(), HeadRows() | DenseRows():
-            return _row_gram(second, first, vocab_tile).transpose(1, 2)
+            gram = first.coefficients.new_zeros(*first.targets.shape, b.size(1))
+            for start, tile in first.tiles():
+                inside, index = locate(b.unsqueeze(1).expand_as(gram), start, tile.size(2))
+                gram += torch.where(inside, tile.gather(2, index), 0.0)
+            return gram
     raise NotImplementedError(f"No inner product of {type(first).__name__} and {type(second).__name__}.")
-
-
-def _head_at_indices(head: HeadRows, indices: Tensor, vocab_tile: int) -> Tensor:
-    """Entries of the head's row factor at each sequence's own vocabulary indices, `(B, T, T')`."""
-    gram = head.coefficients.new_zeros(*head.hidden.shape[:2], indices.size(1))
-    for start in range(0, head.weight.size(0), vocab_tile):
-        end = min(start + vocab_tile, head.weight.size(0))
-        inside = ((indices >= start) & (indices < end)).unsqueeze(1)  # (B, 1, T')
-        index = (indices - start).clamp(0, end - start - 1).unsqueeze(1).expand(-1, head.hidden.size(1), -1)
-        gram += torch.where(inside, head.columns(start, end).gather(2, index), 0.0)
-    return gram

@@ -1,20 +1,24 @@
 r"""The output projection and log-softmax, forward and gradient in one pass over the vocabulary.
 
-Differs from a fused cross-entropy in what it sums: in addition to the log-normaliser it carries `softmax @ weight`, which gives
-the gradient of the hidden states, and `softmax @ projection`, which gives the head's own sketch. All three come from one set of
-logits tiles by the online softmax, so neither the logits nor a second pass over the vocabulary is needed.
+Differs from a fused cross-entropy in what it sums: in addition to the log-normaliser it carries `softmax @ U` for given matrices
+U. With the projection's own weight this is the gradient of the hidden states, with a random projection the head's own sketch. All
+come from one set of logits tiles by the online softmax, so neither the logits nor a second pass over the vocabulary is needed.
 
 The softmax is that over all tokens but the target y, because a low-entropy policy's gradient is a small difference of large numbers,
-\\( W_y - \sum_v p_v W_v \\), and what half precision rounds off them exceeds it. The same without the difference:
-\\( (1 - p_y) (W_y - \sum_{v \ne y} q_v W_v) \\), where q is the softmax without the target.
+\\( U_y - \sum_v p_v U_v \\), and what half precision rounds off them exceeds it. The same without the difference:
+\\( (1 - p_y) (U_y - \sum_{v \ne y} q_v U_v) \\), where q is the softmax without the target.
 
-Shapes: M token positions, d hidden features, V vocabulary, r projected vocabulary.
+Shapes: B sequences, T completion tokens, M of these tokens with a weight, d hidden features, V vocabulary.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from oblr_trl.scores.factors import HeadRows, OuterProduct, locate
 
 # Tiles of at most 1024 x 8192 logits (32 MiB in float32): large enough for full arithmetic speed, far below M x V.
 _TOKEN_TILE = 1024
@@ -22,23 +26,12 @@ _VOCAB_TILE = 8192
 
 
 class HeadPass(NamedTuple):
-    r"""
-    Result of [`head_pass`].
+    """Result of [`head_pass`]."""
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(M,)`): \\( \log p(y) \\).
-        log_normalizer (`torch.Tensor` of shape `(M,)`): log-sum-exp of the logits over temperature.
-        other_probs (`torch.Tensor` of shape `(M,)`): \\( 1 - p(y) \\), accurate where it is small.
-        grad_hidden (`torch.Tensor` of shape `(M, d)`, *optional*): \\( \nabla_h \log p(y) \\).
-        projected_rows (`torch.Tensor` of shape `(M, r)`, *optional*):
-            \\( (e_y - \mathrm{softmax})^\top P / \tau \\): the row factor of the weight's gradient, projected.
-    """
-
-    log_probs: Tensor
-    log_normalizer: Tensor
-    other_probs: Tensor
-    grad_hidden: Tensor | None
-    projected_rows: Tensor | None
+    log_probs: Tensor  # (M,), log p(y)
+    log_normalizer: Tensor  # (M,), log-sum-exp of the logits over the temperature
+    other_probs: Tensor  # (M,), 1 - p(y), accurate where it is small
+    gradients: tuple[Tensor, ...]  # (M, u) for every U: (e_y - softmax) U / temperature
 
 
 @torch.no_grad()
@@ -47,10 +40,9 @@ def head_pass(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    matrices: Sequence[Tensor],
     *,
     temperature: float = 1.0,
-    projection: Tensor | None = None,
-    needs_grad_hidden: bool = True,
 ) -> HeadPass:
     r"""
     Log-probabilities of `targets` under softmax(hidden weight^T / temperature), with their gradients.
@@ -58,35 +50,27 @@ def head_pass(
     Products run in the dtype of `hidden`; every sum over the vocabulary is kept in float32 at least.
 
     Args:
-        hidden (`torch.Tensor` of shape `(M, d)`):
-            Inputs of the output projection.
-        weight (`torch.Tensor` of shape `(V, d)`):
-            Output projection.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bias of the output projection.
-        targets (`torch.Tensor` of shape `(M,)`):
-            Tokens to score, in [0, V).
-        temperature (`float`, *optional*, defaults to `1.0`):
-            What the logits are divided by.
-        projection (`torch.Tensor` of shape `(V, r)`, *optional*):
-            Projection of the vocabulary axis.
-        needs_grad_hidden (`bool`, *optional*, defaults to `True`):
-            Whether the gradient of the hidden states is wanted.
+        hidden (`torch.Tensor` of shape `(M, d)`): Inputs of the output projection.
+        weight (`torch.Tensor` of shape `(V, d)`): Output projection.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the output projection.
+        targets (`torch.Tensor` of shape `(M,)`): Tokens to score, in [0, V).
+        matrices (`Sequence[torch.Tensor]`, each of shape `(V, u)`):
+            What the gradient of the logits is multiplied by; `weight` gives the gradient of `hidden`.
+        temperature (`float`, *optional*, defaults to `1.0`): What the logits are divided by.
 
     Returns:
         [`HeadPass`].
     """
     tiles = [
-        _token_tile(hidden_tile, weight, bias, target_tile, temperature, projection, needs_grad_hidden)
+        _token_tile(hidden_tile, weight, bias, target_tile, matrices, temperature)
         for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
     ]
-    log_probs, log_normalizer, other_probs, grad_hidden, projected = zip(*tiles, strict=True)
+    log_probs, log_normalizer, other_probs, gradients = zip(*tiles, strict=True)
     return HeadPass(
         torch.cat(log_probs),
         torch.cat(log_normalizer),
         torch.cat(other_probs),
-        torch.cat(grad_hidden) if needs_grad_hidden else None,
-        torch.cat(projected) if projection is not None else None,
+        tuple(torch.cat(parts) for parts in zip(*gradients, strict=True)),
     )
 
 
@@ -95,52 +79,112 @@ def _token_tile(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    matrices: Sequence[Tensor],
     temperature: float,
-    projection: Tensor | None,
-    needs_grad_hidden: bool,
 ) -> HeadPass:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # What the softmax without the target averages: rows of the weight, rows of the projection, or both.
-    wanted = [weight] if needs_grad_hidden else []
-    wanted += [projection] if projection is not None else []
-    averages = [hidden.new_zeros(hidden.size(0), values.size(1), dtype=dtype) for values in wanted]
+    averages = [hidden.new_zeros(hidden.size(0), matrix.size(1), dtype=dtype) for matrix in matrices]
     maximum = hidden.new_full((hidden.size(0), 1), -torch.inf, dtype=dtype)
     normalizer = torch.zeros_like(maximum)
-    target_logits = maximum.new_zeros(hidden.size(0))
+    target_logits = torch.zeros_like(maximum)
 
     for start in range(0, weight.size(0), _VOCAB_TILE):
         vocab = slice(start, start + _VOCAB_TILE)
         bias_tile = None if bias is None else bias[vocab].to(hidden.dtype)
-        logits = torch.nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype)
+        logits = nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype)
         logits.div_(temperature)  # in place: one tile at a time
         # Taken from the tile, rounded as every other logit: the loss does the same, so that its ratio to these is 1.
-        local = targets - start
-        inside = (local >= 0) & (local < logits.size(1))
-        index = local.clamp(0, logits.size(1) - 1).unsqueeze(1)
+        inside, index = locate(targets.unsqueeze(1), start, logits.size(1))
         at_target = logits.gather(1, index)
-        target_logits += torch.where(inside, at_target.squeeze(1), 0.0)
-        logits.scatter_(1, index, torch.where(inside.unsqueeze(1), -torch.inf, at_target))
+        target_logits += torch.where(inside, at_target, 0.0)
+        logits.scatter_(1, index, torch.where(inside, -torch.inf, at_target))
         new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
         rescale = torch.exp(maximum - new_maximum)
         probs = logits.sub_(new_maximum).exp_()
         normalizer = normalizer * rescale + probs.sum(dim=1, keepdim=True)
         probs = probs.to(hidden.dtype)
-        averages = [
-            average.mul_(rescale).add_(probs @ values[vocab].to(hidden.dtype))
-            for average, values in zip(averages, wanted, strict=True)
-        ]
+        for average, matrix in zip(averages, matrices, strict=True):
+            average.mul_(rescale).add_(probs @ matrix[vocab].to(hidden.dtype))
         maximum = new_maximum
 
-    log_odds = target_logits - (maximum + normalizer.log()).squeeze(1)  # of the target against all others
-    log_probs, other_probs = torch.nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
-    gradients = [
-        values[targets].to(dtype).sub_(average / normalizer).mul_(other_probs.unsqueeze(1) / temperature)
-        for average, values in zip(averages, wanted, strict=True)
-    ]
-    return HeadPass(
-        log_probs,
-        target_logits - log_probs,
-        other_probs,
-        gradients[0] if needs_grad_hidden else None,
-        gradients[-1] if projection is not None else None,
+    log_odds = target_logits - (maximum + normalizer.log())  # of the target against all others
+    log_probs, other_probs = nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
+    gradients = tuple(
+        matrix[targets].to(dtype).sub_(average / normalizer).mul_(other_probs / temperature)
+        for average, matrix in zip(averages, matrices, strict=True)
     )
+    return HeadPass(log_probs.squeeze(1), (target_logits - log_probs).squeeze(1), other_probs.squeeze(1), gradients)
+
+
+class HeadScores(NamedTuple):
+    """Result of [`score_head`]."""
+
+    log_probs: Tensor  # (B, T), 0 where the token's weight is
+    scale: Tensor  # (B, 1), the power of two by which each sequence's gradients are larger than asked for
+    products: dict[str, OuterProduct]  # gradients of the head's own parameters, by their own names
+    grad_hidden: Tensor | None  # (B, T, d), if it was asked for
+
+
+def score_head(
+    head: nn.Linear,
+    hidden: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    projections: Mapping[str, Tensor | None],
+    *,
+    temperature: float,
+    needs_grad_hidden: bool,
+    copy_parameters: bool,
+) -> HeadScores:
+    r"""
+    Gradients of \\( \sum_t c_t \log p(y_t) \\) by the head's parameters and its inputs `hidden`, (B, T, d); tokens whose weight c
+    is 0 take no arithmetic.
+
+    `projections` names the parameters and, for sketches, holds the projections of their rows, `(V, r)`. `copy_parameters` is for
+    exact norms, which are taken after the head's call, where the backend frees the weight at its end.
+    """
+    scored = token_weights != 0
+
+    def spread(values: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """From scored positions back to (B, T, ...)."""
+        out = values.new_full((*scored.shape, *values.shape[1:]), elsewhere)
+        out[scored] = values
+        return out
+
+    matrices = [matrix for matrix in projections.values() if matrix is not None]
+    if needs_grad_hidden:
+        matrices.append(head.weight)
+    result = head_pass(hidden[scored], head.weight, head.bias, targets[scored], matrices, temperature=temperature)
+    token_weights = token_weights.to(result.log_probs.dtype)
+    gradients = [spread(gradient).mul_(token_weights.unsqueeze(-1)) for gradient in result.gradients]
+    scale = _inverse_power_of_two(gradients[-1]) if needs_grad_hidden else torch.ones_like(token_weights[:, :1])
+    for gradient in gradients:
+        gradient.mul_(scale.unsqueeze(-1))
+    grad_hidden = gradients.pop() if needs_grad_hidden else None
+
+    def kept(parameter: Tensor) -> Tensor:
+        return parameter.detach().clone() if copy_parameters else parameter
+
+    rows = HeadRows(
+        hidden=hidden,
+        weight=kept(head.weight),
+        bias=None if head.bias is None else kept(head.bias),
+        targets=targets,
+        coefficients=token_weights * scale / temperature,
+        log_normalizer=spread(result.log_normalizer, torch.inf),
+        other_probs=spread(result.other_probs),
+        temperature=temperature,
+    )
+    columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
+    products = {
+        name: OuterProduct(replace(rows, projected=None if matrix is None else gradients.pop(0)), columns[name])
+        for name, matrix in projections.items()
+    }
+    return HeadScores(spread(result.log_probs), scale, products, grad_hidden)
+
+
+def _inverse_power_of_two(gradients: Tensor) -> Tensor:
+    """What brings each sequence's largest entry to [1/2, 1), exactly: gradients of long completions, or of tokens with p near 1,
+    are below what float16 resolves. Of shape `(B, 1)`, and at most 2^60, whose square is still finite."""
+    _, exponents = torch.frexp(gradients.abs().amax(dim=(1, 2)))
+    return torch.ldexp(torch.ones_like(gradients[:, :1, 0]), exponents.clamp(min=-60).neg().unsqueeze(1))

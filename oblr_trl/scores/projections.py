@@ -24,12 +24,93 @@ Shapes: B sequences, T positions, R rows, C columns, V vocabulary, k sketch leng
 import math
 import zlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
+
+
+class _Draws:
+    """Signs and bases by name, drawn from the seed when they are first needed."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.seed = seed
+        self.dtype = dtype
+        self.device = device
+        self.drawn: dict[str, Tensor] = {}
+
+    def generator(self, key: str) -> torch.Generator:
+        # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{key}".encode()))
+
+    def signs(self, key: str, dim: int) -> Tensor:
+        """Of shape `(dim,)`; kept in int8."""
+        if key not in self.drawn:
+            bits = torch.randint(0, 2, (dim,), generator=self.generator(key), dtype=torch.int8)
+            self.drawn[key] = (2 * bits - 1).to(self.device)
+        return self.drawn[key].to(self.dtype)
+
+    def basis(self, axis: str, dim: int, width: int) -> Tensor:
+        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
+        key = f"{axis}-{dim}-{width}"
+        if key not in self.drawn:
+            # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
+            gaussian = torch.randn(dim, width, generator=self.generator(key))
+            orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
+            self.drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
+        return self.drawn[key]
+
+
+@dataclass
+class _Side:
+    """One axis of a parameter and its projection P, `(dim, width)`: the identity where `width` is `dim`, else a shared basis; with
+    signs of its own where it has a `sign_key`."""
+
+    draws: _Draws
+    axis: str
+    dim: int
+    width: int
+    sign_key: str | None
+
+    def matrix(self) -> Tensor:
+        """P."""
+        if self.width == self.dim:
+            matrix = torch.eye(self.dim, dtype=self.draws.dtype, device=self.draws.device)
+        else:
+            matrix = self.draws.basis(self.axis, self.dim, self.width)
+        return matrix if self.sign_key is None else matrix * self.draws.signs(self.sign_key, self.dim).unsqueeze(1)
+
+    def project(self, values: Tensor) -> Tensor:
+        """`values @ P`."""
+        if self.width != self.dim:
+            # In the activations' precision: a cast of the activations would cost more than the product.
+            return (values @ self.matrix().to(values.dtype)).to(self.draws.dtype)
+        values = values.to(self.draws.dtype)
+        return values if self.sign_key is None else values * self.draws.signs(self.sign_key, self.dim)
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Rows of P, the projections of unit vectors."""
+        if self.width == self.dim:
+            rows = one_hot(indices, self.dim).to(self.draws.dtype)
+        else:
+            rows = self.draws.basis(self.axis, self.dim, self.width)[indices]
+        if self.sign_key is None:
+            return rows
+        return rows * self.draws.signs(self.sign_key, self.dim)[indices].unsqueeze(-1)
+
+
+class _Parameter(NamedTuple):
+    """How one parameter is added to the sketch."""
+
+    rows: _Side
+    columns: _Side
+    entry_sign_key: str | None  # where every entry has a sign, instead of every row and column
+    starts: list[int]  # where in the sketch each block of at most k numbers begins
 
 
 class Projections:
@@ -55,53 +136,47 @@ class Projections:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.shapes = dict(shapes)
         self.sketch_dim = sketch_dim
-        self.seed = seed
         self.dtype = dtype
         self.device = device
-        self._bases: dict[tuple[str, int, int], Tensor] = {}
-        self._signs: dict[str, Tensor] = {}
-        self._widths: dict[str, tuple[int, int]] = {}
-        # Where in the sketch each block of at most k numbers begins.
-        self._starts: dict[str, list[int]] = {}
+        self._draws = _Draws(seed, dtype, device)
+        self._parameters: dict[str, _Parameter] = {}
         all_fit, cursor = sum(math.prod(shape) for shape in shapes.values()) <= sketch_dim, 0
         for name, shape in shapes.items():
-            size = math.prod(shape)
+            dims = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
             widths = factored_widths(shape, sketch_dim, is_table=name in tables)
-            if widths is not None:
-                self._widths[name] = (shape[0], size // shape[0]) if all_fit else widths
-                size = math.prod(self._widths[name])
+            is_factored = widths is not None
+            if widths is None or all_fit:
+                widths = dims
+            rows, columns = (
+                _Side(self._draws, axis, dim, width, f"{name}-{axis}" if is_factored else None)
+                for axis, dim, width in zip(("rows", "columns"), dims, widths, strict=True)
+            )
+            size = math.prod(widths)
             if all_fit:
-                self._starts[name] = [cursor]
+                starts = [cursor]
                 cursor += size
             else:
-                num_blocks = math.ceil(size / sketch_dim)
-                draw = torch.randint(sketch_dim, (num_blocks,), generator=self._generator(f"{name}-starts"))
-                self._starts[name] = draw.tolist()
+                generator = self._draws.generator(f"{name}-starts")
+                starts = torch.randint(sketch_dim, (math.ceil(size / sketch_dim),), generator=generator).tolist()
+            self._parameters[name] = _Parameter(rows, columns, None if is_factored else f"{name}-dense", starts)
 
-    def rows(self, name: str, num_rows: int) -> Tensor:
-        """Row projection of a table with the parameter's signs, of shape `(R, row_width)`."""
-        if name not in self._widths:
-            return torch.eye(num_rows, dtype=self.dtype, device=self.device)
-        return self._signed_base(name, "rows", num_rows, self._widths[name][0])
+    def rows(self, name: str) -> Tensor:
+        """The projection of a parameter's rows, of shape `(R, row_width)`."""
+        return self._parameters[name].rows.matrix()
 
     def project_rows(self, name: str, values: Tensor) -> Tensor:
         """Project `(B, T, R)` to `(B, T, row_width)`."""
-        return self._project(name, "rows", values, 0)
+        return self._parameters[name].rows.project(values)
 
     def project_columns(self, name: str, values: Tensor) -> Tensor:
         """Project `(B, T, C)` to `(B, T, column_width)`."""
-        return self._project(name, "columns", values, 1)
+        return self._parameters[name].columns.project(values)
 
-    def look_up_rows(self, name: str, indices: Tensor, num_rows: int) -> Tensor:
-        """Project unit vectors: rows of the projection, of shape `(B, T, row_width)`."""
-        if name not in self._widths:
-            return torch.nn.functional.one_hot(indices, num_rows).to(self.dtype)
-        width = self._widths[name][0]
-        signs = self._sign(name, "rows", num_rows)[indices].to(self.dtype).unsqueeze(-1)
-        if width == num_rows:
-            return torch.nn.functional.one_hot(indices, num_rows).to(self.dtype) * signs
-        return self._base("rows", num_rows, width)[indices] * signs
+    def look_up_rows(self, name: str, indices: Tensor) -> Tensor:
+        """Project the unit vectors of `indices`, `(B, T)`, to `(B, T, row_width)`."""
+        return self._parameters[name].rows.look_up(indices)
 
     def empty_sum(self, batch_size: int) -> Tensor:
         """What gradients are added to, of shape `(B, 2 k)`: a block that wraps around goes into the second half."""
@@ -112,20 +187,11 @@ class Projections:
         return total[:, : self.sketch_dim] + total[:, self.sketch_dim :]
 
     def add_matrix(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add a projected matrix gradient (B, row_width, column_width) to `total` (B, 2 k), in place."""
-        add = self._add_flat if name in self._widths else self.add_dense
-        add(total, name, values.flatten(1))
-
-    def add_dense(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add a dense per-sequence gradient (B, n) to `total` (B, 2 k) with independent signs, in place: exact in norm where
-        n <= k, else a count sketch."""
-        self._add_flat(total, name, values.to(total.dtype), self._sign(name, "dense", values.size(1)))
-
-    def _add_flat(self, total: Tensor, name: str, values: Tensor, signs: Tensor | None = None) -> None:
-        """Add `values` (B, n), times `signs` (n,) where given, block by block."""
-        if signs is not None:
-            signs = signs.to(total.dtype)
-        for i, start in enumerate(self._starts[name]):
+        """Add a gradient with projected factors, `(B, row_width, column_width)`, to `total` (B, 2 k), in place."""
+        parameter, values = self._parameters[name], values.flatten(1)
+        key = parameter.entry_sign_key
+        signs = None if key is None else self._draws.signs(key, values.size(1))
+        for i, start in enumerate(parameter.starts):
             entries = slice(i * self.sketch_dim, (i + 1) * self.sketch_dim)
             block = values[:, entries]
             place = total[:, start : start + block.size(1)]
@@ -135,42 +201,16 @@ class Projections:
                 # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
                 place.addcmul_(block, signs[entries])
 
+    def add_dense(self, total: Tensor, name: str, values: Tensor) -> None:
+        """Add a gradient that is held in full, `(B, numel)`, to `total` (B, 2 k), in place."""
+        rows, columns = self._parameters[name].rows, self._parameters[name].columns
+        values = values.to(total.dtype).view(-1, rows.dim, columns.dim)
+        # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
+        self.add_matrix(total, name, columns.project(rows.project(values.mT).mT))
+
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._bases.values(), *self._signs.values()))
-
-    def _project(self, name: str, side: str, values: Tensor, axis: int) -> Tensor:
-        if name not in self._widths:
-            return values.to(self.dtype)
-        dim, width = values.size(-1), self._widths[name][axis]
-        if width == dim:
-            return values.to(self.dtype) * self._sign(name, side, dim).to(self.dtype)
-        # In the activations' precision: a cast of the activations would cost more than the product.
-        return (values @ self._signed_base(name, side, dim, width).to(values.dtype)).to(self.dtype)
-
-    def _signed_base(self, name: str, side: str, dim: int, width: int) -> Tensor:
-        signs = self._sign(name, side, dim).to(self.dtype)
-        return torch.diag(signs) if width == dim else self._base(side, dim, width) * signs.unsqueeze(1)
-
-    def _base(self, side: str, dim: int, width: int) -> Tensor:
-        key = (side, dim, width)
-        if key not in self._bases:
-            # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
-            gaussian = torch.randn(dim, width, generator=self._generator(f"{side}-{dim}-{width}"))
-            basis, _ = torch.linalg.qr(gaussian.to(self.dtype))
-            self._bases[key] = (basis * math.sqrt(dim / width)).to(self.device)
-        return self._bases[key]
-
-    def _sign(self, name: str, side: str, dim: int) -> Tensor:
-        key = f"{name}-{side}"
-        if key not in self._signs:
-            bits = torch.randint(0, 2, (dim,), generator=self._generator(key), dtype=torch.int8)
-            self._signs[key] = (2 * bits - 1).to(self.device)
-        return self._signs[key]
-
-    def _generator(self, key: str) -> torch.Generator:
-        # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{key}".encode()))
+        return sum(tensor.nbytes for tensor in self._draws.drawn.values())
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:

@@ -1,10 +1,13 @@
 """The slow obvious way: one forward and one backward per sequence, full gradients. The oracle of tests and benchmarks."""
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from oblr_trl.scores.scopes import decoder_blocks
 
 
 def reference_scores(
@@ -28,14 +31,20 @@ def reference_scores(
     """
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
-    parameters = _parameters_in_scope(model, scope)
+    head = model.get_output_embeddings()
+    in_scope = head.parameters() if scope == "lm_head" else (p for p in model.parameters() if p.requires_grad)
+    parameters = list(in_scope)
     num_tokens = completion_mask.size(1)
     weights = completion_mask if token_weights is None else token_weights * completion_mask
     scores = []
-    handles = _cut_graph(model, scope, last_k)
-    required = [parameter.requires_grad for parameter in parameters]
-    try:
+    with ExitStack() as stack:
+        if scope != "all":
+            # The hidden states are detached where a smaller scope ends; parameters below then get no gradient.
+            layers = [head] if scope == "lm_head" else decoder_blocks(model)
+            hook = layers[-(last_k or 1)].register_forward_pre_hook(_detach_input, with_kwargs=True)
+            stack.callback(hook.remove)
         for parameter in parameters:
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(True)
         for i in range(input_ids.size(0)):
             row = slice(i, i + 1)
@@ -46,31 +55,8 @@ def reference_scores(
                 objective = (per_token_logps * weights[row]).sum()
                 gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
             scores.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in zip(parameters, required, strict=True):
-            parameter.requires_grad_(flag)
     return torch.stack(scores)
 
 
-def _parameters_in_scope(model: Any, scope: str) -> list[nn.Parameter]:
-    if scope == "lm_head":
-        return list(model.get_output_embeddings().parameters())
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _cut_graph(model: Any, scope: str, last_k: int | None) -> list:
-    """Hooks that detach the hidden states where a smaller scope ends; parameters below then get no gradient."""
-    if scope == "all":
-        return []
-    if scope == "lm_head":
-        return [model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].detach(),))]
-    num_layers = model.config.get_text_config().num_hidden_layers
-    blocks = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
-    assert last_k is not None
-    return [
-        blocks[-last_k].register_forward_pre_hook(
-            lambda module, args, kwargs: ((args[0].detach(), *args[1:]), kwargs), with_kwargs=True
-        )
-    ]
+def _detach_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return (args[0].detach(), *args[1:]), kwargs

@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from oblr_trl.scores.factors import DenseGradient, DenseRows, IndexRows, OuterProduct, PerSequenceGradient
 
-ScoreRule = Callable[[nn.Module, Tensor, Tensor], dict[str, PerSequenceGradient]]
-
-_RULES: dict[type[nn.Module], ScoreRule] = {}
-# Layers of transformers, by the name of their class: this package does not import transformers below the config.
-_RULES_BY_CLASS_NAME: dict[str, ScoreRule] = {}
+Gradients = dict[str, PerSequenceGradient]  # by the module's own parameter names
+ScoreRule = Callable[[nn.Module, Tensor, Tensor], Gradients]
 
 
 def register_score_rule(module_class: type[nn.Module], rule: ScoreRule) -> None:
@@ -47,77 +44,61 @@ def find_score_rule(module: nn.Module) -> ScoreRule | None:
     return None
 
 
-def linear_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
+def linear_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`nn.Linear`: \\( \nabla W = \sum_t \delta_t a_t^\top \\) (d_out x d_in), \\( \nabla b = \sum_t \delta_t \\)."""
-    grad_output = grad_output.flatten(1, -2)
-    weight = OuterProduct(DenseRows(grad_output), inputs.flatten(1, -2))
-    if module.bias is None:
-        return {"weight": weight}
-    return {"weight": weight, "bias": DenseGradient(_sum_positions(grad_output))}
+    weight = OuterProduct(DenseRows(grad_output.flatten(1, -2)), inputs.flatten(1, -2))
+    return {"weight": weight} | ({} if module.bias is None else {"bias": _sum_positions(grad_output)})
 
 
-def conv1d_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
+def conv1d_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`Conv1D` of transformers (GPT-2), a linear layer stored transposed: \\( \nabla W = \sum_t a_t \delta_t^\top \\)."""
-    grad_output = grad_output.flatten(1, -2)
-    return {
-        "weight": OuterProduct(DenseRows(inputs.flatten(1, -2)), grad_output),
-        "bias": DenseGradient(_sum_positions(grad_output)),
-    }
+    weight = OuterProduct(DenseRows(inputs.flatten(1, -2)), grad_output.flatten(1, -2))
+    return {"weight": weight, "bias": _sum_positions(grad_output)}
 
 
-def embedding_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
+def embedding_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`nn.Embedding`: \\( \nabla W = \sum_t e_{x_t} \delta_t^\top \\), without the row of `padding_idx`."""
     assert isinstance(module, nn.Embedding)
-    if module.scale_grad_by_freq or module.max_norm is not None:
-        raise ValueError(
-            "Embeddings with `scale_grad_by_freq` or `max_norm` have no per-sequence gradient: their gradient depends on "
-            "the other sequences of the batch. Build the embedding without them, or freeze it."
-        )
     if module.padding_idx is not None:
         grad_output = grad_output.masked_fill((inputs == module.padding_idx).unsqueeze(-1), 0.0)
     return {"weight": OuterProduct(IndexRows(inputs.flatten(1)), grad_output.flatten(1, -2))}
 
 
-def layer_norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
-    r"""`nn.LayerNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t,\ \nabla \beta = \sum_t \delta_t \\)."""
-    assert isinstance(module, nn.LayerNorm)
-    normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+def norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`nn.LayerNorm` and `nn.RMSNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t,\ \nabla \beta = \sum_t \delta_t \\)."""
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    if isinstance(module, nn.LayerNorm):
+        normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    else:
+        normalized = nn.functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
     num_axes = len(module.normalized_shape)
-    gradients = _scale(normalized, grad_output, num_axes)
-    if module.bias is not None:
-        gradients["bias"] = DenseGradient(_sum_positions(grad_output.flatten(-num_axes).flatten(1, -2)))
+    grad_output, normalized = grad_output.flatten(-num_axes), normalized.flatten(-num_axes)
+    gradients: Gradients = {"weight": _sum_positions(grad_output * normalized)}
+    if isinstance(module, nn.LayerNorm) and module.bias is not None:
+        gradients["bias"] = _sum_positions(grad_output)
     return gradients
 
 
-def torch_rms_norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
-    r"""`nn.RMSNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t \\)."""
-    assert isinstance(module, nn.RMSNorm)
-    normalized = nn.functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
-    return _scale(normalized, grad_output, len(module.normalized_shape))
-
-
-def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> dict[str, PerSequenceGradient]:
+def transformers_rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""RMSNorms of transformers, which normalise in float32 and scale by \\( \gamma \\) or \\( 1 + \gamma \\) (Gemma):
     \\( \nabla \gamma = \sum_t \delta_t \hat x_t \\) for both."""
     eps = module.variance_epsilon if "variance_epsilon" in module.__dict__ else module.eps
     x = inputs.float()
     normalized = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
-    return _scale(normalized, grad_output, 1)
+    return {"weight": _sum_positions(grad_output * normalized)}
 
 
-def _scale(normalized: Tensor, grad_output: Tensor, num_axes: int) -> dict[str, PerSequenceGradient]:
-    products = grad_output.flatten(-num_axes) * normalized.flatten(-num_axes)
-    return {"weight": DenseGradient(_sum_positions(products.flatten(1, -2)))}
+def _sum_positions(values: Tensor) -> DenseGradient:
+    """Sum (B, ..., d) over all axes between, at least in float32."""
+    return DenseGradient(values.flatten(1, -2).sum(dim=1, dtype=torch.promote_types(values.dtype, torch.float32)))
 
 
-def _sum_positions(values: Tensor) -> Tensor:
-    """Sum (B, T, d) over T, at least in float32."""
-    return values.sum(dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-register_score_rule(nn.Linear, linear_rule)
-register_score_rule(nn.Embedding, embedding_rule)
-register_score_rule(nn.LayerNorm, layer_norm_rule)
-register_score_rule(nn.RMSNorm, torch_rms_norm_rule)
-_RULES_BY_CLASS_NAME["Conv1D"] = conv1d_rule
-_RULES_BY_CLASS_NAME["RMSNorm"] = rms_norm_rule
+# Types whose `forward` is theirs, and layers of transformers by the name of their class: this package does not import transformers
+# below the config.
+_RULES: dict[type[nn.Module], ScoreRule] = {
+    nn.Linear: linear_rule,
+    nn.Embedding: embedding_rule,
+    nn.LayerNorm: norm_rule,
+    nn.RMSNorm: norm_rule,
+}
+_RULES_BY_CLASS_NAME: dict[str, ScoreRule] = {"Conv1D": conv1d_rule, "RMSNorm": transformers_rms_norm_rule}

@@ -6,6 +6,7 @@ are the adapter's and its copies of whole modules; a method that does not use th
 
 from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -18,26 +19,16 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 # PEFT's classes whose trainable layers are called like any other, with one row per sequence: all that a tap can see. Other
 # methods multiply with `weight` themselves (Lily, `target_parameters`), and their scores would pass for zero. Of the quantized
 # layers only the forward code was read.
-_PEFT_CLASSES = frozenset(
-    {
-        "peft.peft_model.PeftModel",
-        "peft.peft_model.PeftModelForCausalLM",
-        "peft.tuners.ln_tuning.layer.LNTuningLayer",
-        "peft.tuners.ln_tuning.model.LNTuningModel",
-        "peft.tuners.lora.aqlm.AqlmLoraLinear",
-        "peft.tuners.lora.awq.AwqLoraLinear",
-        "peft.tuners.lora.bnb.Linear4bit",
-        "peft.tuners.lora.bnb.Linear8bitLt",
-        "peft.tuners.lora.eetq.EetqLoraLinear",
-        "peft.tuners.lora.gptq.GPTQLoraLinear",
-        "peft.tuners.lora.hqq.HqqLoraLinear",
-        "peft.tuners.lora.inc.IncLoraLinear",
-        "peft.tuners.lora.layer.Linear",
-        "peft.tuners.lora.model.LoraModel",
-        "peft.tuners.lora.torchao.TorchaoLoraLinear",
-        "peft.tuners.prefix_tuning.model.PrefixEncoder",
-        "peft.utils.other.ModulesToSaveWrapper",
-    }
+_PEFT_CLASSES = (
+    "peft.peft_model.PeftModel",
+    "peft.peft_model.PeftModelForCausalLM",
+    "peft.tuners.ln_tuning.*.LNTuning*",
+    "peft.tuners.lora.*LoraLinear",
+    "peft.tuners.lora.bnb.Linear*",
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.model.LoraModel",
+    "peft.tuners.prefix_tuning.model.PrefixEncoder",
+    "peft.utils.other.ModulesToSaveWrapper",
 )
 # What a user asked for who meets one of these, and what to ask for instead.
 _PEFT_REMEDIES = {
@@ -62,32 +53,34 @@ _PEFT_REMEDIES = {
 
 @dataclass
 class ScopedParameters:
-    """
-    The parameters of one scope and where they are used.
+    """The parameters of one scope and where they are used."""
 
-    Args:
-        shapes (`dict[str, tuple[int, ...]]`): Full (unsharded) shape by name, in a fixed order.
-        names (`dict[nn.Module, dict[str, str]]`): For every layer to tap, from its own parameter names to ours.
-        first_block (`nn.Module`, *optional*): Block at which a `last_k` scope begins.
-        head (`nn.Module`): The output projection.
-        head_names (`dict[str, str]`): As `names`, for the output projection; empty where it is frozen.
-        tables (`set[str]`): Names of parameters with a row for every token: of embeddings and of the output projection.
-    """
-
-    head: nn.Module
+    head: nn.Linear  # the output projection
+    # Full (unsharded) shape by name, in a fixed order.
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    # For every layer to tap, from its own parameter names to ours; the same for the head, empty where it is frozen.
     names: dict[nn.Module, dict[str, str]] = field(default_factory=dict)
-    first_block: nn.Module | None = None
     head_names: dict[str, str] = field(default_factory=dict)
+    # At which a `last_k` scope begins.
+    first_block: nn.Module | None = None
+    # Names of parameters with a row for every token: of embeddings and of the output projection.
     tables: set[str] = field(default_factory=set)
 
     def num_uses(self, calls: Counter[nn.Module]) -> Counter[str]:
         """How often each parameter is used in a pass in which the layers were called `calls` times."""
         uses = Counter(self.head_names.values())
         for module, names in self.names.items():
-            for name in names.values():
-                uses[name] += calls[module]
+            uses.update(dict.fromkeys(names.values(), calls[module]))
         return uses
+
+    def add(self, module: nn.Module, name: str, full_name: str, parameter: nn.Parameter) -> None:
+        """Take in the use of a parameter as `name` of `module`."""
+        names = self.head_names if module is self.head else self.names.setdefault(module, {})
+        names[name] = full_name
+        if module is self.head or isinstance(module, nn.Embedding):
+            self.tables.add(full_name)
+        # DeepSpeed ZeRO-3 keeps the full shape of a partitioned parameter in `ds_shape`; `shape` is empty there.
+        self.shapes[full_name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameters:
@@ -100,38 +93,39 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
-    scoped = ScopedParameters(head=_output_projection(model))
+    scoped = ScopedParameters(_output_projection(model))
     if scope == "lm_head":
         for name, parameter in scoped.head.named_parameters(recurse=False):
-            _use(scoped, scoped.head, name, f"lm_head.{name}", parameter)
+            scoped.add(scoped.head, name, f"lm_head.{name}", parameter)
         return scoped
 
-    included = None
+    excluded: set[nn.Module] = set()
     if scope == "last_k":
-        blocks = _decoder_blocks(model)
+        blocks = decoder_blocks(model)
         if last_k is None or not 1 <= last_k <= len(blocks):
             raise ValueError(
                 f"`scope='last_k'` needs `last_k` between 1 and the model's {len(blocks)} blocks, got {last_k}."
             )
         scoped.first_block = blocks[-last_k]
-        below = blocks[: len(blocks) - last_k]
-        excluded = {module for block in below for module in block.modules()}
-        included = set(model.modules()) - excluded
+        excluded.update(module for block in blocks[:-last_k] for module in block.modules())
 
     known: dict[int, str] = {}  # parameters by identity, so that a tied one has a single name
     modules = dict(model.named_modules())
     for module_name, module in modules.items():
-        if included is not None and module not in included:
-            continue
-        trainable = [pair for pair in module.named_parameters(recurse=False) if pair[1].requires_grad]
+        parameters = {} if module in excluded else dict(module.named_parameters(recurse=False))
+        trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if trainable:
-            _check_adapter(modules, module_name, f"{module_name}.{trainable[0][0]}")
-        for name, parameter in trainable:
-            full_name = known.setdefault(id(parameter), f"{module_name}.{name}")
-            _use(scoped, module, name, full_name, parameter)
+            _check_adapter(modules, module_name, f"{module_name}.{next(iter(trainable))}")
+        for name, parameter in trainable.items():
+            scoped.add(module, name, known.setdefault(id(parameter), f"{module_name}.{name}"), parameter)
     _check_inside_language_model(model, scoped)
     for module, names in scoped.names.items():
-        _check_rule(module, names)
+        if find_score_rule(module) is None:
+            raise ValueError(
+                f"No score rule covers the trainable parameter `{next(iter(names.values()))}` of a {type(module).__name__}. "
+                "Freeze it, use `scope='lm_head'`, or teach the pass this layer with "
+                "`oblr_trl.scores.register_score_rule`."
+            )
     if not scoped.shapes:
         raise ValueError(
             f"The model has no trainable parameter in scope {scope!r}, so its score is empty. Unfreeze some parameters, add "
@@ -140,22 +134,23 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     return scoped
 
 
-def _use(scoped: ScopedParameters, module: nn.Module, name: str, full_name: str, parameter: nn.Parameter) -> None:
-    names = scoped.head_names if module is scoped.head else scoped.names.setdefault(module, {})
-    names[name] = full_name
-    if module is scoped.head or isinstance(module, nn.Embedding):
-        scoped.tables.add(full_name)
-    # DeepSpeed ZeRO-3 keeps the full shape of a partitioned parameter in `ds_shape`; `shape` is empty there.
-    scoped.shapes[full_name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+def decoder_blocks(model: Any) -> list[nn.Module]:
+    """The blocks of the language model, from the embedding upwards."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.get_decoder().modules():  # a vision tower may have as many blocks
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    raise ValueError(
+        f"`scope='last_k'` found no list of {num_layers} decoder blocks in {type(model).__name__}. Use `scope='all'`."
+    )
 
 
-def _output_projection(model: Any) -> nn.Module:
+def _output_projection(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     if _qualified_name(head) == "peft.utils.other.ModulesToSaveWrapper":
         head = _active_copy(head)
     if not isinstance(head, nn.Linear):
-        kind = _qualified_name(head)
-        if kind.startswith("peft."):
+        if (kind := _qualified_name(head)).startswith("peft."):
             raise ValueError(
                 f"The model's output embeddings are a `{kind}`: LoRA on the head, or `trainable_token_indices` with tied "
                 "embeddings. Only a plain `nn.Linear` head is supported. Remove the adapter from the head; "
@@ -173,15 +168,15 @@ def _output_projection(model: Any) -> nn.Module:
             "as ['lm_head']."
         )
     config = model.config.get_text_config()
-    for name, neutral in (
-        ("final_logit_softcapping", None),
-        ("logit_scale", 1.0),
-        ("logits_scaling", 1.0),
-        ("output_multiplier", 1.0),
-        ("lm_head_multiplier", 1.0),
+    for name in (
+        "final_logit_softcapping",
+        "logit_scale",
+        "logits_scaling",
+        "output_multiplier",
+        "lm_head_multiplier",
     ):
         value = getattr(config, name, None)
-        if value not in (None, neutral):
+        if value is not None and (value != 1.0 or name == "final_logit_softcapping"):
             raise ValueError(
                 f"The model's config sets `{name}={value}`: its logits are not the plain output of the head, which the "
                 "scoring pass assumes. Such models (Gemma 2, Cohere, Granite, Falcon-H1) are not supported yet."
@@ -208,15 +203,11 @@ def _check_adapter(modules: dict[str, nn.Module], module_name: str, full_name: s
             return
         path = path.rpartition(".")[0]
     layer: Any = modules[path]
-    if owner in _PEFT_CLASSES:
-        if not owner.startswith("peft.tuners.lora.") or "lora_variant" not in vars(layer):
-            return
-        variants = [
-            type(layer.lora_variant[name]).__name__ for name in layer.active_adapters if name in layer.lora_variant
-        ]
-        if not variants:
-            return
-        owner = variants[0]
+    variants = vars(layer).get("lora_variant", {})
+    active = [type(variants[name]).__name__ for name in variants if name in layer.active_adapters]
+    if not active and any(fnmatchcase(owner, pattern) for pattern in _PEFT_CLASSES):
+        return
+    owner = active[0] if active else owner
     method, remedy = _PEFT_REMEDIES.get(
         owner, (f"PEFT's `{owner}`", "Use plain LoRA or rsLoRA, LayerNorm tuning, prefix tuning or `modules_to_save`")
     )
@@ -228,16 +219,6 @@ def _check_adapter(modules: dict[str, nn.Module], module_name: str, full_name: s
 
 def _qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
-
-
-def _decoder_blocks(model: Any) -> list[nn.Module]:
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().modules():  # a vision tower may have as many blocks
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return list(module)
-    raise ValueError(
-        f"`scope='last_k'` found no list of {num_layers} decoder blocks in {type(model).__name__}. Use `scope='all'`."
-    )
 
 
 def _check_inside_language_model(model: Any, scoped: ScopedParameters) -> None:
@@ -253,13 +234,4 @@ def _check_inside_language_model(model: Any, scoped: ScopedParameters) -> None:
             "images or patches, so their gradient cannot be told apart by sequence. Freeze the vision tower and the "
             "projector (`requires_grad_(False)`; for adapters, limit `target_modules` to the language model), or use "
             "`scope='lm_head'` (`score_scope` in `OBLRPOConfig`), which scores the output projection and trains everything."
-        )
-
-
-def _check_rule(module: nn.Module, names: dict[str, str]) -> None:
-    if find_score_rule(module) is None:
-        raise ValueError(
-            f"No score rule covers the trainable parameter `{next(iter(names.values()))}` of a {type(module).__name__}. "
-            "Freeze it, use `scope='lm_head'`, or teach the pass this layer with "
-            "`oblr_trl.scores.register_score_rule`."
         )

@@ -2,28 +2,51 @@
 
 Differs from a training step in that no parameter gradient is formed: parameters are frozen, the backward pass is driven by
 `torch.autograd.grad` towards a scalar anchor, and identity taps read each layer's input and output gradient on the way. The
-output projection is not differentiated by autograd at all: [`~scores.head.head_pass`] computes its log-probabilities, its
+output projection is not differentiated by autograd at all: [`~scores.head.score_head`] computes its log-probabilities, its
 sketch and the gradient of the hidden states in one sweep over the vocabulary.
 
 Shapes: B sequences, L = P + C tokens (prompt and completion), d hidden features, k sketch length.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from oblr_trl.scores.accumulators import Accumulator, ExactNormAccumulator, SketchAccumulator
-from oblr_trl.scores.checkpointing import non_reentrant_checkpointing
-from oblr_trl.scores.one_pass import OnePass, ScoreOutput
+from oblr_trl.scores.factors import PerSequenceGradient
+from oblr_trl.scores.head import HeadScores, score_head
 from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
+from oblr_trl.scores.taps import frozen_parameters, intercepted_head, non_reentrant_checkpointing, tapped
 
 ScoreMethod = Literal["sketch", "exact"]
 METHODS: tuple[str, ...] = get_args(ScoreMethod)
 
 
+@dataclass
+class ScoreOutput:
+    """
+    What the pass knows about each sequence.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, C)`): Log-probability of every completion token; 0 where the token weight is.
+        sketches (`torch.Tensor` of shape `(B, k)`, *optional*): Score sketches, if the method "sketch" was asked for.
+        squared_norms (`torch.Tensor` of shape `(B,)`, *optional*): Exact squared score norms, for the method "exact".
+    """
+
+    log_probs: Tensor
+    sketches: Tensor | None = None
+    squared_norms: Tensor | None = None
+
+
+@dataclass(eq=False)
 class ScorePass:
     r"""
     Computes the scores \\( s_i = \nabla_\theta \sum_t c_{i,t} \log \pi(o_{i,t}) \\) of a batch, sketched or as exact norms.
@@ -31,18 +54,12 @@ class ScorePass:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model, not wrapped by DDP or an engine. Its parameters may be partitioned by ZeRO-3.
-        scope (`str`, *optional*, defaults to `"all"`):
-            `"all"`, `"last_k"` or `"lm_head"`.
-        last_k (`int`, *optional*):
-            Number of blocks of the scope `"last_k"`.
-        methods (`tuple[str, ...]`, *optional*, defaults to `("sketch",)`):
-            Any of `"sketch"` and `"exact"`.
-        sketch_dim (`int`, *optional*, defaults to `4096`):
-            Length k of a sketch.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the projections; must be the same on all processes.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the policy.
+        scope (`str`, *optional*, defaults to `"all"`): `"all"`, `"last_k"` or `"lm_head"`.
+        last_k (`int`, *optional*): Number of blocks of the scope `"last_k"`.
+        methods (`tuple[str, ...]`, *optional*, defaults to `("sketch",)`): Any of `"sketch"` and `"exact"`.
+        sketch_dim (`int`, *optional*, defaults to `4096`): Length k of a sketch.
+        seed (`int`, *optional*, defaults to `0`): Seed of the projections; must be the same on all processes.
+        temperature (`float`, *optional*, defaults to `1.0`): Temperature of the policy.
         head_dtype (`torch.dtype`, *optional*):
             Dtype of the output projection. If not given, autocast's where autocast is on, else the model's.
         gradient_checkpointing (`bool`, *optional*):
@@ -52,37 +69,26 @@ class ScorePass:
         `ValueError`: For an unknown method, a `sketch_dim` below 1, or a `temperature` that is not positive.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        scope: str = "all",
-        last_k: int | None = None,
-        methods: tuple[str, ...] = ("sketch",),
-        sketch_dim: int = 4096,
-        seed: int = 0,
-        temperature: float = 1.0,
-        head_dtype: torch.dtype | None = None,
-        gradient_checkpointing: bool | None = None,
-    ) -> None:
-        for method in methods:
+    model: nn.Module
+    _: KW_ONLY
+    scope: str = "all"
+    last_k: int | None = None
+    methods: tuple[str, ...] = ("sketch",)
+    sketch_dim: int = 4096
+    seed: int = 0
+    temperature: float = 1.0
+    head_dtype: torch.dtype | None = None
+    gradient_checkpointing: bool | None = None
+    _projections: Projections | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-        if sketch_dim < 1:
-            raise ValueError(f"`sketch_dim` must be at least 1, got {sketch_dim}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        self.model = model
-        self.scope = scope
-        self.last_k = last_k
-        self.methods = methods
-        self.sketch_dim = sketch_dim
-        self.seed = seed
-        self.temperature = temperature
-        self.head_dtype = head_dtype
-        self.gradient_checkpointing = gradient_checkpointing
-        self._projections: Projections | None = None
-        self._projected_shapes: dict[str, tuple[int, ...]] = {}
+        if self.sketch_dim < 1:
+            raise ValueError(f"`sketch_dim` must be at least 1, got {self.sketch_dim}.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
 
     def __call__(self, model_inputs: Mapping[str, Any], targets: Tensor, token_weights: Tensor) -> ScoreOutput:
         """
@@ -103,24 +109,11 @@ class ScorePass:
             `ValueError`: If the scope cannot be resolved.
         """
         scoped = resolve_scope(self.model, self.scope, self.last_k)
-        with non_reentrant_checkpointing(self.model, enabled=self.gradient_checkpointing):
-            return OnePass(self, scoped, model_inputs, targets, token_weights).run()
-
-    def accumulators(self, scoped: ScopedParameters, batch_size: int, reference: Tensor) -> list[Accumulator]:
-        """Fresh accumulators for one micro-batch, in the order of `methods`; `reference` gives dtype and device."""
-        dtype = torch.promote_types(reference.dtype, torch.float32)
-        built: list[Accumulator] = []
-        for method in self.methods:
-            if method == "exact":
-                built.append(ExactNormAccumulator(batch_size, dtype, reference.device))
-            else:
-                built.append(SketchAccumulator(batch_size, self.projections(scoped, dtype, reference.device)))
-        return built
+        return _MicroBatch(self, scoped, targets, token_weights).run(model_inputs)
 
     def projections(self, scoped: ScopedParameters, dtype: torch.dtype, device: torch.device) -> Projections:
         """The projections of the scope's parameters, drawn once and kept while the parameters stay the same."""
-        if self._projections is None or self._projected_shapes != scoped.shapes:
-            self._projected_shapes = dict(scoped.shapes)
+        if self._projections is None or self._projections.shapes != scoped.shapes:
             self._projections = Projections(
                 scoped.shapes,
                 tables=scoped.tables,
@@ -130,3 +123,121 @@ class ScorePass:
                 device=device,
             )
         return self._projections
+
+
+class _MicroBatch:
+    """
+    One call of [`ScorePass`]: what the hooks of its forward and backward share.
+
+    The graph's taps refer to this object, so it refers to nothing of the graph: neither would ever be freed, because Python's
+    garbage collector does not see references that pass through autograd.
+    """
+
+    def __init__(self, settings: ScorePass, scoped: ScopedParameters, targets: Tensor, token_weights: Tensor) -> None:
+        self._settings = settings
+        self._scoped = scoped
+        self._targets = targets
+        self._token_weights = token_weights
+        self._head_parameter = next(scoped.head.parameters(recurse=False))
+        self._head_was_empty = self._head_parameter.numel() == 0
+        self._begun = scoped.first_block is None
+        self._uses: Counter[str] = Counter()
+        self._accumulators: dict[str, Accumulator] = {}
+        self._row_projection: Callable[[str], Tensor | None] = lambda name: None
+        batch_size, device = targets.size(0), targets.device
+        dtype = torch.promote_types(self._head_parameter.dtype, torch.float32)
+        for method in settings.methods:
+            if method == "exact":
+                self._accumulators[method] = ExactNormAccumulator(batch_size, dtype, device)
+            else:
+                projections = settings.projections(scoped, dtype, device)
+                self._accumulators[method] = SketchAccumulator(batch_size, projections)
+                self._row_projection = projections.rows
+
+    def run(self, model_inputs: Mapping[str, Any]) -> ScoreOutput:
+        """The forward pass, the backward pass where anything below the head is in scope, and what they gave."""
+        settings, scoped, num_tokens = self._settings, self._scoped, self._targets.size(1)
+        anchor = torch.zeros((), device=self._targets.device, requires_grad=True)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(bool(scoped.names)))
+            stack.enter_context(frozen_parameters(settings.model))
+            stack.enter_context(non_reentrant_checkpointing(settings.model, enabled=settings.gradient_checkpointing))
+            head_calls = stack.enter_context(intercepted_head(scoped.head, self._score_head))
+            if scoped.first_block is not None:
+                stack.callback(scoped.first_block.register_forward_pre_hook(self._on_first_block).remove)
+            batch_size, is_active = self._targets.size(0), lambda: self._begun
+            taps = tapped(scoped.names, anchor, self._on_layer, batch_size=batch_size, is_active=is_active)
+            calls = stack.enter_context(taps)
+            settings.model(**model_inputs, use_cache=False)
+            self._warn_of_uncalled(calls)
+            self._uses.update(scoped.num_uses(calls))
+            ((hidden, head),) = head_calls
+            # Autocast is for the model: the products of scores keep the precision that they come in.
+            stack.enter_context(_no_autocast(hidden))
+            with torch.no_grad():
+                for name, product in head.products.items():
+                    self._add(scoped.head_names[name], product)
+            # Without a graph every parameter of the scope sits in the output projection.
+            if head.grad_hidden is not None and hidden.requires_grad:
+                seed = torch.zeros_like(hidden)
+                seed[:, -num_tokens - 1 : -1] = head.grad_hidden.to(seed.dtype)
+                torch.autograd.grad(hidden, anchor, grad_outputs=seed)
+            with torch.no_grad():
+                results = {method: accumulator.result() for method, accumulator in self._accumulators.items()}
+        output = ScoreOutput(head.log_probs)
+        if "sketch" in results:
+            output.sketches = results["sketch"] / head.scale
+        if "exact" in results:
+            output.squared_norms = results["exact"] / head.scale.squeeze(1).square()
+        return output
+
+    def _score_head(self, head: nn.Linear, hidden: Tensor) -> HeadScores:
+        hidden = hidden[:, -self._targets.size(1) - 1 : -1]
+        dtype = self._settings.head_dtype or _compute_dtype(head, hidden)
+        # FSDP puts another tensor in the parameter's place, ZeRO-3 fills the empty one; both take it back after the head's call.
+        is_sharded = head.weight is not self._head_parameter or self._head_was_empty
+        with torch.no_grad(), _no_autocast(hidden):
+            return score_head(
+                head,
+                hidden.to(dtype),
+                self._targets,
+                self._token_weights,
+                {name: self._row_projection(ours) for name, ours in self._scoped.head_names.items()},
+                temperature=self._settings.temperature,
+                needs_grad_hidden=bool(self._scoped.names),
+                copy_parameters=is_sharded and "exact" in self._accumulators,
+            )
+
+    def _on_first_block(self, module: nn.Module, args: tuple) -> None:
+        self._begun = True
+
+    def _on_layer(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
+        names = self._scoped.names[module]
+        rule = find_score_rule(module)
+        assert rule is not None  # or the scope would have been refused
+        for name, gradient in rule(module, inputs, grad_output).items():
+            if name in names:
+                self._add(names[name], gradient)
+
+    def _add(self, name: str, gradient: PerSequenceGradient) -> None:
+        for accumulator in self._accumulators.values():
+            accumulator.add(name, gradient, self._uses[name])
+
+    def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
+        uncalled = [next(iter(names.values())) for module, names in self._scoped.names.items() if not calls[module]]
+        if uncalled:
+            warnings.warn(
+                f"{len(uncalled)} layers with trainable parameters were not called in the scoring pass and count as zero "
+                f"score: {', '.join(uncalled[:3])}{', ...' if len(uncalled) > 3 else ''}. Freeze them if they are unused."
+            )
+
+
+def _no_autocast(reference: Tensor) -> torch.autocast:
+    return torch.autocast(reference.device.type, enabled=False)
+
+
+def _compute_dtype(head: nn.Linear, hidden: Tensor) -> torch.dtype:
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(head.weight.dtype, hidden.dtype)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oblr_trl.scores.one_pass import ScoreOutput
-from oblr_trl.scores.score_pass import ScorePass
+from oblr_trl.scores.loss_weights import loss_token_weights
+from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 
 # Optional entries of the batch that the forward pass of multimodal models takes.
 FORWARD_KEYS = (
@@ -60,8 +60,7 @@ class ScoringModel:
         All chunks of all processes.
 
         Args:
-            gather (`Callable`):
-                Gathers a tensor over processes.
+            gather (`Callable`): Gathers a tensor over processes.
             sequence_weights (`torch.Tensor` of shape `(B, 1)`, *optional*):
                 What every token weight of a sequence is multiplied by, where that became known after the pass.
         """
@@ -73,8 +72,23 @@ class ScoringModel:
             tensors = [part for part in parts if part is not None]
             return gather(torch.cat(tensors) * scale) if tensors else None
 
-        return ScoreOutput(
-            log_probs,
-            sketches=collect([output.sketches for output in self._outputs], weights),
-            squared_norms=collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square()),
-        )
+        sketches = collect([output.sketches for output in self._outputs], weights)
+        norms = collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square())
+        return ScoreOutput(log_probs, sketches, norms)
+
+
+class OldLogpsForward:
+    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
+
+    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
+        self._model = model
+        self._score_pass = score_pass
+        self._loss_type = loss_type
+        self.scoring_model: ScoringModel | None = None
+
+    def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
+        """The scoring pass in the shape of a model where it is due, else `model`."""
+        if model is not self._model or self.scoring_model is not None:
+            return model
+        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
+        return self.scoring_model

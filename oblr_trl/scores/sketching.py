@@ -32,30 +32,21 @@ def score_sketches(
     `requires_grad`, also after an exception. Dropout is active if the model is in training mode.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model with a linear head.
-        input_ids (`torch.Tensor` of shape `(B, P + C)`):
-            Prompt and completion tokens, padded on either side.
-        attention_mask (`torch.Tensor` of shape `(B, P + C)`):
-            1 for tokens, 0 for padding.
-        completion_mask (`torch.Tensor` of shape `(B, C)`):
-            1 for the completion tokens among the last C columns.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Causal language model with a linear head.
+        input_ids (`torch.Tensor` of shape `(B, P + C)`): Prompt and completion tokens, padded on either side.
+        attention_mask (`torch.Tensor` of shape `(B, P + C)`): 1 for tokens, 0 for padding.
+        completion_mask (`torch.Tensor` of shape `(B, C)`): 1 for the completion tokens among the last C columns.
         token_weights (`torch.Tensor` of shape `(B, C)`, *optional*):
             Weight of each token's log-probability; 1 if not given.
         scope (`str`, *optional*, defaults to `"all"`):
             `"all"`: every trainable parameter. `"last_k"`: trainable parameters of the last `last_k` blocks and of everything
             above them. `"lm_head"`: the output projection, trainable or not; needs no backward pass. Tied embeddings are one
             matrix; scopes other than `"all"` see its use as output projection only.
-        last_k (`int`, *optional*):
-            Number of blocks for `scope="last_k"`.
-        sketch_dim (`int`, *optional*, defaults to `4096`):
-            Length of a sketch.
-        method (`str`, *optional*, defaults to `"sketch"`):
-            `"sketch"` or `"exact"`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the random projections.
-        micro_batch_size (`int`, *optional*):
-            Sequences per pass; all at once if not given.
+        last_k (`int`, *optional*): Number of blocks for `scope="last_k"`.
+        sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch.
+        method (`str`, *optional*, defaults to `"sketch"`): `"sketch"` or `"exact"`.
+        seed (`int`, *optional*, defaults to `0`): Seed of the random projections.
+        micro_batch_size (`int`, *optional*): Sequences per pass; all at once if not given.
 
     Returns:
         `torch.Tensor`: `(B, sketch_dim)` for sketches, `(B,)` for exact squared norms; float32, or float64 for a float64

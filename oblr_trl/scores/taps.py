@@ -1,19 +1,23 @@
-"""Identity taps: autograd nodes behind chosen layers that see each layer's input and output gradient.
+"""What the scoring pass borrows from a model while it runs: taps on layers, the call of its head, frozen parameters, checkpointing.
 
-Unlike `register_full_backward_hook` a tap keeps the layer's input with `save_for_backward`, so gradient checkpointing frees
-and recomputes it like any other activation; unlike `param.grad` nothing is formed per parameter and no backend's reduction
-hook fires. Hooks exist inside a `with` block only.
+A tap is an autograd node behind a layer that sees the layer's input and output gradient. Unlike `register_full_backward_hook` it
+keeps the input with `save_for_backward`, so gradient checkpointing frees and recomputes it like any other activation; unlike
+`param.grad` nothing is formed per parameter and no backend's reduction hook fires. All is given back when a block ends.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Called with the module, its input and the gradient of its output.
 Observer = Callable[[nn.Module, Tensor, Tensor], None]
+Result = TypeVar("Result")
 
 
 class _IdentityTap(torch.autograd.Function):
@@ -89,6 +93,35 @@ def _batch_first(tensor: Tensor, batch_size: int, module: nn.Module) -> Tensor:
 
 
 @contextmanager
+def intercepted_head(
+    head: nn.Linear, score: Callable[[nn.Linear, Tensor], Result]
+) -> Iterator[list[tuple[Tensor, Result]]]:
+    """
+    Let `score` take the place of the output projection while the block runs: it is called with the head, whose weight is complete
+    there on every backend, and its input. Yields, for every call, the input with its graph, and what `score` returned.
+    """
+    inputs: list[Tensor] = []
+    calls: list[tuple[Tensor, Result]] = []
+
+    def cut(module: nn.Module, args: tuple) -> tuple[Tensor]:
+        # Before any other hook of the head: ZeRO-3 would wait in the backward pass for a head that is not part of it.
+        inputs.append(args[0])
+        return (args[0].detach(),)
+
+    def call(module: nn.Linear, args: tuple) -> tuple[Tensor]:
+        # After the hooks that gather the weight. The head itself is left a single position to project.
+        calls.append((inputs.pop(), score(module, args[0])))
+        return (args[0][:, -1:],)
+
+    handles = [head.register_forward_pre_hook(cut, prepend=True), head.register_forward_pre_hook(call)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Set `requires_grad` to `False` for all parameters while the block runs, so that no weight gradient is formed."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,3 +132,29 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def non_reentrant_checkpointing(model: nn.Module, *, enabled: bool | None = None) -> Iterator[None]:
+    """
+    Let the blocks of a model of transformers checkpoint as in training, but never reentrantly, while the block runs.
+
+    Reentrant checkpointing runs each block in a graph of its own, which `torch.autograd.grad` cannot enter. TRL forces it for
+    adapters under ZeRO-3 because of their weight gradients, of which the pass forms none.
+
+    Args:
+        model (`torch.nn.Module`): The model. Only blocks for which checkpointing was set up at some time are touched.
+        enabled (`bool`, *optional*): Whether they checkpoint at all. As they are set if not given.
+    """
+    function, flag = "_gradient_checkpointing_func", "gradient_checkpointing"
+    blocks = [module for module in model.modules() if function in vars(module)]
+    before = [(vars(block)[function], vars(block).get(flag, False)) for block in blocks]
+    try:
+        for block, (_, checkpoints) in zip(blocks, before, strict=True):
+            setattr(block, function, functools.partial(checkpoint, use_reentrant=False))
+            setattr(block, flag, checkpoints if enabled is None else enabled)
+        yield
+    finally:
+        for block, (original, checkpoints) in zip(blocks, before, strict=True):
+            setattr(block, function, original)
+            setattr(block, flag, checkpoints)
