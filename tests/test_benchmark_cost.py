@@ -169,6 +169,8 @@ def test_the_cost_command_writes_a_complete_record_that_its_section_reads(tmp_pa
     assert f"| {METHODS['lm_head'][0]} | {comparison['ratios']['lm_head']['median']:.2f} [" in text
     assert "| completion length: 2, 4 |" in text
     assert "layers: 1" not in text  # a single size has no slope
+    panels = cost_section.figure(record).axes
+    assert [panel.get_xlabel() for panel in panels] == [*cost.AXES, cost.PROCESSES]
 
 
 def test_the_section_of_vllm_shows_every_method_of_the_record():

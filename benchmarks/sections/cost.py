@@ -3,6 +3,8 @@
 from statistics import median
 from typing import Any
 
+from matplotlib.figure import Figure
+
 RESULT = "cost.json"
 TITLE = "Cost of whole training steps"
 
@@ -71,3 +73,25 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['settings']['scaling_rounds']} rounds, scope `all`. With processes (DDP, one thread each) the batch grows too, so "
         f"0 is ideal.\n\n{table(record)}"
     )
+
+
+def figure(record: dict[str, Any]) -> Figure:
+    """One log-log panel per axis: the control's step, OBLR-PO's, and the pass alone."""
+    axes = record["scaling"]
+    drawn = Figure(figsize=(3.0 * len(axes), 3.2), layout="constrained")
+    panels = drawn.subplots(1, len(axes), squeeze=False)[0]
+    for panel, (axis, values) in zip(panels, axes.items(), strict=True):
+        for label, kind, method, marker in (
+            ("GRPO step", "seconds", "grpo", "o"),
+            ("OBLR-PO step", "seconds", "all", "s"),
+            ("scoring pass", "pass_seconds", "all", "^"),
+        ):
+            costs = [median(case[kind][method]) for case in values["cases"]]
+            panel.loglog(values["values"], costs, marker=marker, label=label)
+        panel.set_xticks(values["values"], [str(value) for value in values["values"]])
+        panel.minorticks_off()
+        panel.set_xlabel(axis)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds (median)")
+    panels[0].legend(fontsize="small")
+    return drawn
