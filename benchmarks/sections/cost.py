@@ -53,14 +53,17 @@ def _slope(fit: dict[str, float | None]) -> str:
 
 
 def conditions(record: dict[str, Any], name: str) -> str:
-    """The random policy, its batch, rounds, seed, and the control's step of a comparison."""
-    comparison, settings = record["comparisons"][name], record["settings"]
-    case = comparison["case"]
+    """The random policy, its batch, rounds, seed, and the seconds of the control's step."""
+    case, settings = record["comparisons"][name]["case"], record["settings"]
+    times = ", ".join(
+        f"{median(comparison['seconds']['grpo']):.2f} s ({_COLUMNS[name]})"
+        for name, comparison in record["comparisons"].items()
+    )
     return (
         f"The random policy is a Qwen3 (hidden {case['hidden_size']}, {case['num_layers']} layers, vocabulary "
         f"{case['vocab_size']}, float32), {case['num_prompts']} prompts x {case['num_generations']} completions of "
         f"{case['prompt_length']} + {case['completion_length']} tokens per step; median [quartiles] over {settings['rounds']} rounds, "
-        f"seed {settings['seed']}. A GRPO step takes {median(comparison['seconds']['grpo']):.2f} s."
+        f"seed {settings['seed']}. A GRPO step takes {times}."
     )
 
 
