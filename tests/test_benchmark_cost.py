@@ -1,76 +1,83 @@
-"""The cost study's arithmetic, its turn-taking and its command at a tiny size. No timing is asserted."""
+"""The commands on whole steps and on the scoring pass at a tiny size, their arithmetic and turn-taking. No timing is asserted."""
 
 import json
 import math
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from trl import TrlParser
 
-from benchmarks import cost
-from benchmarks.cost_steps import interleave
-from benchmarks.cost_summary import log_log_slope, ratios, slopes, spread, summarise
-from benchmarks.cost_trainers import METHODS, Case, demo_trainers, random_trainers, save_policy
-from benchmarks.sections import cost as section
+from benchmarks import cost, score_memory, score_pass
+from benchmarks.cost import CostArguments, axis, log_log_slope, summarise
+from benchmarks.cost_trainers import METHODS, Case, demo_trainers, per_sequence_pass, random_trainers, save_policy
+from benchmarks.interleaving import interleave, ratio_spread
+from benchmarks.score_memory import Memory, ScoreMemoryArguments, measure_memory, warm_workload
+from benchmarks.score_pass import ScorePassArguments
+from benchmarks.score_workload import CPU, Workload, qwen3_config
+from benchmarks.sections import cost as cost_section
 from benchmarks.sections import cost_vllm as vllm_section
-from oblr_trl.scores import ScorePass
+from benchmarks.sections import score_memory as memory_section
+from benchmarks.sections import score_pass as pass_section
 
 TINY = Case(64, 1, 32, prompt_length=3, completion_length=4, num_prompts=2, num_generations=2)
-TINY_FLAGS = "--hidden_size 64 --num_layers 1 --vocab_size 32 --prompt_length 3 --completion_length 4 --num_prompts 2"
-MINIMAL = f"{TINY_FLAGS} --num_generations 2 --group_sizes 2 --hidden_sizes 64 --depths 1 --num_processes 2"
+SMALL = "--hidden_size 64 --num_layers 2 --vocab_size 64 --batch_size 2"
+SCALED = "--completion_lengths 2 4 --group_sizes 2 --hidden_sizes 64 --depths 1 --num_processes 2 --demo_model="
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+MIB = 2**20
 
 
-def parse(*argv):
-    (arguments,) = cost.make_parser().parse_args_and_config(list(argv))
+def parse(arguments_class, argv):
+    (arguments,) = TrlParser([arguments_class]).parse_args_and_config(argv.split())
     return arguments
 
 
+def tiny_cost(argv):
+    flags = " ".join(f"--{name} {value}" for name, value in vars(TINY).items())
+    return parse(CostArguments, f"{flags} --rounds 1 --scaling_rounds 1 {argv}")
+
+
+def run_command(module, arguments):
+    """Run a command, and read what it wrote and printed."""
+    module.main(arguments)
+    return json.loads(Path(arguments.output).read_text())
+
+
 @pytest.fixture
-def fresh_threads():
-    """The command sets the number of threads of the process."""
-    before = torch.get_num_threads()
+def restored_process():
+    """The command sets the process's number of threads, and torch's launcher its signal handlers."""
+    num_threads, handlers = torch.get_num_threads(), {name: signal.getsignal(name) for name in SIGNALS}
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 def test_the_slope_of_a_power_is_its_exponent_without_error():
-    sizes = [16.0, 32.0, 64.0, 128.0]
+    sizes = [16, 32, 64, 128]
     for power in (0.0, 1.0, 1.5, -0.5):
         fit = log_log_slope(sizes, [3 * size**power for size in sizes])
-        assert fit["slope"] == pytest.approx(power, abs=1e-12)
-        assert fit["standard_error"] == pytest.approx(0.0, abs=1e-12)
+        assert fit == pytest.approx({"slope": power, "standard_error": 0.0}, abs=1e-12)
+    assert log_log_slope([1, 2], [1.0, 4.0]) == {"slope": pytest.approx(2.0), "standard_error": None}
 
 
 def test_the_standard_error_is_that_of_least_squares():
     # x = log e^(-1, 0, 1), y = (0, 3, 0): the slope is 0, the mean 1, residuals (-1, 2, -1), their square 6 on 1 degree of
     # freedom; sum of (x - mean)^2 = 2, so the error is sqrt(6 / 1 / 2) = sqrt(3).
     fit = log_log_slope([math.exp(-1), 1.0, math.exp(1)], [1.0, math.exp(3), 1.0])
-    assert fit["slope"] == pytest.approx(0.0, abs=1e-12)
-    assert fit["standard_error"] == pytest.approx(math.sqrt(3))
-
-
-def test_two_sizes_give_a_slope_and_no_error():
-    assert log_log_slope([1.0, 2.0], [1.0, 4.0]) == {"slope": pytest.approx(2.0), "standard_error": None}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "costs", "message"), [([2.0, 2.0], [1.0, 1.0], "at least two"), ([1.0, 2.0], [0.0, 1.0], "positive")]
-)
-def test_a_slope_that_does_not_exist_is_refused(sizes, costs, message):
-    with pytest.raises(ValueError, match=message):
-        log_log_slope(sizes, costs)
+    assert fit == pytest.approx({"slope": 0.0, "standard_error": math.sqrt(3)}, abs=1e-9)
 
 
 def test_ratios_are_taken_within_their_round():
     # 3/2, 2/1 and 10/4 of the control's step: the median is 2, while the medians' ratio is 3/2.
     seconds = {"grpo": [2.0, 1.0, 4.0], "all": [3.0, 2.0, 10.0]}
-    assert ratios(seconds) == {"all": {"median": 2.0, "lower": 1.75, "upper": 2.25}}
-    assert spread([1.5]) == {"median": 1.5, "lower": 1.5, "upper": 1.5}
     summary = summarise({"seconds": seconds, "pass_seconds": {"all": [1.0, 0.5, 1.0]}})
+    assert summary["ratios"] == {"all": {"median": 2.0, "lower": 1.75, "upper": 2.25}}
     assert summary["pass_over_control"]["all"]["median"] == 0.5
     assert summary["seconds"] is seconds
+    assert ratio_spread([3.0], [2.0]) == {"median": 1.5, "lower": 1.5, "upper": 1.5}
 
 
 def test_slopes_follow_medians_of_each_cost():
@@ -79,23 +86,24 @@ def test_slopes_follow_medians_of_each_cost():
         summarise({"seconds": {"grpo": [x] * 3, "all": [2 * x**2] * 3}, "pass_seconds": {"all": [x**3] * 3}})
         for x in (1.0, 2.0, 4.0)
     ]
-    fitted = {name: fit["slope"] for name, fit in slopes([1.0, 2.0, 4.0], cases, "all").items()}
+    slopes = {name: fit["slope"] for name, fit in axis([1, 2, 4], cases)["slopes"].items()}
     expected = {"control_step": 1.0, "step": 2.0, "pass": 3.0, "ratio": 1.0, "pass_over_control": 2.0}
-    assert fitted == pytest.approx(expected)
+    assert slopes == pytest.approx(expected)
+    assert axis([1], cases[:1])["slopes"] == {}
 
 
 class Recorded:
     """A trainer reduced to its loop: calls its callback as transformers does, and writes down when it works."""
 
-    def __init__(self, name, events, num_steps, failing=False):
-        self.name, self.events, self.num_steps, self.failing = name, events, num_steps, failing
+    def __init__(self, name, events, failing=False):
+        self.name, self.events, self.failing = name, events, failing
         self.state = SimpleNamespace(log_history=[])
 
     def add_callback(self, callback):
         self.callback = callback
 
     def train(self):
-        for step in range(self.num_steps):
+        for step in range(3):
             self.callback.on_step_begin()
             self.events.append((self.name, step))
             if self.failing:
@@ -106,54 +114,38 @@ class Recorded:
 
 def test_trainers_take_turns_and_the_first_step_does_not_count():
     events = []
-    trainers = {name: Recorded(name, events, 3) for name in "ab"}
-    with tqdm(disable=True) as progress:
-        measured = interleave(trainers, 2, progress)
+    measured = interleave({name: Recorded(name, events) for name in "ab"}, 2)
     assert events == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]  # the order rotates
     assert {name: len(seconds) for name, seconds in measured["seconds"].items()} == {"a": 2, "b": 2}
     assert measured["pass_seconds"] == {"b": [1.0, 2.0]}
 
 
 def test_an_error_of_a_step_reaches_the_caller():
-    with tqdm(disable=True) as progress, pytest.raises(FloatingPointError, match="in the step"):
-        interleave({"a": Recorded("a", [], 3, failing=True)}, 2, progress)
-
-
-def test_one_backward_per_sequence_gives_the_norms_of_the_scoring_pass(tmp_path):
-    save_policy(TINY, tmp_path / "policy", 0)
-    trainer = random_trainers(TINY, ["per_sequence"], tmp_path, rounds=1, seed=0)["per_sequence"]
-    input_ids = torch.randint(3, 32, (4, 7), generator=torch.Generator().manual_seed(0))
-    output = {"prompt_ids": input_ids[:, :3], "completion_ids": input_ids[:, 3:]}
-    output |= {f"{part}_mask": torch.ones_like(output[f"{part}_ids"]) for part in ("prompt", "completion")}
-    scores = trainer._score_completions(output, output["completion_mask"])
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    expected = ScorePass(trainer.model, methods=("exact",))(inputs, input_ids[:, 3:], torch.ones(4, 4)).squared_norms
-    torch.testing.assert_close(scores.squared_norms, expected, rtol=1e-4, atol=0.0)
-    torch.testing.assert_close(scores.sketches.square().sum(dim=1), scores.squared_norms)
+    with pytest.raises(FloatingPointError, match="in the step"):
+        interleave({"a": Recorded("a", [], failing=True)}, 2)
 
 
 def test_completions_have_their_full_length_and_every_method_its_own_trainer(tmp_path):
-    save_policy(TINY, tmp_path / "policy", 0)
-    methods = ["grpo", "last_k", "exact"]
-    trainers = random_trainers(TINY, methods, tmp_path, rounds=1, seed=0)
-    with tqdm(disable=True) as progress:
-        measured = interleave(trainers, 1, progress)
-    assert set(measured["pass_seconds"]) == {"last_k", "exact"}
+    trainers = random_trainers(TINY, ["grpo", "last_k", "exact", "per_sequence"], tmp_path, rounds=1, seed=0)
+    measured = interleave(trainers, 1)
+    assert set(measured["pass_seconds"]) == {"last_k", "exact", "per_sequence"}
     for trainer in trainers.values():
         lengths = [row["completions/min_length"] for row in trainer.state.log_history if "loss" in row]
         assert lengths == [4, 4]
         assert trainer.state.global_step == 2
     assert trainers["last_k"].args.score_scope == "last_k"
     assert trainers["exact"].args.score_method == "exact"
+    assert trainers["per_sequence"]._score_pass.func is per_sequence_pass
     assert type(trainers["grpo"]).__name__ == "GRPOTrainer"
 
 
 def test_the_demo_is_measured_on_its_task_and_batch(tmp_path):
     save_policy(TINY, tmp_path / "model", 0)
     trainers = demo_trainers(str(tmp_path / "model"), ["grpo", "lm_head"], tmp_path, rounds=1, seed=0)
-    with tqdm(disable=True) as progress:
-        measured = interleave(trainers, 1, progress)
-    assert {name: len(seconds) for name, seconds in measured["seconds"].items()} == {"grpo": 1, "lm_head": 1}
+    assert {name: len(seconds) for name, seconds in interleave(trainers, 1)["seconds"].items()} == {
+        "grpo": 1,
+        "lm_head": 1,
+    }
     for trainer in trainers.values():
         (first, second, _) = trainer.state.log_history
         assert "rewards/chain_sum/mean" in first
@@ -162,71 +154,154 @@ def test_the_demo_is_measured_on_its_task_and_batch(tmp_path):
         assert trainer.args.per_device_train_batch_size == 16 * trainer.args.num_generations
 
 
-def test_the_command_writes_a_complete_record_that_its_section_reads(tmp_path, capsys, fresh_threads):
-    output = tmp_path / "cost.json"
-    argv = f"{MINIMAL} --completion_lengths 2 4 --rounds 1 --scaling_rounds 1 --demo_model= --output {output}"
-    arguments = parse(*argv.split())
-    cost.main(arguments)
-    record = json.loads(output.read_text())
-    comparison = record["comparisons"]["transformers"]
+def test_the_cost_command_writes_a_complete_record_that_its_section_reads(tmp_path, capsys, restored_process):
+    record = run_command(cost, tiny_cost(f"{SCALED} --output {tmp_path / 'cost.json'}"))
+    comparison, scaling = record["comparisons"]["transformers"], record["scaling"]
     assert set(comparison["seconds"]) == set(METHODS)
     assert set(comparison["pass_seconds"]) == set(METHODS) - {"grpo"}
     assert record["settings"]["seed"] == 0
     assert record["machine"]["num_threads"] == 1
-    scaling = record["scaling"]
     assert set(scaling) == {*cost.AXES, cost.PROCESSES}
-    assert set(scaling["completion length"]["slopes"]) == {
-        "control_step",
-        "step",
-        "pass",
-        "ratio",
-        "pass_over_control",
-    }
+    assert scaling["processes"]["cases"][0]["num_processes"] == 2
     assert scaling["processes"]["cases"][0]["seconds"]["all"][0] > 0
-    assert scaling["layers"]["slopes"] == {}  # a single size
-    assert "of a GRPO step" in capsys.readouterr().out
-    text = section.markdown(record)
-    ratio = comparison["ratios"]["lm_head"]["median"]
-    assert f"| {METHODS['lm_head']} | {ratio:.2f} [" in text
+    text = cost_section.markdown(record)
+    assert capsys.readouterr().out.strip() in text
+    assert f"| {METHODS['lm_head'][0]} | {comparison['ratios']['lm_head']['median']:.2f} [" in text
     assert "| completion length: 2, 4 |" in text
-    assert "layers: 1" not in text
-    drawn = section.figure(record)
-    assert isinstance(drawn, Figure)
-    assert [panel.get_xlabel() for panel in drawn.axes] == [*cost.AXES, cost.PROCESSES]
-    drawn.savefig(tmp_path / "figure.png")
+    assert "layers: 1" not in text  # a single size has no slope
+    panels = cost_section.figure(record).axes
+    assert [panel.get_xlabel() for panel in panels] == [*cost.AXES, cost.PROCESSES]
 
 
 def test_the_section_of_vllm_shows_every_method_of_the_record():
     steps = {"seconds": {"grpo": [2.0, 2.0], "all": [3.0, 3.0]}, "pass_seconds": {"all": [1.5, 1.5]}}
     comparison = {"case": vars(TINY), **summarise(steps)}
-    settings = {"rounds": 2, "seed": 5}
-    record = {"methods": METHODS, "comparisons": {"vllm": comparison}, "settings": settings}
-    record["machine"] = {"versions": {"vllm": "0.31.0"}}
+    record = {"methods": {"all": "scope `all`"}, "comparisons": {"vllm": comparison}}
+    record |= {"machine": {"versions": {"vllm": "0.31.0"}}, "settings": {"rounds": 2, "seed": 5}}
     text = vllm_section.markdown(record)
-    assert f"| {METHODS['all']} | 1.50 [1.50, 1.50] | 0.75 [0.75, 0.75] |" in text
-    assert "vLLM 0.31.0" in text
-    assert "seed 5" in text
-    assert "takes 2.00 s" in text
+    for expected in (
+        "| scope `all` | 1.50 [1.50, 1.50] | 0.75 [0.75, 0.75] |",
+        "vLLM 0.31.0",
+        "seed 5",
+        "takes 2.00 s",
+    ):
+        assert expected in text
 
 
-def test_the_number_of_steps_counts_shared_cases_once():
-    # 7 methods x 2 steps, then 2 trainers x 2 steps for each of lengths 2 and 4 (4 is also the base of the other three axes)
-    # and for one number of processes.
-    argv = f"{MINIMAL} --completion_lengths 2 4 --rounds 1 --scaling_rounds 1"
-    arguments = parse(*argv.split(), "--demo_model=")
-    assert cost.num_steps(arguments) == 7 * 2 + 2 * 2 * 3
+def test_what_several_axes_share_is_measured_once():
+    # Length 4, 2 completions, hidden size 64 and 1 layer are the same case.
+    jobs = list(cost.planned(tiny_cost(SCALED)))
+    assert jobs == ["transformers", tiny_cost("").case(completion_length=2), TINY, 2]
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
-    [(["--rounds", "0"], "`rounds`"), (["--group_sizes", "1", "2"], "`group_sizes`")],
+    ("argv", "message"), [("--rounds 0", "`rounds`"), ("--group_sizes 1 2", "`group_sizes`"), ("--sed 1", "--sed")]
 )
-def test_settings_without_a_ratio_are_refused(argv, message):
+def test_settings_without_a_ratio_and_misspelt_ones_are_refused(argv, message):
     with pytest.raises(ValueError, match=message):
-        parse(*argv)
+        parse(CostArguments, argv)
 
 
-def test_a_demo_model_that_is_missing_is_named(tmp_path, fresh_threads):
+def test_a_demo_model_that_is_missing_is_named(tmp_path, restored_process):
+    arguments = parse(CostArguments, f"--demo_model {tmp_path} --output {tmp_path / 'cost.json'}")
     with pytest.raises(ValueError, match=r"`demo_model`.*examples.tiny_qwen3"):
-        cost.main(parse("--demo_model", str(tmp_path), "--output", str(tmp_path / "cost.json")))
+        cost.main(arguments)
     assert not (tmp_path / "cost.json").exists()
+
+
+def test_the_score_pass_command_writes_every_ratio_and_all_timings(tmp_path, capsys):
+    argv = f"{SMALL} --sequence_lengths 8 16 --rounds 2 --output {tmp_path / 'results' / 'score_pass.json'}"
+    record = run_command(score_pass, parse(ScorePassArguments, argv))
+    assert set(record) == {"settings", "machine", "passes", "cases"}
+    assert {"cpu", "num_cores", "load_average", "versions", "git_revision"} <= set(record["machine"])
+    assert [case["sequence_length"] for case in record["cases"]] == [8, 16]
+    for case in record["cases"]:
+        assert set(case["ratios"]) == set(pass_section.RATIOS)
+        assert {name: len(seconds) for name, seconds in case["seconds"].items()} == dict.fromkeys(score_pass.PASSES, 2)
+    assert capsys.readouterr().out.strip() in pass_section.markdown(record)
+
+
+@pytest.fixture
+def workload():
+    arguments = ScorePassArguments(batch_size=3)
+    return Workload(arguments, qwen3_config(64, 2, 64), score_memory.Case(16), score_pass.SCORES)
+
+
+def test_the_timed_passes_compute_the_same_norms(workload):
+    norms = workload.run("exact").squared_norms
+    torch.testing.assert_close(torch.stack(workload.run("per_sequence")), norms, rtol=1e-4, atol=0)
+    inputs = {"input_ids": workload.input_ids, "attention_mask": torch.ones_like(workload.input_ids)}
+    scores = per_sequence_pass(workload.model, inputs, workload.input_ids[:, -12:], torch.ones(3, 12))
+    torch.testing.assert_close(scores.squared_norms, norms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(scores.sketches.square().sum(dim=1), scores.squared_norms)
+
+
+def test_timing_leaves_the_model_trainable_and_without_gradients(workload):
+    forward = workload.model.forward
+    for name in score_pass.PASSES:
+        assert workload.seconds(name) > 0
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in workload.model.parameters())
+    assert workload.model.forward == forward
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in workload.model.modules())
+
+
+def memory_of_a_pass_that_holds(num_mib):
+    """A scoring pass of a small model, with a buffer of known size alive meanwhile."""
+    workload = warm_workload(parse(ScoreMemoryArguments, SMALL), score_memory.Case(16))
+
+    def run():
+        buffer = torch.ones(num_mib * MIB, dtype=torch.uint8)
+        workload.run("all")
+        del buffer
+
+    return measure_memory(run, CPU)
+
+
+def test_a_buffer_that_a_pass_holds_shows_in_its_peak_and_not_in_what_it_keeps():
+    plain, holding = (memory_of_a_pass_that_holds(num_mib) for num_mib in (0, 64))
+    difference = (holding.peak - holding.before) - (plain.peak - plain.before)
+    assert difference == pytest.approx(64 * MIB, abs=4 * MIB)
+    assert holding.after - holding.before < 16 * MIB
+
+
+def test_an_earlier_high_water_mark_does_not_count():
+    # Above 32 MiB malloc always asks the kernel; below, it may hand out what earlier tests in this process gave back.
+    torch.ones(256 * MIB, dtype=torch.uint8)
+    memory = measure_memory(lambda: torch.ones(96 * MIB, dtype=torch.uint8), CPU)
+    assert memory.peak - memory.before == pytest.approx(96 * MIB, abs=4 * MIB)
+
+
+def test_memory_ratios_are_those_of_median_increments():
+    increments = {name: [30] for name in score_memory.PASSES}
+    increments |= {"train": [50, 40, 90], "train_accumulating": [40], "train_floor": [20]}
+    summary = score_memory.summarize(
+        {name: [Memory(100, 100 + number, 100) for number in numbers] for name, numbers in increments.items()}
+    )
+    assert summary["train"]["increment"] == 50
+    assert summary["train"]["increment_spread"] == 50  # 90 - 40
+    # 130 of 150; 30 of 50, of 40 and of 20.
+    expected = {"peak": 130 / 150, "increment": 0.6, "activations": 0.75, "floor": 1.5}
+    assert summary["all"]["ratios"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_score_memory_command_writes_every_pass_of_every_case(tmp_path, monkeypatch, capsys):
+    for name, value in score_memory.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # the command sets them; restored afterwards
+    kept = ("train", "train_accumulating", "train_floor", "all", "lm_head")  # the others differ by their settings only
+    monkeypatch.setattr(score_memory, "PASSES", {name: score_memory.PASSES[name] for name in kept})
+    monkeypatch.setattr(score_memory, "SCORES", {name: score_memory.SCORES[name] for name in kept[3:]})
+    output = tmp_path / "results" / "score_memory.json"
+    argv = f"{SMALL} --sequence_lengths 16 --repeats 1 --output {output}"
+    record = run_command(score_memory, parse(ScoreMemoryArguments, argv))
+    assert set(record) == {"settings", "machine", "passes", "target", "cases"}
+    assert record["settings"]["seed"] == 0
+    assert {"cpu", "num_cores", "versions", "git_revision"} <= set(record["machine"])
+    cases = {(case["lora"], case["checkpointing"]): case for case in record["cases"]}
+    assert set(cases) == {(False, False), (False, True), (True, False), (True, True)}
+    for case in cases.values():
+        assert set(case["passes"]) == set(kept)
+        for name, result in case["passes"].items():
+            assert result["peak"] >= result["before"] > 0
+            assert ("ratios" in result) == (name in score_memory.SCORES)
+    assert capsys.readouterr().out.strip() in memory_section.markdown(record)
