@@ -18,21 +18,12 @@ from oblr_trl.evaluation.training import benchmark_datasets, training_prompt_set
 from oblr_trl.scripts import train
 from oblr_trl.scripts.evaluate import parse
 from tests import recipe_stand_ins
-from tests.evaluation.files import (
-    MATH,
-    ROOT,
-    benchmark_rows,
-    evaluate,
-    gsm8k_rows,
-    local,
-    read_jsonl,
-    write_benchmarks,
-    write_jsonl,
-)
+from tests.evaluation import files
+from tests.evaluation.files import MATH, benchmark_rows, evaluate, gsm8k_rows, read_jsonl, write_jsonl
 
-MATH_4B = ROOT / "recipes" / "Qwen3-4B-Base" / "oblrpo" / "config_math.yaml"
-GSM8K_LORA = ROOT / "recipes" / "Qwen3-1.7B-Base" / "oblrpo" / "config_gsm8k_lora.yaml"
-CHAIN_SUM = ROOT / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml"
+MATH_4B = files.ROOT / "recipes" / "Qwen3-4B-Base" / "oblrpo" / "config_math.yaml"
+GSM8K_LORA = files.ROOT / "recipes" / "Qwen3-1.7B-Base" / "oblrpo" / "config_gsm8k_lora.yaml"
+CHAIN_SUM = files.ROOT / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml"
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 THINKING_TEMPLATE = recipe_stand_ins.CHAT_TEMPLATE + "{% if enable_thinking %}think {% endif %}"
 THINKING_TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -69,7 +60,7 @@ def stand_ins(tmp_path_factory):
 def questions(tmp_path_factory):
     """Command line that puts the questions of the stand-ins' training sets in place of GSM8K."""
     rows = [{"question": f"What is {i} + 2?", "answer": f"#### {i + 2}"} for i in range(16)]
-    return local(gsm8k=write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", rows))
+    return files.local(gsm8k=write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", rows))
 
 
 def write_recipe(path, base=MATH_4B, **changes):
@@ -210,8 +201,8 @@ def test_vllm_is_told_the_stop_tokens_and_given_the_prompts_of_the_recipe(stand_
 
 
 def test_the_benchmarks_of_the_recipe_are_prompts_and_solutions(tmp_path):
-    files = write_benchmarks(tmp_path)
-    sets = benchmark_datasets(MATH, files=files)
+    sources = files.write_benchmarks(tmp_path)
+    sets = benchmark_datasets(MATH, files=sources)
 
     assert list(sets) == ["gsm8k", "math500", "amc23", "aime25", "olympiadbench"]
     assert all(rows.column_names == ["prompt", "solution", "benchmark"] for rows in sets.values())
@@ -219,7 +210,7 @@ def test_the_benchmarks_of_the_recipe_are_prompts_and_solutions(tmp_path):
     assert sets["olympiadbench"]["solution"][2:4] == ["$1,3$", "$1, 3$"]
     assert sets["aime25"]["prompt"][0].startswith("Problem 0\nPlease reason step by step")
 
-    (prompt, *_) = benchmark_datasets(MATH, files=files, only=["aime25"], like=MATH_4B)["aime25"]["prompt"]
+    (prompt, *_) = benchmark_datasets(MATH, files=sources, only=["aime25"], like=MATH_4B)["aime25"]["prompt"]
     assert prompt == [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Problem 0"}]
 
 
@@ -241,7 +232,7 @@ def test_a_recipe_evaluates_on_a_local_file_of_gsm8k_during_training(model_dir, 
 
 @pytest.mark.slow
 def test_a_trainer_evaluates_on_several_benchmarks_by_name(model_dir, tmp_path):
-    sets = benchmark_datasets(MATH, files=write_benchmarks(tmp_path), only=["gsm8k", "aime25"])
+    sets = benchmark_datasets(MATH, files=files.write_benchmarks(tmp_path), only=["gsm8k", "aime25"])
     config = OBLRPOConfig(str(tmp_path / "run"), **OPTIONS)
     trainer = OBLRPOTrainer(model_dir, math_accuracy, config, train_dataset=sets["gsm8k"], eval_dataset=sets)
     trainer.train()
