@@ -1,156 +1,100 @@
-"""The keys of an evaluation recipe."""
+"""Keys of an evaluation recipe; prompts are shaped by the keys of a training recipe."""
 
+# `_option` returns a `dataclasses.field`, so nothing is shared between instances.
+# ruff: noqa: RUF009
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from oblr_trl.data.prompts import check_template
 from oblr_trl.data.recipe_files import parse_json_object
 from oblr_trl.data.tasks import nearest
-from oblr_trl.evaluation.benchmarks import UNPARSABLE_ANSWERS
-from oblr_trl.evaluation.grading import ANSWER_FORMATS
+from oblr_trl.evaluation.rewards import ANSWER_FORMATS
 
-BACKENDS = ("auto", "vllm", "transformers")
+CHOICES = {
+    "backend": ("auto", "vllm", "transformers"),
+    "unparsable_answers": ("error", "exclude"),
+    "answer_format": ANSWER_FORMATS,
+}
+COUNTS = ("max_new_tokens", "batch_size", "num_completions", "vllm_tensor_parallel_size")
+FRACTIONS = ("top_p", "vllm_gpu_memory_utilization")
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number, at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    """YAML reads `1e-1`, without a dot, as text, and `yes` as true."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _option(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
 
 
 @dataclass
 class EvaluationArguments:
-    """
-    What to evaluate on which benchmarks, and how.
+    """What to evaluate on which benchmarks, and how; fields are documented by their `help`."""
 
-    Args:
-        model_name_or_path (`str`, *optional*):
-            Hub id or local directory of the model; an adapter's directory too, with the transformers backend.
-        model_revision (`str`, *optional*):
-            Revision of a hub model.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights, e.g. `"bfloat16"`; `"auto"` is that of the checkpoint.
-        attn_implementation (`str`, *optional*):
-            Attention of the transformers backend, e.g. `"flash_attention_2"`.
-        backend (`str`, *optional*, defaults to `"auto"`):
-            `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed.
-        completions_file (`str`, *optional*):
-            JSONL of completions to grade instead of generating any: rows `{"benchmark", "index", "completions"}`, where
-            `index` is the row of the problem in its data set.
-        output_dir (`str`, *optional*):
-            Where records and results go; an evaluation of the same settings is continued there. Defaults to
-            `runs/evaluation/` and the last part of the model's or file's name.
-        benchmarks (`dict` or `str`, *optional*):
-            Fields of [`~evaluation.benchmarks.Benchmark`] by name; on the command line a JSON object.
-        only (`list[str]`, *optional*):
-            Names of the benchmarks to evaluate on. Defaults to all.
-        files (`dict` or `str`, *optional*):
-            Local files with the same columns that take the place of data sets, by the benchmark's name; on the command line
-            a JSON object.
-        num_completions (`int`, *optional*, defaults to `1`):
-            Completions per problem, for benchmarks that do not set their own.
-        pass_at (`list[int]`, *optional*):
-            The k of pass@k, for benchmarks that do not set their own.
-        unparsable_answers (`str`, *optional*, defaults to `"error"`):
-            Of problems whose reference answer math-verify cannot parse: `"error"` refuses them by row before a model is
-            loaded, `"exclude"` leaves them out and counts them.
-        answer_format (`str`, *optional*, defaults to `"any"`):
-            `"any"` or `"latex"`, see [`~evaluation.grading.grade`].
-        prompt_template (`str`, *optional*):
-            Text around every string prompt, with `{prompt}` in it.
-        conversational (`bool`, *optional*, defaults to `False`):
-            Whether to turn every string prompt into a conversation, for models with a chat template.
-        system_prompt (`str`, *optional*):
-            System message put before every conversation.
-        chat_template_kwargs (`dict` or `str`, *optional*):
-            Further arguments of the chat template, e.g. `{"enable_thinking": false}`; on the command line a JSON object.
-        like (`str`, *optional*):
-            A training recipe whose prompts and endings are used: `prompt_template`, `conversational`, `system_prompt`,
-            `chat_template_kwargs`, `stop_token_ids` and, for `max_new_tokens`, `max_completion_length` come from it, whatever
-            this recipe says; those of the command line come first.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature, at least 0; 0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Probability of the nucleus, in (0, 1].
-        top_k (`int`, *optional*):
-            Number of most likely tokens to sample from. Defaults to all.
-        max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Longest completion, in tokens.
-        stop_token_ids (`list[int]`, *optional*):
-            Tokens that end a completion, in addition to the model's and the tokenizer's end of text.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions generated, graded and recorded at once; a killed evaluation loses no more than these.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of sampling and of the bootstrap.
-        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            GPUs that share the model.
-        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
-            Fraction of the GPU's memory that vLLM takes, in (0, 1].
-        disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to leave the progress bar out.
-    """
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or directory of the model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights, e.g. `bfloat16`."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the transformers backend."})
-    backend: str = field(default="auto", metadata={"help": "`vllm`, `transformers`, or `auto`: vLLM where installed."})
-    completions_file: str | None = field(default=None, metadata={"help": "JSONL of completions to grade instead."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where records and results go."})
-    benchmarks: dict | str | None = field(default=None, metadata={"help": "Benchmarks by name, a JSON object."})
-    only: list[str] | None = field(default=None, metadata={"help": "Names of the benchmarks to evaluate on."})
-    files: dict | str | None = field(
-        default=None, metadata={"help": "Local files in place of data sets, by benchmark: a JSON object."}
+    model_name_or_path: str | None = _option(None, "Hub id or directory; with transformers also of an adapter.")
+    model_revision: str | None = _option(None, "Revision of a hub model.")
+    dtype: str = _option("auto", "Type of the weights, e.g. `bfloat16`; `auto` is that of the checkpoint.")
+    attn_implementation: str | None = _option(None, "Attention with transformers, e.g. `flash_attention_2`.")
+    backend: str = _option("auto", "`vllm`, `transformers`, or `auto`: vLLM where it is installed.")
+    completions_file: str | None = _option(
+        None, 'JSONL, or a directory of such, to grade instead: rows `{"benchmark", "index", "completions"}`.'
     )
-    num_completions: int = field(default=1, metadata={"help": "Completions per problem: the k of avg@k."})
-    pass_at: list[int] | None = field(default=None, metadata={"help": "The k of pass@k."})
-    unparsable_answers: str = field(
-        default="error", metadata={"help": "`error` or `exclude`: problems whose answer math-verify cannot parse."}
+    output_dir: str | None = _option(None, "Records and results. Defaults to `runs/evaluation/` and the model's name.")
+    benchmarks: dict | str | None = _option(None, "Benchmarks by name, see docs/evaluation.md; here a JSON object.")
+    only: list[str] | None = _option(None, "Names of the benchmarks to evaluate on. Defaults to all.")
+    files: dict | str | None = _option(None, "Local files in place of datasets, by benchmark; here a JSON object.")
+    num_completions: int = _option(1, "Completions per problem (k of avg@k), where a benchmark does not set its own.")
+    pass_at: list[int] | None = _option(None, "The k of pass@k, where a benchmark does not set its own.")
+    unparsable_answers: str = _option(
+        "error",
+        "Problems whose reference answer math-verify cannot parse: refused (`error`), or left out (`exclude`).",
     )
-    answer_format: str = field(default="any", metadata={"help": "`any`, or `latex` as TRL's accuracy_reward."})
-    prompt_template: str | None = field(default=None, metadata={"help": "Text around every `{prompt}`."})
-    conversational: bool = field(default=False, metadata={"help": "Whether to make every prompt a conversation."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message before every conversation."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Arguments of the chat template, a JSON object, e.g. `{"enable_thinking": false}`.'},
+    answer_format: str = _option(
+        "any", "`latex`: as TRL's accuracy_reward reads answers; `any`: else the last number or expression counts too."
     )
-    like: str | None = field(
-        default=None, metadata={"help": "Training recipe whose prompts and stop tokens are used."}
+    prompt_template: str | None = _option(None, "Text around every string prompt, with `{prompt}` in its place.")
+    conversational: bool = _option(False, "Whether to make every string prompt a conversation, for a chat template.")
+    system_prompt: str | None = _option(None, "System message before every conversation.")
+    chat_template_kwargs: dict | str | None = _option(
+        None, 'Arguments of the chat template, e.g. `{"enable_thinking": false}`; here a JSON object.'
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability of the nucleus."})
-    top_k: int | None = field(default=None, metadata={"help": "Number of most likely tokens to sample from."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Longest completion, in tokens."})
-    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Further tokens that end a completion."})
-    batch_size: int = field(default=64, metadata={"help": "Completions generated and recorded at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling and of the bootstrap."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model."})
-    vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Fraction of GPU memory for vLLM."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "Whether to leave the progress bar out."})
+    like: str | None = _option(
+        None,
+        "Training recipe whose prompts, stop tokens and length replace this recipe's; the command line comes first.",
+    )
+    temperature: float = _option(1.0, "Temperature of sampling, at least 0; 0 is greedy.")
+    top_p: float = _option(1.0, "Probability of the nucleus, in (0, 1].")
+    top_k: int | None = _option(None, "Number of most likely tokens to sample from. Defaults to all.")
+    max_new_tokens: int = _option(1024, "Longest completion, in tokens.")
+    stop_token_ids: list[int] | None = _option(None, "Tokens that end a completion, in addition to the end of text.")
+    batch_size: int = _option(64, "Completions generated and recorded at once; a kill loses no more than these.")
+    seed: int = _option(0, "Seed of sampling and of the bootstrap.")
+    vllm_tensor_parallel_size: int = _option(1, "GPUs that share the model.")
+    vllm_gpu_memory_utilization: float = _option(0.9, "Fraction of the GPU's memory that vLLM takes, in (0, 1].")
+    disable_tqdm: bool = _option(False, "Whether to leave the progress bar out.")
 
     def __post_init__(self):
+        values = vars(self)
         for name in ("benchmarks", "files", "chat_template_kwargs"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, parse_json_object(name, getattr(self, name)))
-        for name, values in (
-            ("backend", BACKENDS),
-            ("unparsable_answers", UNPARSABLE_ANSWERS),
-            ("answer_format", ANSWER_FORMATS),
-        ):
-            value = getattr(self, name)
-            if value not in values:
-                raise ValueError(
-                    f"`{name}` is {value!r}{nearest(str(value), values)}: use one of {', '.join(values)}."
-                )
-        for name in ("max_new_tokens", "batch_size", "num_completions", "vllm_tensor_parallel_size"):
-            self._check_number(name, 1, math.inf, whole=True)
-        if self.top_k is not None:
-            self._check_number("top_k", 1, math.inf, whole=True)
-        self._check_number("temperature", 0, math.inf)
-        for name in ("top_p", "vllm_gpu_memory_utilization"):
-            self._check_number(name, math.ulp(0), 1)
+            if isinstance(values[name], str):
+                values[name] = parse_json_object(name, values[name])
+        for name, choices in CHOICES.items():
+            if values[name] not in choices:
+                near = nearest(str(values[name]), choices)
+                raise ValueError(f"`{name}` is {values[name]!r}{near}: use one of {', '.join(choices)}.")
+        checks = {name: (is_count(values[name]), "a whole number, at least 1") for name in COUNTS}
+        checks["top_k"] = (self.top_k is None or is_count(self.top_k), "a whole number, at least 1")
+        checks["temperature"] = (_is_number(self.temperature) and self.temperature >= 0, "a number, at least 0")
+        for name in FRACTIONS:
+            checks[name] = (_is_number(values[name]) and 0 < values[name] <= 1, "a number, above 0 and at most 1")
+        for name, (is_valid, wanted) in checks.items():
+            if not is_valid:
+                raise ValueError(f"`{name}` is {values[name]!r}, but must be {wanted}: correct it.")
         check_template(self.prompt_template)
-
-    def _check_number(self, name: str, low: float, high: float, *, whole: bool = False) -> None:
-        value = getattr(self, name)
-        # YAML takes `1e-1`, without a dot, for text.
-        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or value == math.inf:
-            kind = "a whole number" if whole else "a number"
-            bounds = "at least 0" if low == 0 else "at least 1" if whole else "above 0 and at most 1"
-            raise ValueError(f"`{name}` is {value!r}, but must be {kind}, {bounds}: correct it.")

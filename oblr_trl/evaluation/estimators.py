@@ -1,8 +1,8 @@
-r"""avg@k and pass@k over problems, exact where arithmetic allows it, with bootstrap intervals over problems."""
+r"""avg@k and pass@k as exact fractions, with bootstrap intervals over problems instead of over runs."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -13,20 +13,6 @@ INTERVAL = (2.5, 97.5)
 _BOOTSTRAP_CHUNK = 1_000
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its 95 % percentile bootstrap interval; both in the metric's own units."""
-
-    value: float
-    low: float
-    high: float
-
-
-def average(num_correct: int, num_completions: int) -> Fraction:
-    """avg@n of one problem: the fraction of its n completions that are right; pass@1 is the same number."""
-    return Fraction(num_correct, num_completions)
-
-
 def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
     r"""
     Unbiased estimate of the probability that at least one of k completions of a problem is right:
@@ -34,7 +20,7 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
     $$\mathrm{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}$$
 
     ([Evaluating Large Language Models Trained on Code](https://huggingface.co/papers/2107.03374), equation 1). At k = 1 it is
-    the average, at k = n whether any completion is right.
+    c / n, which is avg@n; at k = n whether any completion is right.
 
     Args:
         num_correct (`int`):
@@ -47,18 +33,12 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
     Raises:
         `ValueError`: `k` is not in [1, n], or `num_correct` not in [0, n].
     """
-    if not 1 <= k <= num_completions:
+    if not 0 <= num_correct <= num_completions or not 1 <= k <= num_completions:
         raise ValueError(
-            f"pass@{k} of {num_completions} completions is not defined: k must be from 1 to {num_completions}."
+            f"pass@{k} of {num_completions} completions, {num_correct} of them right, is not defined: k must be from 1 to "
+            f"{num_completions}, and no more of them can be right."
         )
-    if not 0 <= num_correct <= num_completions:
-        raise ValueError(f"{num_correct} of {num_completions} completions cannot be right.")
     return 1 - Fraction(math.comb(num_completions - num_correct, k), math.comb(num_completions, k))
-
-
-def exact_mean(values: Sequence[Fraction]) -> float:
-    """Mean of fractions, rounded once."""
-    return float(sum(values, Fraction(0)) / len(values))
 
 
 def bootstrap_means(values: Sequence[float] | np.ndarray, *, seed: int) -> np.ndarray:
@@ -83,32 +63,25 @@ def bootstrap_means(values: Sequence[float] | np.ndarray, *, seed: int) -> np.nd
     return np.concatenate(chunks)
 
 
-def estimate(values: Sequence[Fraction], *, seed: int) -> Estimate:
-    """The mean over problems and its interval; all values equal give an interval of length 0."""
-    low, high = interval(bootstrap_means([float(value) for value in values], seed=seed))
-    return Estimate(value=exact_mean(values), low=low, high=high)
+def estimate(*benchmarks: Sequence[Fraction], seed: int) -> dict[str, float]:
+    """
+    Unweighted mean over benchmarks of the means over their problems, with its 95 % percentile bootstrap interval.
 
+    Each benchmark is the metric of all its problems, which are resampled among themselves; equal values give an interval of
+    length 0.
 
-def mean_of_benchmarks(benchmarks: Mapping[str, Sequence[Fraction]], *, seed: int) -> Estimate:
-    """The unweighted mean over benchmarks; the problems of each one are resampled among themselves."""
-    means = [
-        bootstrap_means([float(value) for value in values], seed=seed + position)
-        for position, values in enumerate(benchmarks.values())
-    ]
-    low, high = interval(np.mean(means, axis=0))
-    value = sum((sum(values, Fraction(0)) / len(values) for values in benchmarks.values()), Fraction(0))
-    return Estimate(value=float(value / len(benchmarks)), low=low, high=high)
+    Returns:
+        `dict[str, float]`: `value` (exact, rounded once), `low` and `high`, in the metric's own units.
+    """
+    means = [bootstrap_means([float(value) for value in values], seed=seed + i) for i, values in enumerate(benchmarks)]
+    low, high = np.percentile(np.mean(means, axis=0), INTERVAL)
+    value = statistics.mean([statistics.mean(values) for values in benchmarks])
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def paired_differences(first: Sequence[Fraction], second: Sequence[Fraction]) -> list[Fraction]:
     """
-    `second - first` problem by problem. Their mean has the smaller interval the more the two models find the same problems
-    hard, since the difficulty of a problem cancels.
+    `second - first` problem by problem. The more the two models find the same problems hard, the smaller is the interval of
+    the mean difference, since the difficulty of a problem cancels.
     """
     return [b - a for a, b in zip(first, second, strict=True)]
-
-
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of bootstrap means."""
-    low, high = np.percentile(means, INTERVAL)
-    return float(low), float(high)

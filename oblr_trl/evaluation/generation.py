@@ -1,38 +1,62 @@
-"""Sampling n completions of each prompt by transformers or vLLM, from seeds that do not depend on what was done before.
+"""Completions of transformers or vLLM, from seeds that do not depend on what was generated before.
 
 A batch of problems has a seed of its own, made of the run's seed, the benchmark and the batch's first row, so that an
-evaluation that is killed and resumed at a batch gives the completions of an uninterrupted one.
+evaluation that is killed and continued at a batch gives the completions of an uninterrupted one.
 """
 
+import functools
 import hashlib
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from oblr_trl.evaluation.arguments import EvaluationArguments
+from oblr_trl.evaluation.benchmarks import Problem, ProblemSet
+from oblr_trl.evaluation.records import Answer, Answers
+
+# (token ids of prompts, completions of each prompt, seed) -> completions
+Generate = Callable[[Sequence[list[int]], int, int], list[Answer]]
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What a model said: the text, its number of tokens, and whether it was cut off at `max_new_tokens`."""
+def model_answers(args: EvaluationArguments, backend: str, problem_sets: Sequence[ProblemSet]) -> Answers:
+    """
+    The completions of a model. Prompts are encoded and measured at once; the weights are loaded when the first completion is
+    asked for, which a finished evaluation never does.
 
-    text: str
-    num_tokens: int | None = None
-    truncated: bool | None = None
+    Raises:
+        `ValueError`: an adapter for vLLM, conversations without a chat template, or completions beyond the model's context.
+    """
+    name, revision = str(args.model_name_or_path), args.model_revision
+    base = _base_model(name)
+    if backend == "vllm" and base != name:
+        raise ValueError(_adapter_message(name.rstrip("/")))
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    problems = [problem for problem_set in problem_sets for problem in problem_set.problems]
+    prompt_ids = {(p["benchmark"], p["index"]): encode_prompt(tokenizer, p["prompt"], args) for p in problems}
+    longest = max(map(len, prompt_ids.values()))
+    config = AutoConfig.from_pretrained(base, revision=revision).get_text_config().to_dict()
+    context = config.get("max_position_embeddings")  # which models without position embeddings lack
+    if context is not None and longest + args.max_new_tokens > context:
+        raise ValueError(
+            f"`max_new_tokens` is {args.max_new_tokens}, but the model's context is {context} tokens and the longest prompt "
+            f"takes {longest} of them: set it to at most {context - longest}."
+        )
+    eos = eos_token_ids(base, tokenizer, args)
+    load = {"vllm": load_vllm, "transformers": load_transformers}[backend]
+    generator = functools.cache(lambda: load(args, tokenizer, eos, longest + args.max_new_tokens))
 
+    def answers(problems: Sequence[Problem], num_completions: int) -> list[Answer]:
+        keys = [(problem["benchmark"], problem["index"]) for problem in problems]
+        return generator()([prompt_ids[key] for key in keys], num_completions, batch_seed(args.seed, *keys[0]))
 
-class Generator(Protocol):
-    """Whatever answers prompts."""
-
-    def generate(self, prompt_ids: Sequence[list[int]], *, num_completions: int, seed: int) -> list[list[Completion]]:
-        """`num_completions` completions of each prompt."""
+    return answers
 
 
 def batch_seed(seed: int, benchmark: str, first_index: int) -> int:
@@ -42,203 +66,123 @@ def batch_seed(seed: int, benchmark: str, first_index: int) -> int:
 
 
 def choose_backend(wanted: str) -> str:
-    """
-    vLLM where it is installed, else transformers, unless one of them is asked for.
-
-    Raises:
-        `ValueError`: vLLM is asked for and not installed.
-    """
+    """vLLM where it is installed, else transformers, unless one of them is asked for; `ValueError` where vLLM is missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise ValueError(
             "`backend` is 'vllm', which is not installed: `pip install 'oblr_trl[vllm]'`, or set `backend: transformers`."
         )
-    if wanted == "auto":
-        return "vllm" if installed else "transformers"
-    return wanted
+    return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
-def check_adapter(args: EvaluationArguments, backend: str) -> None:
-    """Refuse an adapter for vLLM; transformers loads it with its model."""
-    name = str(args.model_name_or_path).rstrip("/")
-    if backend == "vllm" and _base_model(args) != args.model_name_or_path:
-        raise ValueError(
-            f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set `backend: transformers`, or "
-            f"merge it into its model and evaluate {name + '-merged'!r}:\n"
-            'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
-            f"M.from_pretrained('{name}', dtype='auto').merge_and_unload().save_pretrained('{name}-merged'); "
-            f"T.from_pretrained('{name}').save_pretrained('{name}-merged')\""
-        )
-
-
-def load_tokenizer(args: EvaluationArguments) -> Any:
-    """The model's tokenizer, padding on the left."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, padding_side="left"
-    )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def encode_prompts(
-    tokenizer: Any, prompts: Sequence[Any], chat_template_kwargs: dict[str, Any] | None = None
-) -> list[list[int]]:
-    """
-    Token ids of prompts as TRL's trainers encode them: text by the tokenizer, conversations through its chat template.
-
-    Raises:
-        `ValueError`: conversations without a chat template.
-    """
-    if isinstance(prompts[0], str):
-        return [tokenizer(prompt).input_ids for prompt in prompts]
+def encode_prompt(tokenizer: Any, prompt: Any, args: EvaluationArguments) -> list[int]:
+    """Token ids of a prompt as TRL's trainers encode it: text by the tokenizer, a conversation through its chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
         raise ValueError(
             "The prompts are conversations, but the tokenizer has no chat template: set `conversational: false`, or "
             "evaluate a model whose tokenizer has one."
         )
-    encoded = tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    kwargs: Any = args.chat_template_kwargs or {}
+    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **kwargs}
+    return tokenizer.apply_chat_template(prompt, **kwargs)["input_ids"]
+
+
+def load_transformers(args: EvaluationArguments, tokenizer: Any, eos: list[int], max_length: int) -> Generate:
+    """`model.generate` on `args.batch_size` sequences at a time, padded on the left, on the GPU if there is one."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(args.model_name_or_path),
+        revision=args.model_revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
     )
-    return encoded["input_ids"]
-
-
-def check_lengths(args: EvaluationArguments, longest_prompt: int) -> None:
-    """Refuse completions that would leave the model's context; reads the configuration, not the weights."""
-    config = AutoConfig.from_pretrained(_base_model(args), revision=args.model_revision).get_text_config()
-    # Models without position embeddings, such as Mamba, have no such limit.
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and longest_prompt + args.max_new_tokens > context:
-        raise ValueError(
-            f"`max_new_tokens` is {args.max_new_tokens}, but the model's context is {context} tokens and the longest prompt "
-            f"takes {longest_prompt} of them: set it to at most {context - longest_prompt}."
-        )
-
-
-def load_generator(args: EvaluationArguments, tokenizer: Any, backend: str, *, longest_prompt: int) -> Generator:
-    """Load the model; `longest_prompt` is in tokens."""
-    if backend == "vllm":
-        return VLLMGenerator(args, tokenizer, max_model_len=longest_prompt + args.max_new_tokens)
-    return TransformersGenerator(args, tokenizer)
-
-
-class TransformersGenerator:
-    """`model.generate` on batches padded on the left, `args.batch_size` sequences at a time, on the GPU if there is one."""
-
-    def __init__(self, args: EvaluationArguments, tokenizer: Any):
-        assert args.model_name_or_path is not None
-        self.args, self.tokenizer = args, tokenizer
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-        )
-        self.model = model.to(device).eval()
-        self.eos_token_ids = eos_token_ids(args, tokenizer)
-        greedy = args.temperature == 0
-        # Replaces the model's own, whose `top_k` or `repetition_penalty` would otherwise count too.
-        self.model.generation_config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else args.temperature,
-            top_p=None if greedy else args.top_p,
-            top_k=None if greedy else (args.top_k or 0),
-            max_new_tokens=args.max_new_tokens,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # Replaces the model's own, whose `top_k` or `repetition_penalty` would otherwise count too.
+    model.generation_config = GenerationConfig(
+        do_sample=args.temperature > 0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+        **(_sampling(args) if args.temperature > 0 else {}),
+    )
 
     @torch.inference_mode()
-    def generate(self, prompt_ids: Sequence[list[int]], *, num_completions: int, seed: int) -> list[list[Completion]]:
+    def generate(prompt_ids: Sequence[list[int]], num_completions: int, seed: int) -> list[Answer]:
         torch.manual_seed(seed)
         rows = [ids for ids in prompt_ids for _ in range(num_completions)]
-        completions: list[Completion] = []
-        for start in range(0, len(rows), self.args.batch_size):
-            batch = self.tokenizer.pad({"input_ids": rows[start : start + self.args.batch_size]}, return_tensors="pt")
-            batch = batch.to(self.model.device)
-            ids = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            completions.extend(self._completion(row) for row in ids[:, batch["input_ids"].size(1) :].tolist())
-        return [completions[i : i + num_completions] for i in range(0, len(completions), num_completions)]
+        samples = []
+        for start in range(0, len(rows), args.batch_size):
+            batch = tokenizer.pad({"input_ids": rows[start : start + args.batch_size]}, return_tensors="pt")
+            batch = batch.to(model.device)
+            sequences = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            for ids in sequences[:, batch["input_ids"].size(1) :].tolist():
+                end = next((position for position, token in enumerate(ids) if token in eos), None)
+                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                samples.append((text, len(ids) if end is None else end + 1, end is None))
+        return [_answer(samples[i : i + num_completions]) for i in range(0, len(samples), num_completions)]
 
-    def _completion(self, ids: list[int]) -> Completion:
-        end = next((position for position, token in enumerate(ids) if token in self.eos_token_ids), None)
-        return Completion(
-            text=self.tokenizer.decode(ids[:end], skip_special_tokens=True),
-            num_tokens=len(ids) if end is None else end + 1,
-            truncated=end is None,
-        )
+    return generate
 
 
-class VLLMGenerator:
-    """`vllm.LLM`, every completion with a seed of its own."""
+def load_vllm(args: EvaluationArguments, tokenizer: Any, eos: list[int], max_length: int) -> Generate:
+    """`vllm.LLM`, with a seed of its own for every completion."""
+    from vllm import LLM, SamplingParams
 
-    def __init__(self, args: EvaluationArguments, tokenizer: Any, *, max_model_len: int):
-        from vllm import LLM
+    engine = LLM(
+        model=args.model_name_or_path,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_len=max_length,
+        generation_config="vllm",  # not the model's own sampling parameters
+        seed=args.seed,
+    )
+    settings = {**_sampling(args), "max_tokens": args.max_new_tokens, "stop_token_ids": eos}
 
-        self.args = args
-        self.eos_token_ids = eos_token_ids(args, tokenizer)
-        self.engine = LLM(
-            model=args.model_name_or_path,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            max_model_len=max_model_len,
-            generation_config="vllm",  # not the model's own sampling parameters
-            seed=args.seed,
-        )
+    def generate(prompt_ids: Sequence[list[int]], num_completions: int, seed: int) -> list[Answer]:
+        # vLLM gives completion j of a request the seed of the request plus j.
+        seeds = range(seed, seed + len(prompt_ids) * num_completions, num_completions)
+        parameters = [SamplingParams(n=num_completions, seed=first, **settings) for first in seeds]
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], parameters, use_tqdm=False)
+        return [_answer([(c.text, len(c.token_ids), c.finish_reason == "length") for c in o.outputs]) for o in outputs]
 
-    def generate(self, prompt_ids: Sequence[list[int]], *, num_completions: int, seed: int) -> list[list[Completion]]:
-        from vllm import SamplingParams
-
-        seeds = count(seed, num_completions)  # vLLM gives completion j of a request the seed of the request plus j
-        parameters = [
-            SamplingParams(
-                n=num_completions,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-                top_k=self.args.top_k or 0,
-                max_tokens=self.args.max_new_tokens,
-                stop_token_ids=self.eos_token_ids,
-                seed=next(seeds),
-            )
-            for _ in prompt_ids
-        ]
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
-        return [
-            [
-                Completion(
-                    text=sample.text, num_tokens=len(sample.token_ids), truncated=sample.finish_reason == "length"
-                )
-                for sample in output.outputs
-            ]
-            for output in outputs
-        ]
+    return generate
 
 
-def eos_token_ids(args: EvaluationArguments, tokenizer: Any) -> list[int]:
+def _sampling(args: EvaluationArguments) -> dict[str, Any]:
+    return {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}  # 0: of all tokens
+
+
+def _answer(samples: Sequence[tuple[str, int, bool]]) -> Answer:
+    texts, num_tokens, truncated = zip(*samples, strict=True)
+    return {"completions": list(texts), "num_tokens": list(num_tokens), "truncated": list(truncated)}
+
+
+def eos_token_ids(base_model: str, tokenizer: Any, args: EvaluationArguments) -> list[int]:
     """The tokens that end a completion: those of the generation configuration, of the tokenizer, and `stop_token_ids`."""
     try:
-        configured = GenerationConfig.from_pretrained(
-            _base_model(args), revision=args.model_revision or "main"
-        ).eos_token_id
+        configured = GenerationConfig.from_pretrained(base_model, revision=args.model_revision or "main").eos_token_id
     except OSError:  # a model may come without one
         configured = None
-    found = {
-        tokenizer.eos_token_id,
-        *(args.stop_token_ids or []),
-        *(configured if isinstance(configured, list) else [configured]),
-    }
-    return sorted(found - {None})
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *(args.stop_token_ids or []), *configured} - {None})
 
 
-def _base_model(args: EvaluationArguments) -> str:
+def _base_model(name: str) -> str:
     """The model itself, or the one that a local adapter belongs to."""
-    assert args.model_name_or_path is not None
-    if not (Path(args.model_name_or_path) / "adapter_config.json").is_file():
-        return args.model_name_or_path
-    base = PeftConfig.from_pretrained(args.model_name_or_path).base_model_name_or_path
-    assert base is not None
-    return base
+    if not (Path(name) / "adapter_config.json").is_file():
+        return name
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
+def _adapter_message(name: str) -> str:
+    merged = f"{name}-merged"
+    return (
+        f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set `backend: transformers`, or "
+        f"merge it into its model and evaluate {merged!r}:\n"
+        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
+        f"M.from_pretrained('{name}', dtype='auto').merge_and_unload().save_pretrained('{merged}'); "
+        f"T.from_pretrained('{name}').save_pretrained('{merged}')\""
+    )

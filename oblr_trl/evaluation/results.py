@@ -2,102 +2,76 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from oblr_trl.evaluation.estimators import (
-    Estimate,
-    average,
-    estimate,
-    mean_of_benchmarks,
-    paired_differences,
-    pass_at_k,
-)
-from oblr_trl.evaluation.records import RESULTS_JSON, SETTINGS_FILE, Records
+from oblr_trl.evaluation.benchmarks import ProblemSet
+from oblr_trl.evaluation.estimators import estimate, paired_differences, pass_at_k
+from oblr_trl.evaluation.records import SETTINGS_FILE, read_records
 
+RESULTS_JSON = "results.json"
 AVERAGE = "avg"
 MEAN_ROW = "mean of the benchmarks"
-# Of which a comparison says where they differ; prompts have to be the same.
-COMPLETION_SETTINGS = (
-    "answer_format",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_new_tokens",
-    "stop_token_ids",
-    "chat_template_kwargs",
-)
+# Settings that may differ without making scores less comparable: which model it was, and the seed.
+MODEL_SETTINGS = {"model_name_or_path", "model_revision", "weights", "completions", "seed"}
 INTERVAL_NOTE = "In percent; in brackets the 95 % bootstrap interval over problems"
 
 
 def metric_values(records: Sequence[Mapping[str, Any]], pass_at: Sequence[int]) -> dict[str, list[Fraction]]:
     """Each metric of each problem: `avg`, and `pass@k` for every k."""
     counts = [(sum(record["correct"]), len(record["correct"])) for record in records]
-    values = {AVERAGE: [average(c, n) for c, n in counts]}
+    values = {AVERAGE: [Fraction(c, n) for c, n in counts]}
     return values | {f"pass@{k}": [pass_at_k(c, n, k) for c, n in counts] for k in pass_at}
 
 
 def summarize(
-    records: Sequence[Mapping[str, Any]], *, pass_at: Sequence[int], excluded: Sequence[int], seed: int
+    problem_sets: Sequence[ProblemSet], records: Sequence[Sequence[Mapping[str, Any]]], *, seed: int
 ) -> dict[str, Any]:
-    """The results of one benchmark as plain data."""
-    num_tokens = [count for record in records for count in record["num_tokens"] if count is not None]
-    truncated = [flag for record in records for flag in record["truncated"] if flag is not None]
-    return {
-        "num_problems": len(records),
-        "excluded": list(excluded),
-        "num_completions": len(records[0]["correct"]),
-        "pass_at": list(pass_at),
-        "mean_tokens": sum(num_tokens) / len(num_tokens) if num_tokens else None,
-        "truncated": sum(truncated) / len(truncated) if truncated else None,
-        "metrics": {
-            name: asdict(estimate(values, seed=seed)) for name, values in metric_values(records, pass_at).items()
-        },
-    }
+    """The results as plain data: every metric of every benchmark, and the mean of avg@k where there are several."""
+    benchmarks, averages = {}, []
+    for problem_set, rows in zip(problem_sets, records, strict=True):
+        values = metric_values(rows, problem_set.pass_at)
+        averages.append(values[AVERAGE])
+        benchmarks[problem_set.name] = {
+            "num_problems": len(rows),
+            "excluded": problem_set.excluded,
+            "num_completions": problem_set.num_completions,
+            "pass_at": list(problem_set.pass_at),
+            "mean_tokens": _mean_of_known(rows, "num_tokens"),
+            "truncated": _mean_of_known(rows, "truncated"),
+            "metrics": {name: estimate(numbers, seed=seed) for name, numbers in values.items()},
+        }
+    mean = estimate(*averages, seed=seed) if len(averages) > 1 else None
+    return {"benchmarks": benchmarks, "mean": mean, "seed": seed}
 
 
-def summarize_all(
-    records: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    pass_at: Mapping[str, Sequence[int]],
-    excluded: Mapping[str, Sequence[int]],
-    seed: int,
-) -> dict[str, Any]:
-    """The results of all benchmarks, and the mean of avg@k over them where there are several."""
-    results: dict[str, Any] = {
-        "benchmarks": {
-            name: summarize(rows, pass_at=pass_at[name], excluded=excluded[name], seed=seed)
-            for name, rows in records.items()
-        },
-        "mean": None,
-        "seed": seed,
-    }
-    if len(records) > 1:
-        averages = {name: metric_values(rows, ())[AVERAGE] for name, rows in records.items()}
-        results["mean"] = asdict(mean_of_benchmarks(averages, seed=seed))
-    return results
+def _mean_of_known(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    known = [value for record in records for value in record[name] if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def format_results(results: Mapping[str, Any], title: str) -> str:
+def format_results(results: Mapping[str, Any]) -> str:
     """The results of one model as Markdown."""
-    benchmarks = results["benchmarks"]
-    ks = sorted({k for entry in benchmarks.values() for k in entry["pass_at"]})
-    header = ["benchmark", "problems", "k", "avg@k", *(f"pass@{k}" for k in ks), "tokens", "cut off"]
-    rows = []
-    for name, entry in benchmarks.items():
-        problems = str(entry["num_problems"])
-        if entry["excluded"]:
-            problems += f" ({len(entry['excluded'])} excluded)"
-        metrics = [_format(entry["metrics"].get(metric)) for metric in (AVERAGE, *(f"pass@{k}" for k in ks))]
+    ks = sorted({k for entry in results["benchmarks"].values() for k in entry["pass_at"]})
+    metrics = [AVERAGE, *(f"pass@{k}" for k in ks)]
+    rows = [["benchmark", "problems", "k", "avg@k", *metrics[1:], "tokens", "cut off"]]
+    for name, entry in results["benchmarks"].items():
+        excluded = f" ({len(entry['excluded'])} excluded)" if entry["excluded"] else ""
+        problems = f"{entry['num_problems']}{excluded}"
+        cells = [_format(entry["metrics"].get(metric)) for metric in metrics]
         tokens = "" if entry["mean_tokens"] is None else f"{entry['mean_tokens']:.0f}"
         truncated = "" if entry["truncated"] is None else f"{100 * entry['truncated']:.1f} %"
-        rows.append([name, problems, str(entry["num_completions"]), *metrics, tokens, truncated])
+        rows.append([name, problems, str(entry["num_completions"]), *cells, tokens, truncated])
     if results["mean"] is not None:
         rows.append([MEAN_ROW, "", "", _format(results["mean"]), *[""] * (len(ks) + 2)])
     note = f"{INTERVAL_NOTE} (seed {results['seed']}). Excluded: problems whose reference answer cannot be parsed."
-    return f"# {title}\n\n{markdown_table([header, *rows])}\n{note}\n"
+    return f"# {results['model']}\n\n{_markdown_table(rows)}\n{note}\n"
+
+
+def is_evaluation(directory: Path) -> bool:
+    """Whether a directory holds an evaluation, finished or not."""
+    return (directory / SETTINGS_FILE).is_file()
 
 
 def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> dict[str, Any]:
@@ -113,129 +87,100 @@ def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> di
     Raises:
         `ValueError`: an evaluation that is not finished, no benchmark in common, or other problems under the same name.
     """
-    results = {label: _read_results(path) for label, path in evaluations.items()}
-    settings = {label: json.loads((path / SETTINGS_FILE).read_text()) for label, path in evaluations.items()}
+    results, settings = {}, {}
+    for label, path in evaluations.items():
+        if not (path / RESULTS_JSON).is_file():
+            raise ValueError(
+                f"{path}: the evaluation is not finished, it has no {RESULTS_JSON}: run the same `evaluate` command again."
+            )
+        results[label] = json.loads((path / RESULTS_JSON).read_text())["benchmarks"]
+        settings[label] = json.loads((path / SETTINGS_FILE).read_text())
     reference = next(iter(evaluations))
-    shared = [
-        name
-        for name in results[reference]["benchmarks"]
-        if all(name in result["benchmarks"] for result in results.values())
-    ]
+    shared = [name for name in results[reference] if all(name in entries for entries in results.values())]
     if not shared:
         raise ValueError("The evaluations have no benchmark in common: evaluate the models with one recipe.")
+    values: dict[str, dict[str, dict[str, list[Fraction]]]] = {label: {} for label in evaluations}
     for name in shared:
-        problems = {label: settings[label]["benchmarks"][name]["problems"] for label in evaluations}
-        for label, fingerprint in problems.items():
-            if fingerprint != problems[reference]:
+        for label, path in evaluations.items():
+            if settings[label][f"benchmarks.{name}.problems"] != settings[reference][f"benchmarks.{name}.problems"]:
                 raise ValueError(
                     f"Benchmark {name!r} has other prompts or answers in {label!r} than in {reference!r}, so that problems "
                     "cannot be paired: evaluate both models with one recipe on one version of the data."
                 )
-    comparison: dict[str, Any] = {"reference": reference, "benchmarks": {}, "mean": None, "seed": seed}
-    comparison["notes"] = _comparison_notes(results, settings, shared)
-    averages: dict[str, dict[str, list[Fraction]]] = {label: {} for label in evaluations}
-    for name in shared:
-        ks = [
-            k
-            for k in results[reference]["benchmarks"][name]["pass_at"]
-            if all(k in result["benchmarks"][name]["pass_at"] for result in results.values())
-        ]
-        values = {}
-        for label, path in evaluations.items():
-            by_index = Records(path / f"{name}.jsonl").by_index
-            values[label] = metric_values([by_index[index] for index in sorted(by_index)], ks)
-            averages[label][name] = values[label][AVERAGE]
-        comparison["benchmarks"][name] = {
-            metric: _compare_metric({label: v[metric] for label, v in values.items()}, reference, seed)
-            for metric in (AVERAGE, *(f"pass@{k}" for k in ks))
+            records = read_records(path / f"{name}.jsonl")
+            rows = [records[index] for index in sorted(records)]
+            values[label][name] = metric_values(rows, results[label][name]["pass_at"])
+    benchmarks = {
+        name: {
+            metric: _compare({label: [metrics[name][metric]] for label, metrics in values.items()}, seed)
+            for metric in values[reference][name]
+            if all(metric in metrics[name] for metrics in values.values())
         }
-    if len(shared) > 1:
-        comparison["mean"] = {}
-        for label, by_benchmark in averages.items():
-            entry = asdict(mean_of_benchmarks(by_benchmark, seed=seed))
-            if label != reference:
-                paired = {name: paired_differences(averages[reference][name], by_benchmark[name]) for name in shared}
-                entry["difference"] = asdict(mean_of_benchmarks(paired, seed=seed))
-            comparison["mean"][label] = entry
-    return comparison
+        for name in shared
+    }
+    averages = {label: [metrics[name][AVERAGE] for name in shared] for label, metrics in values.items()}
+    mean = _compare(averages, seed) if len(shared) > 1 else None
+    notes = _notes(results, settings, shared)
+    return {"reference": reference, "benchmarks": benchmarks, "mean": mean, "seed": seed, "notes": notes}
 
 
-def _compare_metric(values: Mapping[str, list[Fraction]], reference: str, seed: int) -> dict[str, Any]:
-    entries = {}
-    for label, numbers in values.items():
-        entries[label] = asdict(estimate(numbers, seed=seed))
-        if label != reference:
-            entries[label]["difference"] = asdict(estimate(paired_differences(values[reference], numbers), seed=seed))
+def _compare(values: Mapping[str, Sequence[Sequence[Fraction]]], seed: int) -> dict[str, Any]:
+    """The estimate of each label, and for all but the first that of its `difference` to the first."""
+    first, *others = values
+    entries: dict[str, dict[str, Any]] = {label: estimate(*values[label], seed=seed) for label in values}
+    for label in others:
+        entries[label]["difference"] = estimate(*map(paired_differences, values[first], values[label]), seed=seed)
     return entries
 
 
-def _comparison_notes(results: Mapping[str, Any], settings: Mapping[str, Any], shared: Sequence[str]) -> list[str]:
+def _notes(results: Mapping[str, Any], settings: Mapping[str, Any], shared: Sequence[str]) -> list[str]:
     """What makes the numbers less comparable than they look."""
     notes = []
-    for label, result in results.items():
-        left_out = [name for name in result["benchmarks"] if name not in shared]
+    for label, benchmarks in results.items():
+        left_out = [name for name in benchmarks if name not in shared]
         if left_out:
             notes.append(f"{label}: {', '.join(left_out)} left out, since not every model was evaluated on it")
-    for key in COMPLETION_SETTINGS:
-        found = {label: entry["settings"].get(key) for label, entry in settings.items()}
-        if len(set(map(str, found.values()))) > 1:
+    for key in dict.fromkeys(key for entry in settings.values() for key in entry):
+        found = {label: entry.get(key) for label, entry in settings.items()}
+        is_comparable = key in MODEL_SETTINGS or key.startswith("benchmarks.")
+        if not is_comparable and len(set(map(str, found.values()))) > 1:
             notes.append(f"warning: {key} differs: {', '.join(f'{label} {value}' for label, value in found.items())}")
     return notes
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
-    """Several models side by side as Markdown; differences that an interval keeps away from 0 are marked by *."""
-    reference = comparison["reference"]
-    first = next(iter(comparison["benchmarks"].values()))
-    labels = list(first[AVERAGE])
-    rows = [["benchmark", "metric", *labels, *(f"{label} - {reference}" for label in labels if label != reference)]]
-    for name, metrics in comparison["benchmarks"].items():
-        for metric, entries in metrics.items():
-            rows.append([name, metric, *_comparison_cells(entries)])
+    """Several models side by side as Markdown; differences whose interval does not contain 0 are marked by *."""
+    entries = [
+        (name, metric, by_label)
+        for name, metrics in comparison["benchmarks"].items()
+        for metric, by_label in metrics.items()
+    ]
     if comparison["mean"] is not None:
-        rows.append([MEAN_ROW, AVERAGE, *_comparison_cells(comparison["mean"])])
+        entries.append((MEAN_ROW, AVERAGE, comparison["mean"]))
+    reference, *others = entries[0][2]
+    rows = [["benchmark", "metric", reference, *others, *(f"{label} - {reference}" for label in others)]]
+    for name, metric, by_label in entries:
+        differences = [by_label[label]["difference"] for label in others]
+        marks = ["*" if difference["low"] > 0 or difference["high"] < 0 else "" for difference in differences]
+        cells = [_format(difference, "+") + mark for difference, mark in zip(differences, marks, strict=True)]
+        rows.append([name, metric, *map(_format, by_label.values()), *cells])
     note = f"{INTERVAL_NOTE}, of differences paired by problem (seed {comparison['seed']}); *: without 0.\n"
-    return f"{markdown_table(rows)}\n{note}" + "".join(f"{remark}\n" for remark in comparison["notes"])
-
-
-def _comparison_cells(entries: Mapping[str, Any]) -> list[str]:
-    differences = [entry["difference"] for entry in entries.values() if "difference" in entry]
-    marks = ["*" if difference["low"] > 0 or difference["high"] < 0 else "" for difference in differences]
-    cells = [_format(entry) for entry in entries.values()]
-    return cells + [_format(difference, sign="+") + mark for difference, mark in zip(differences, marks, strict=True)]
-
-
-def is_evaluation(directory: Path) -> bool:
-    """Whether a directory holds an evaluation, finished or not."""
-    return (directory / SETTINGS_FILE).is_file()
-
-
-def _read_results(directory: Path) -> dict[str, Any]:
-    path = directory / RESULTS_JSON
-    if not path.is_file():
-        raise ValueError(
-            f"{directory}: the evaluation is not finished, it has no {RESULTS_JSON}: run the same `evaluate` command again."
-        )
-    return json.loads(path.read_text())
+    return f"{_markdown_table(rows)}\n{note}" + "".join(f"{remark}\n" for remark in comparison["notes"])
 
 
 def _format(entry: Mapping[str, Any] | None, sign: str = "") -> str:
     if entry is None:
         return ""
-    shown = Estimate(value=entry["value"], low=entry["low"], high=entry["high"])
-    return f"{100 * shown.value:{sign}.1f} [{100 * shown.low:{sign}.1f}, {100 * shown.high:{sign}.1f}]"
+    value, low, high = (f"{100 * entry[name]:{sign}.1f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column aligned to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    lines.insert(1, "|" + "|".join(rule) + "|")
-    return "\n".join(lines) + "\n"
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    text = ""
+    for first, *others in (rows[0], rule, *rows[1:]):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        text += f"| {' | '.join(cells)} |\n"
+    return text

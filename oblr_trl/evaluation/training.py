@@ -1,4 +1,4 @@
-"""What training and evaluation take from each other: a training recipe's prompts and stop tokens, benchmarks as `eval_dataset`."""
+"""Settings that training and evaluation share: a training recipe's prompts and stop tokens, benchmarks as `eval_dataset`."""
 
 import dataclasses
 import json
@@ -9,22 +9,17 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
+from oblr_trl.data.answers import as_latex
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
-from oblr_trl.data.recipe_files import read_recipe_file
-from oblr_trl.evaluation.benchmarks import load_problems, parse_benchmarks
+from oblr_trl.data.recipe_files import check_keys, read_recipe_file
+from oblr_trl.evaluation.arguments import EvaluationArguments
+from oblr_trl.evaluation.benchmarks import load_benchmarks
 
 
 def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:
     """
-    What shapes a prompt or ends a completion in a training recipe, as keys of [`~evaluation.arguments.EvaluationArguments`].
-
-    Args:
-        recipe (`str` or `Path`):
-            A recipe of `oblr_trl.scripts.train`, e.g. `"recipes/Qwen3-4B-Base/oblrpo/config_math.yaml"`.
-
-    Returns:
-        `dict`: `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs`, `stop_token_ids` and
-        `max_new_tokens`.
+    The settings of a recipe of `oblr_trl.scripts.train` that shape a prompt or end a completion, as keys of an evaluation
+    recipe: `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs`, `stop_token_ids`, `max_new_tokens`.
 
     Raises:
         `ValueError`: a file that is no training recipe, or that shapes completions by a setting that the evaluation lacks.
@@ -35,7 +30,8 @@ def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(DataArguments)}
     data_args = DataArguments(**{name: value for name, value in settings.items() if name in names})
     generation = _as_dict(settings.get("generation_kwargs"))
-    stop_token_ids = [*_as_list(generation.pop("stop_token_ids", [])), *_as_list(generation.pop("eos_token_id", []))]
+    ends = [generation.pop(name, None) or [] for name in ("stop_token_ids", "eos_token_id")]
+    stop_token_ids = [token for end in ends for token in ([end] if isinstance(end, int) else end)]
     unknown = [f"generation_kwargs.{name}" for name in generation]
     unknown += ["vllm_structured_outputs_regex"] if settings.get("vllm_structured_outputs_regex") else []
     if unknown:
@@ -63,27 +59,32 @@ def benchmark_datasets(
     """
     The benchmarks of an evaluation recipe as `eval_dataset` of a trainer of TRL: columns `prompt`, `solution`, `benchmark`.
 
-    The prompts are the evaluation's; the answers stand between dollar signs, as `accuracy_reward` needs them. TRL logs a row for
+    The prompts are the evaluation's; the answers are between dollar signs, as `accuracy_reward` needs them. TRL logs a row for
     each, all with the key `eval_reward`; [`~evaluation.rewards.math_accuracy`] adds one of its own, e.g. `eval_accuracy/gsm8k`.
 
     Args:
         recipe (`str` or `Path`):
             For example `"recipes/evaluation/math.yaml"`.
-        only, files:
-            As in [`~evaluation.benchmarks.parse_benchmarks`].
+        only (`Sequence[str]`, *optional*):
+            Names of the benchmarks wanted. Defaults to all.
+        files (`dict[str, str]`, *optional*):
+            Local files with the same columns in place of datasets, by the benchmark's name.
         like (`str` or `Path`, *optional*):
             Training recipe whose prompts are used instead of the evaluation's.
     """
     settings = read_recipe_file(recipe, flag="recipe")
+    check_keys(settings, {field.name for field in dataclasses.fields(EvaluationArguments)})
+    settings |= {"only": only, "files": files}
     if like is not None:
         settings |= training_prompt_settings(like)
-    names = ("prompt_template", "conversational", "system_prompt", "unparsable_answers")
-    asking = {name: settings[name] for name in names if name in settings}
-    sets = [
-        load_problems(benchmark, **asking)
-        for benchmark in parse_benchmarks(settings.get("benchmarks"), files=files, only=only)
-    ]
-    return {problem_set.benchmark.name: problem_set.as_dataset() for problem_set in sets}
+    datasets = {}
+    for problem_set in load_benchmarks(EvaluationArguments(**settings)):
+        rows = [
+            {"prompt": problem["prompt"], "solution": as_latex(problem["answer"]), "benchmark": problem_set.name}
+            for problem in problem_set.problems
+        ]
+        datasets[problem_set.name] = Dataset.from_list(rows)
+    return datasets
 
 
 def _is_conversational(data_args: DataArguments) -> bool:
@@ -97,7 +98,3 @@ def _is_conversational(data_args: DataArguments) -> bool:
 def _as_dict(value: Any) -> dict[str, Any]:
     """A copy; TRL takes JSON too."""
     return dict(json.loads(value) if isinstance(value, str) else value or {})
-
-
-def _as_list(value: int | list[int]) -> list[int]:
-    return [value] if isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""Local files with the schemas of the hub's benchmarks, recorded completions, and a tiny model that was taught nothing."""
+"""Local files with the schemas of the hub's benchmarks, a tiny model that was taught nothing, and `evaluate` as a function."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,49 @@ from pathlib import Path
 import torch
 
 from examples.tiny_qwen3.model import build_model, build_tokenizer
+from oblr_trl.scripts.evaluate import main, parse
 
 ROOT = Path(__file__).parents[2]
 MATH = str(ROOT / "recipes" / "evaluation" / "math.yaml")
 GSM8K = str(ROOT / "recipes" / "evaluation" / "gsm8k.yaml")
+# Columns of prompt and answer, and the answers, as on the hub.
+SCHEMAS = {
+    "math500": (
+        "problem",
+        "answer",
+        [r"\frac{1}{2}", r"2\sqrt{3}", "[0,1)", r"\left( 3, \frac{\pi}{2} \right)", r"\text{Evelyn}", "p - q"],
+    ),
+    "amc23": ("question", "answer", [10.0, 11.0, 12.0]),
+    "aime25": ("problem", "answer", ["70", "71", "72"]),
+    "olympiadbench": (
+        "question",
+        "final_answer",
+        [["2"], ["$\\frac{1}{2}$"], ["1,3"], ["$1$", "$3$"], ["$(-\\infty,-3) \\cup(3, \\infty)$"]],
+    ),
+}
+
+
+def evaluate(*tokens, recipe=GSM8K):
+    return main(parse(["--config", recipe, "--disable_tqdm", "true", *map(str, tokens)]))
+
+
+def local(**files):
+    """Command line that puts local files in place of datasets."""
+    return ["--files", json.dumps(files)]
 
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def completions_of(benchmark, texts):
+    """Rows of recorded completions, from the texts of each problem."""
+    return [{"benchmark": benchmark, "index": i, "completions": row} for i, row in enumerate(texts)]
 
 
 def gsm8k_rows(num_problems):
@@ -28,63 +62,15 @@ def gsm8k_rows(num_problems):
     ]
 
 
-def math500_rows():
-    answers = [r"\frac{1}{2}", r"2\sqrt{3}", r"[0,1)", r"\left( 3, \frac{\pi}{2} \right)", r"\text{Evelyn}", "p - q"]
-    return [
-        {"problem": f"Problem {i}", "solution": "...", "answer": answer, "subject": "Algebra", "level": 1}
-        for i, answer in enumerate(answers)
-    ]
-
-
-def amc23_rows():
-    return [{"id": i, "question": f"Problem {i}", "answer": float(10 + i), "url": "x"} for i in range(3)]
-
-
-def aime25_rows():
-    return [{"id": str(i), "problem": f"Problem {i}", "answer": str(70 + i)} for i in range(3)]
-
-
-def olympiadbench_rows():
-    finals = [["2"], ["$\\frac{1}{2}$"], ["1,3"], ["$1$", "$3$"], ["$(-\\infty,-3) \\cup(3, \\infty)$"]]
-    return [
-        {
-            "id": i,
-            "question": f"Problem {i}",
-            "final_answer": final,
-            "is_multiple_answer": len(final) > 1,
-            "unit": None,
-        }
-        for i, final in enumerate(finals)
-    ]
+def benchmark_rows(name):
+    prompt, answer, answers = SCHEMAS[name]
+    return [{"id": i, "solution": "...", prompt: f"Problem {i}", answer: value} for i, value in enumerate(answers)]
 
 
 def write_benchmarks(directory):
     """All five benchmarks of `math.yaml` as local files, by name."""
-    rows = {
-        "gsm8k": gsm8k_rows(6),
-        "math500": math500_rows(),
-        "amc23": amc23_rows(),
-        "aime25": aime25_rows(),
-        "olympiadbench": olympiadbench_rows(),
-    }
+    rows = {"gsm8k": gsm8k_rows(6)} | {name: benchmark_rows(name) for name in SCHEMAS}
     return {name: write_jsonl(directory / f"{name}.jsonl", entries) for name, entries in rows.items()}
-
-
-def write_scripted_completions(path, num_problems=200, num_completions=4):
-    """Of problem i the first i mod 5 of 4 completions are right."""
-    return write_jsonl(
-        path,
-        [
-            {
-                "benchmark": "gsm8k",
-                "index": i,
-                "completions": [
-                    f"So it is \\boxed{{{i * i if j < i % 5 else i * i + 1}}}." for j in range(num_completions)
-                ],
-            }
-            for i in range(num_problems)
-        ],
-    )
 
 
 def make_model(directory):

@@ -6,36 +6,25 @@ import re
 import pytest
 
 from oblr_trl.scripts.compare import main
-from oblr_trl.scripts.evaluate import main as evaluate
-from oblr_trl.scripts.evaluate import parse
-from tests.evaluation.files import MATH, aime25_rows, amc23_rows, write_jsonl
+from tests.evaluation.files import MATH, benchmark_rows, completions_of, evaluate, local, write_jsonl
 
 
-def score(directory, num_right, *tokens, num_problems=None, benchmarks=("amc23", "aime25")):
+def score(directory, num_right, *tokens, num_problems=20, benchmarks=("amc23", "aime25")):
     """Evaluate recorded completions of which the first `num_right` of 32 are right for the first half of the problems."""
     directory.mkdir()
-    rows = {"amc23": [amc23_rows()[0] | {"question": f"Problem {i}"} for i in range(20)], "aime25": aime25_rows()}
-    rows = {name: rows[name][:num_problems] for name in benchmarks}
-    answer = {"amc23": "answer", "aime25": "answer"}
+    amc = [{"question": f"Problem {i}", "answer": 10.0} for i in range(20)]
+    rows = {name: (amc if name == "amc23" else benchmark_rows(name))[:num_problems] for name in benchmarks}
     completions = []
     for name, problems in rows.items():
-        for i, row in enumerate(problems):
-            right = num_right if 2 * i < len(problems) else 0
-            texts = [f"\\boxed{{{row[answer[name]]}}}"] * right + ["\\boxed{0}"] * (32 - right)
-            completions.append({"benchmark": name, "index": i, "completions": texts})
-    files = {name: write_jsonl(directory / f"{name}_rows.jsonl", problems) for name, problems in rows.items()}
-    recorded = write_jsonl(directory / "completions.jsonl", completions)
-    arguments = [
-        "--config",
-        MATH,
-        "--files",
-        json.dumps(files),
-        "--completions_file",
-        recorded,
-        "--disable_tqdm",
-        "true",
-    ]
-    evaluate(parse([*arguments, "--only", *benchmarks, "--output_dir", str(directory / "out"), *tokens]))
+        counts = [num_right if 2 * i < len(problems) else 0 for i in range(len(problems))]
+        texts = [
+            [f"\\boxed{{{row['answer']}}}"] * right + ["\\boxed{0}"] * (32 - right)
+            for row, right in zip(problems, counts, strict=True)
+        ]
+        completions += completions_of(name, texts)
+    files = local(**{name: write_jsonl(directory / f"{name}_rows.jsonl", problems) for name, problems in rows.items()})
+    source = ["--completions_file", write_jsonl(directory / "completions.jsonl", completions)]
+    evaluate(*files, *source, "--only", *benchmarks, "--output_dir", directory / "out", *tokens, recipe=MATH)
     return str(directory / "out")
 
 
@@ -57,9 +46,8 @@ def test_models_are_compared_by_differences_paired_by_problem(tmp_path, capsys):
     assert comparison["mean"]["OBLR-PO"]["difference"]["value"] == pytest.approx(7 / 48, abs=1e-15)
     assert list(comparison["benchmarks"]["aime25"]) == ["avg", "pass@8", "pass@32"]
     table = output.read_text()
-    assert re.search(
-        r"\| amc23 +\| +avg \| +12\.5 \[.*\] \| +25\.0 \[.*\] \| +\+12\.5 \[\+\d.*, \+1\d\.\d\]\* \|", table
-    )
+    row = r"\| amc23 +\| +avg \| +12\.5 \[.*\] \| +25\.0 \[.*\] \| +\+12\.5 \[\+\d.*, \+1\d\.\d\]\* \|"
+    assert re.search(row, table)
     assert re.search(r"pass@32 .* \+0\.0 \[\+0\.0, \+0\.0\] \|", table)  # of the same problems one completion is right
     assert capsys.readouterr().out.endswith(table)
     assert json.loads(json_file.read_text()) == comparison
@@ -67,9 +55,8 @@ def test_models_are_compared_by_differences_paired_by_problem(tmp_path, capsys):
 
 def test_a_benchmark_of_one_model_alone_and_other_settings_are_noted(tmp_path):
     both = score(tmp_path / "both", 8)
-    one = score(
-        tmp_path / "one", 8, "--answer_format", "latex", "--chat_template_kwargs", '{"a": 1}', benchmarks=("aime25",)
-    )
+    changed = ["--answer_format", "latex", "--chat_template_kwargs", '{"a": 1}', "--seed", "3"]
+    one = score(tmp_path / "one", 8, *changed, benchmarks=("aime25",))
 
     comparison = main([both, f"one={one}"])
 

@@ -18,41 +18,32 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from oblr_trl.evaluation.records import Records, weights_fingerprint
-from oblr_trl.scripts.evaluate import main, parse
-from tests.evaluation.files import (
-    GSM8K,
-    MATH,
-    ROOT,
-    gsm8k_rows,
-    make_model,
-    math500_rows,
-    write_benchmarks,
-    write_jsonl,
-    write_scripted_completions,
-)
+from oblr_trl.evaluation.records import read_records, weights_fingerprint
+from oblr_trl.scripts.evaluate import parse
+from tests.evaluation import files
+from tests.evaluation.files import GSM8K, MATH, completions_of, evaluate, gsm8k_rows, local, read_jsonl, write_jsonl
 
-
-def evaluate(*tokens, recipe=GSM8K):
-    return main(parse(["--config", recipe, "--disable_tqdm", "true", *map(str, tokens)]))
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+ENTRY = "benchmarks.gsm8k."
+NO_MODEL = ["--model_name_or_path", "/no/such/model"]
 
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory):
     """Command line that puts twelve local problems in place of GSM8K."""
-    path = write_jsonl(tmp_path_factory.mktemp("data") / "gsm8k_rows.jsonl", gsm8k_rows(12))
-    return ["--files", json.dumps({"gsm8k": path})]
+    return local(gsm8k=write_jsonl(tmp_path_factory.mktemp("data") / "gsm8k_rows.jsonl", gsm8k_rows(12)))
 
 
 @pytest.fixture(scope="module")
-def sampled(gsm8k, model_dir):
+def tiny(gsm8k, model_dir):
+    """The same with a model, which gives a few tokens."""
+    return [*gsm8k, "--backend", "transformers", "--max_new_tokens", "8", "--model_name_or_path", model_dir]
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny):
     """Command line of two sampled completions for each of twelve problems, in six batches."""
     options = "--num_completions 2 --pass_at 1 2 --temperature 1 --max_new_tokens 48 --batch_size 4"
-    return [*gsm8k, "--model_name_or_path", model_dir, "--backend", "transformers", *options.split()]
+    return [*tiny, *options.split()]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +55,12 @@ def evaluated(sampled, tmp_path_factory):
 
 
 def test_200_problems_score_what_is_counted_by_hand(tmp_path):
-    problems = write_jsonl(tmp_path / "gsm8k_rows.jsonl", gsm8k_rows(200))
-    completions = write_scripted_completions(tmp_path / "completions.jsonl")  # of problem i, i mod 5 of 4 are right
-    results = evaluate(
-        "--files", json.dumps({"gsm8k": problems}), "--completions_file", completions, "--num_completions", "4",
-        "--pass_at", "1", "2", "3", "4", "--output_dir", tmp_path / "out",
-    )  # fmt: skip
+    sources = local(gsm8k=write_jsonl(tmp_path / "gsm8k_rows.jsonl", gsm8k_rows(200)))
+    # Of problem i the first i mod 5 of 4 completions are right.
+    texts = [[f"So it is \\boxed{{{i * i if j < i % 5 else i * i + 1}}}." for j in range(4)] for i in range(200)]
+    completions = write_jsonl(tmp_path / "completions.jsonl", completions_of("gsm8k", texts))
+    options = ["--completions_file", completions, *["--num_completions", "4", "--pass_at", "1", "2", "3", "4"]]
+    results = evaluate(*sources, *options, "--output_dir", tmp_path / "out")
 
     entry = results["benchmarks"]["gsm8k"]
     values = {name: metric["value"] for name, metric in entry["metrics"].items()}
@@ -90,11 +81,11 @@ def test_200_problems_score_what_is_counted_by_hand(tmp_path):
 
 def test_a_killed_evaluation_continues_and_equals_an_uninterrupted_one(sampled, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    rows = json.dumps({"gsm8k": write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(24))})
-    sampled = [*sampled, "--files", rows, "--max_new_tokens", "128"]  # twelve batches, long enough to be killed among
+    sources = local(gsm8k=write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(24)))
+    sampled = [*sampled, *sources, "--max_new_tokens", "128"]  # twelve batches, long enough to be killed among
     evaluate(*sampled, "--output_dir", whole)
     command = [sys.executable, "-m", "oblr_trl.scripts.evaluate", "--config", GSM8K, *sampled]
-    process = subprocess.Popen([*command, "--output_dir", str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--output_dir", str(killed)], cwd=files.ROOT, stderr=subprocess.DEVNULL)
     records = killed / "gsm8k.jsonl"
     deadline = time.monotonic() + 120
     while not (records.is_file() and records.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
@@ -103,7 +94,7 @@ def test_a_killed_evaluation_continues_and_equals_an_uninterrupted_one(sampled, 
     assert process.wait() == -signal.SIGKILL
     lines = records.read_bytes().splitlines(keepends=True)
     assert 2 <= len(lines) < 24
-    # As if the kill had come in the middle of writing: one record of the last batch is whole, the next is cut.
+    # As if the kill had come in the middle of writing: one record of the last batch is complete, the next is cut.
     records.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
 
     evaluate(*sampled, "--output_dir", killed)
@@ -138,33 +129,30 @@ def test_completions_are_of_the_number_length_and_kind_asked_for(evaluated, tmp_
     assert read_jsonl(tmp_path / "gsm8k.jsonl")[0]["completions"] != records[0]["completions"]
 
 
-def test_greedy_completions_do_not_depend_on_seed_or_batch(gsm8k, model_dir, tmp_path):
-    common = [*gsm8k, "--model_name_or_path", model_dir, "--backend", "transformers", "--max_new_tokens", "8"]
-    evaluate(*common, "--output_dir", tmp_path / "a", "--batch_size", "5")
-    evaluate(*common, "--output_dir", tmp_path / "b", "--batch_size", "12", "--seed", "7")
+def test_greedy_completions_do_not_depend_on_seed_or_batch(tiny, tmp_path):
+    evaluate(*tiny, "--output_dir", tmp_path / "a", "--batch_size", "5")
+    evaluate(*tiny, "--output_dir", tmp_path / "b", "--batch_size", "12", "--seed", "7")
 
     texts = [[row["completions"] for row in read_jsonl(tmp_path / name / "gsm8k.jsonl")] for name in "ab"]
     assert texts[0] == texts[1]
 
 
-def test_more_completions_of_a_problem_than_a_batch_holds_are_generated_in_parts(gsm8k, model_dir, tmp_path):
-    options = "--num_completions 5 --temperature 1 --max_new_tokens 4 --batch_size 2 --backend transformers"
-    evaluate(*gsm8k, "--model_name_or_path", model_dir, *options.split(), "--output_dir", tmp_path)
+def test_more_completions_of_a_problem_than_a_batch_holds_are_generated_in_parts(tiny, tmp_path):
+    options = "--num_completions 5 --temperature 1 --max_new_tokens 4 --batch_size 2"
+    evaluate(*tiny, *options.split(), "--output_dir", tmp_path)
 
     assert [len(record["completions"]) for record in read_jsonl(tmp_path / "gsm8k.jsonl")] == [5] * 12
 
 
-def test_conversations_reach_the_model_through_its_chat_template(gsm8k, model_dir, tmp_path):
+def test_conversations_reach_the_model_through_its_chat_template(tiny, model_dir, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     )
-    common = [*gsm8k, "--backend", "transformers", "--max_new_tokens", "8"]
     chat = ["--conversational", "true", "--system_prompt", "Add.", "--prompt_template", "{prompt}"]
-    evaluate(*common, "--model_name_or_path", model, *chat, "--output_dir", tmp_path / "chat")
-    text = ["--prompt_template", "Add. {prompt} ="]
-    evaluate(*common, "--model_name_or_path", model_dir, *text, "--output_dir", tmp_path / "text")
+    evaluate(*tiny, "--model_name_or_path", model, *chat, "--output_dir", tmp_path / "chat")
+    evaluate(*tiny, "--prompt_template", "Add. {prompt} =", "--output_dir", tmp_path / "text")
 
     chats, texts = (read_jsonl(tmp_path / name / "gsm8k.jsonl") for name in ("chat", "text"))
     assert chats[1]["prompt"] == [
@@ -175,17 +163,16 @@ def test_conversations_reach_the_model_through_its_chat_template(gsm8k, model_di
 
 
 def test_an_adapter_is_evaluated_with_its_model_or_refused_with_the_command_that_merges_it(
-    gsm8k, model_dir, tmp_path, monkeypatch
+    tiny, model_dir, tmp_path, monkeypatch
 ):
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora)
     adapter.save_pretrained(tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "adapter" / name).write_bytes((Path(model_dir) / name).read_bytes())
-    common = [*gsm8k, "--max_new_tokens", "8", "--backend", "transformers"]
+        shutil.copy(Path(model_dir) / name, tmp_path / "adapter")
 
-    evaluate(*common, "--model_name_or_path", model_dir, "--output_dir", tmp_path / "a")
-    evaluate(*common, "--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "b")
+    evaluate(*tiny, "--output_dir", tmp_path / "a")
+    evaluate(*tiny, "--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "b")
 
     texts = [[row["completions"] for row in read_jsonl(tmp_path / name / "gsm8k.jsonl")] for name in "ab"]
     assert texts[0] != texts[1]
@@ -193,12 +180,12 @@ def test_an_adapter_is_evaluated_with_its_model_or_refused_with_the_command_that
     # vLLM gets the merged model, which the command in its refusal makes.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ValueError, match="holds an adapter, which `backend: vllm` does not load") as refusal:
-        evaluate(*common, "--model_name_or_path", tmp_path / "adapter", "--backend", "vllm")
+        evaluate(*tiny, "--model_name_or_path", tmp_path / "adapter", "--backend", "vllm")
     monkeypatch.undo()
     command = str(refusal.value).splitlines()[-1]
     assert command.startswith("python -c ")
     subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True, timeout=120)
-    evaluate(*common, "--model_name_or_path", tmp_path / "adapter-merged", "--output_dir", tmp_path / "c")
+    evaluate(*tiny, "--model_name_or_path", tmp_path / "adapter-merged", "--output_dir", tmp_path / "c")
 
     assert [row["completions"] for row in read_jsonl(tmp_path / "c" / "gsm8k.jsonl")] == texts[1]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapter-merged").dtype == torch.float32
@@ -221,16 +208,16 @@ def test_an_adapter_is_evaluated_with_its_model_or_refused_with_the_command_that
 )
 def test_an_evaluation_of_other_settings_is_not_continued(evaluated, tmp_path, option, value, message):
     if option == "--files":
-        value = json.dumps({"gsm8k": write_jsonl(tmp_path / "other.jsonl", gsm8k_rows(11))})
+        value = local(gsm8k=write_jsonl(tmp_path / "other.jsonl", gsm8k_rows(11)))[1]
     if option == "--model_name_or_path":
-        value = make_model(tmp_path / "other")
+        value = files.make_model(tmp_path / "other")
 
     with pytest.raises(ValueError, match=message):
         evaluate(*evaluated, option, value)
 
 
 def test_weights_trained_further_under_the_same_name_are_not_taken_for_the_old_ones(tmp_path):
-    model = make_model(tmp_path / "model")
+    model = files.make_model(tmp_path / "model")
     before = weights_fingerprint(model)
     trained = AutoModelForCausalLM.from_pretrained(model)
     assert weights_fingerprint(model) == before
@@ -242,24 +229,20 @@ def test_weights_trained_further_under_the_same_name_are_not_taken_for_the_old_o
 
 
 def test_local_files_stand_in_for_all_five_benchmarks(tmp_path):
-    files = write_benchmarks(tmp_path)
+    sources = local(**files.write_benchmarks(tmp_path))
     right = {
         "gsm8k": [str(i * i) for i in range(6)],
-        "math500": [row["answer"] for row in math500_rows()],
+        "math500": files.SCHEMAS["math500"][2],
         "amc23": ["10", "11", "12"],
         "aime25": ["70", "71", "0"],  # the last one is wrong
         "olympiadbench": ["2", "0.5", "3, 1", r"\{1, 3\}", r"(3, \infty) \cup (-\infty, -3)"],
     }
     num_completions = {"amc23": 32, "aime25": 32}  # from the recipe
-    rows = [
-        {"benchmark": name, "index": i, "completions": [f"\\boxed{{{text}}}"] * num_completions.get(name, 4)}
-        for name, texts in right.items()
-        for i, text in enumerate(texts)
-    ]
+    rows = []
+    for name, answers in right.items():
+        rows += completions_of(name, [[f"\\boxed{{{text}}}"] * num_completions.get(name, 4) for text in answers])
     completions = write_jsonl(tmp_path / "completions.jsonl", rows)
-    results = evaluate(
-        "--files", json.dumps(files), "--completions_file", completions, "--output_dir", tmp_path / "out", recipe=MATH
-    )
+    results = evaluate(*sources, "--completions_file", completions, "--output_dir", tmp_path / "out", recipe=MATH)
 
     scores = {name: entry["metrics"]["avg"]["value"] for name, entry in results["benchmarks"].items()}
     assert scores == {"gsm8k": 1, "math500": 1, "amc23": 1, "aime25": 2 / 3, "olympiadbench": 1}
@@ -267,28 +250,23 @@ def test_local_files_stand_in_for_all_five_benchmarks(tmp_path):
     assert results["benchmarks"]["aime25"]["pass_at"] == [8, 32]
     assert results["benchmarks"]["gsm8k"]["pass_at"] == [4]
     # The records are completions that can be graded again.
-    again = evaluate(
-        "--files", json.dumps(files), "--completions_file", tmp_path / "out", "--output_dir", tmp_path / "again",
-        recipe=MATH,
-    )  # fmt: skip
+    again = evaluate(*sources, "--completions_file", tmp_path / "out", "--output_dir", tmp_path / "again", recipe=MATH)
     assert again["benchmarks"] == results["benchmarks"]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_benchmarks_are_added_to_an_evaluation_one_by_one(tmp_path, suffix):
-    files = write_benchmarks(tmp_path)
-    rows = read_jsonl(files["aime25"])
-    path = tmp_path / f"aime{suffix}"
+    rows, path = files.benchmark_rows("aime25"), tmp_path / f"aime{suffix}"
     if suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
-        path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
-    files["aime25"] = str(path)
-    completions = write_jsonl(
-        tmp_path / "completions.jsonl",
-        [{"benchmark": n, "index": i, "completions": ["71"] * 32} for n in ("amc23", "aime25") for i in range(3)],
-    )
-    common = ["--files", json.dumps(files), "--completions_file", completions, "--output_dir", tmp_path / "out"]
+        write_jsonl(path, rows)
+    sources = files.write_benchmarks(tmp_path) | {"aime25": str(path)}
+    completions = [row for name in ("amc23", "aime25") for row in completions_of(name, [["71"] * 32] * 3)]
+    source = ["--completions_file", write_jsonl(tmp_path / "completions.jsonl", completions)]
+    common = [*local(**sources), *source, "--output_dir", tmp_path / "out"]
 
     alone = evaluate(*common, "--only", "aime25", recipe=MATH)
     both = evaluate(*common, "--only", "aime25", "amc23", recipe=MATH)
@@ -303,14 +281,10 @@ def test_problems_whose_answer_cannot_be_parsed_are_refused_by_row_or_left_out_a
     rows = gsm8k_rows(5)
     rows[1]["answer"] = "no mark"
     rows[3]["answer"] = "#### ???"
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    completions = write_jsonl(
-        tmp_path / "c.jsonl",
-        [{"benchmark": "gsm8k", "index": i, "completions": [rf"\boxed{{{i * i}}}"]} for i in (0, 2, 4)],
-    )
-    common = [
-        "--files", json.dumps({"gsm8k": path}), "--completions_file", completions, "--output_dir", tmp_path / "out"
-    ]  # fmt: skip
+    texts = [[rf"\boxed{{{i * i}}}"] for i in range(5)]
+    completions = write_jsonl(tmp_path / "c.jsonl", completions_of("gsm8k", texts))
+    sources = local(gsm8k=write_jsonl(tmp_path / "rows.jsonl", rows))
+    common = [*sources, "--completions_file", completions, "--output_dir", tmp_path / "out"]
 
     message = (
         r"(?s)`benchmarks.gsm8k.answer_column` 'answer' .* holds 2 answers .* row 1: 'no mark'; row 3: '#### \?\?\?'"
@@ -323,55 +297,37 @@ def test_problems_whose_answer_cannot_be_parsed_are_refused_by_row_or_left_out_a
     entry = results["benchmarks"]["gsm8k"]
     assert (entry["num_problems"], entry["excluded"], entry["metrics"]["avg"]["value"]) == (3, [1, 3], 1.0)
     assert "3 (2 excluded)" in (tmp_path / "out" / "results.md").read_text()
-
-
-def test_a_benchmark_of_which_no_answer_can_be_parsed_is_refused_either_way(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "?", "answer": "no mark"}])
+    write_jsonl(tmp_path / "rows.jsonl", [rows[1]])
     with pytest.raises(ValueError, match=r"No problem is left: set another `answer_column` or `answer_pattern`"):
-        evaluate("--files", json.dumps({"gsm8k": path}), "--unparsable_answers", "exclude")
-
-
-NO_MODEL = ["--model_name_or_path", "/no/such/model"]
+        evaluate(*common, "--unparsable_answers", "exclude")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"prompt_column": "questoin"},
-            r"`benchmarks.gsm8k.prompt_column` is 'questoin', .*the nearest name is 'question'",
-        ),
-        (
-            {"answer_column": "answr"},
-            r"`benchmarks.gsm8k.answer_column` is 'answr', .*nearest name is 'answer'. Its columns",
-        ),
+        ({"prompt_column": "questoin"}, rf"`{ENTRY}prompt_column` is 'questoin', .*the nearest name is 'question'"),
+        ({"answer_column": "answr"}, rf"`{ENTRY}answer_column` is 'answr', .*nearest name is 'answer'. Its columns"),
         (
             {"answer_colum": "answer"},
-            r"Unknown key `benchmarks.gsm8k.answer_colum`; the nearest name is 'answer_column'",
+            rf"Unknown key `{ENTRY}answer_colum`; the nearest name is '{ENTRY}answer_column'",
         ),
-        ({"answer_column": None}, r"`benchmarks.gsm8k.answer_column` is not set, and has no default"),
-        ({"answer_pattern": "#### .+"}, r"`benchmarks.gsm8k.answer_pattern` is '#### .\+', which has 0 groups"),
-        (
-            {"pass_at": [1, 8], "num_completions": 4},
-            r"`pass_at` of benchmark 'gsm8k' has k = 8, but of its 4 completions",
-        ),
+        ({"answer_column": None}, rf"`{ENTRY}answer_column` is not set, and has no default"),
+        ({"answer_pattern": "#### .+"}, rf"`{ENTRY}answer_pattern` is '#### .\+', which has 0 groups"),
+        ({"pass_at": [1, 8], "num_completions": 4}, r"`pass_at` of benchmark 'gsm8k' has k = 8, but of its 4 complet"),
         ({"pass_at": [0]}, r"`pass_at` of benchmark 'gsm8k' has k = 0"),
-        ({"num_completions": 0}, r"`benchmarks.gsm8k.num_completions` is 0: give a whole number, at least 1"),
+        ({"num_completions": 0}, rf"`{ENTRY}num_completions` is 0: give a whole number, at least 1"),
         ({"num_completions": 2}, r"`temperature` is 0, which makes the 2 completions .* equal"),
-        ({"size": 13}, r"`benchmarks.gsm8k.size` is 13, but there are 12 rows: lower it"),
-        ({"size": "all"}, r"`benchmarks.gsm8k.size` is 'all': give a whole number"),
-        (
-            {"dataset_name": "missing.jsonl"},
-            r"`benchmarks.gsm8k.dataset_name` is 'missing.jsonl', .* there is no file",
-        ),
-        (
-            {"dataset_name": "no-user/no-set"},
-            r"`benchmarks.gsm8k.dataset_name` is 'no-user/no-set', which could not be lo",
-        ),
+        ({"dataset_name": "missing.jsonl"}, rf"`{ENTRY}dataset_name` is 'missing.jsonl', .* there is no file"),
+        ({"dataset_name": "no-user/no-set"}, rf"`{ENTRY}dataset_name` is 'no-user/no-set', which could not be loaded"),
+        ({"dataset_name": "empty.jsonl"}, rf"`{ENTRY}dataset_name` is 'empty.jsonl', which could not be loaded"),
+        ({"dataset_name": "empty.json"}, rf"`{ENTRY}dataset_name` is 'empty.json', which could not be loaded"),
         ({}, r"`model_name_or_path` is '/no/such/model', but there is no such directory"),
     ],
 )
-def test_a_benchmark_that_cannot_be_had_is_refused_before_the_model(gsm8k, tmp_path, changes, message):
+def test_a_benchmark_that_is_not_available_is_refused_before_the_model(gsm8k, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("")
+    Path("empty.json").write_text("[]")
     entry = yaml.safe_load(Path(GSM8K).read_text())["benchmarks"]["gsm8k"]
     entry |= {"dataset_name": json.loads(gsm8k[1])["gsm8k"], "dataset_config": None} | changes
 
@@ -379,40 +335,30 @@ def test_a_benchmark_that_cannot_be_had_is_refused_before_the_model(gsm8k, tmp_p
         evaluate("--benchmarks", json.dumps({"gsm8k": entry}), *NO_MODEL)
 
 
-@pytest.mark.parametrize(("name", "text"), [("empty.jsonl", ""), ("empty.json", "[]")])
-def test_an_empty_file_is_refused(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"`benchmarks.gsm8k.dataset_name` is .*{name}', which could not be loaded"):
-        evaluate("--files", json.dumps({"gsm8k": str(tmp_path / name)}), *NO_MODEL)
-
-
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("command", "message"),
     [
-        (["--temperatur", "1"], r"Unknown key `temperatur`; the nearest name is 'temperature'"),
-        (["--max_tokens", "1"], r"Unknown key `max_tokens`; the nearest name is 'max_new_tokens'"),
-        (
-            ["--only", "gsm8"],
-            r"`only` names 'gsm8', which is not one of the `benchmarks`; the nearest name is 'gsm8k'",
-        ),
-        (["--files", '{"gsm9k": "x"}'], r"`files` names 'gsm9k'.*the nearest name is 'gsm8k'"),
-        (["--files", "gsm8k.jsonl"], r"`files` is 'gsm8k.jsonl', which is not a JSON object"),
-        (["--benchmarks", "{}"], r"`benchmarks` is {}, which is not a mapping"),
-        (["--backend", "vlm"], r"`backend` is 'vlm'; the nearest name is 'vllm': use one of auto, vllm, transformers"),
-        (["--unparsable_answers", "skip"], r"`unparsable_answers` is 'skip'.*use one of error, exclude"),
-        (["--temperature", "-1"], r"`temperature` is -1.0, but must be a number, at least 0"),
-        (["--top_p", "0"], r"`top_p` is 0.0, but must be a number, above 0 and at most 1"),
-        (["--top_k", "0"], r"`top_k` is 0, but must be a whole number, at least 1"),
-        (["--batch_size", "0"], r"`batch_size` is 0, but must be a whole number, at least 1"),
-        (["--prompt_template", "Q:"], r"`prompt_template` is 'Q:', which would drop the prompt"),
-        ([], r"Exactly one source of completions is needed, got model_name_or_path=None and completions_file=None"),
-        ([*NO_MODEL, "--completions_file", "x"], r"Exactly one source of completions is needed"),
-        (["--completions_file", "x.jsonl"], r"`completions_file` is 'x.jsonl', but there is no such file"),
+        ("--temperatur 1", r"Unknown key `temperatur`; the nearest name is 'temperature'"),
+        ("--max_tokens 1", r"Unknown key `max_tokens`; the nearest name is 'max_new_tokens'"),
+        ("--only gsm8", r"`only` names 'gsm8', which is not one of the `benchmarks`; the nearest name is 'gsm8k'"),
+        ("--files '{\"gsm9k\": 0}'", r"`files` names 'gsm9k'.*the nearest name is 'gsm8k'"),
+        ("--files gsm8k.jsonl", r"`files` is 'gsm8k.jsonl', which is not a JSON object"),
+        ("--benchmarks {}", r"`benchmarks` is {}, which is not a mapping"),
+        ("--backend vlm", r"`backend` is 'vlm'; the nearest name is 'vllm': use one of auto, vllm, transformers"),
+        ("--unparsable_answers skip", r"`unparsable_answers` is 'skip'.*use one of error, exclude"),
+        ("--temperature -1", r"`temperature` is -1.0, but must be a number, at least 0"),
+        ("--top_p 0", r"`top_p` is 0.0, but must be a number, above 0 and at most 1"),
+        ("--top_k 0", r"`top_k` is 0, but must be a whole number, at least 1"),
+        ("--batch_size 0", r"`batch_size` is 0, but must be a whole number, at least 1"),
+        ("--prompt_template Q:", r"`prompt_template` is 'Q:', which would drop the prompt"),
+        ("", r"Exactly one source of completions is needed, got model_name_or_path=None and completions_file=None"),
+        ("--model_name_or_path x --completions_file x", r"Exactly one source of completions is needed"),
+        ("--completions_file x.jsonl", r"`completions_file` is 'x.jsonl', but there is no such file"),
     ],
 )
-def test_a_wrong_command_line_is_refused_by_name(gsm8k, tokens, message):
+def test_a_wrong_command_line_is_refused_by_name(gsm8k, command, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(*gsm8k, *tokens)
+        evaluate(*gsm8k, *shlex.split(command))
 
 
 def test_a_wrong_key_of_a_recipe_is_refused_by_name(tmp_path):
@@ -425,31 +371,21 @@ def test_a_wrong_key_of_a_recipe_is_refused_by_name(tmp_path):
         parse(["--config", str(recipe)])
 
 
-def test_vllm_is_refused_where_it_is_not_installed(gsm8k, model_dir, monkeypatch):
+def test_a_backend_a_context_and_a_template_that_are_not_there_are_refused(tiny, monkeypatch):
+    with pytest.raises(ValueError, match=r"`max_new_tokens` is 512, but the model's context is 256 .* at most 1\d\d"):
+        evaluate(*tiny, "--max_new_tokens", "512")
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template: set `conversational: false`"):
+        evaluate(*tiny, "--conversational", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"`backend` is 'vllm', which is not installed.*`backend: transformers`"):
-        evaluate(*gsm8k, "--model_name_or_path", model_dir, "--backend", "vllm")
-
-
-def test_completions_beyond_the_context_and_conversations_without_a_template_are_refused(gsm8k, model_dir):
-    common = [*gsm8k, "--model_name_or_path", model_dir, "--backend", "transformers"]
-    with pytest.raises(
-        ValueError, match=r"`max_new_tokens` is 512, but the model's context is 256 .* to at most 1\d\d"
-    ):
-        evaluate(*common)
-    with pytest.raises(ValueError, match=r"the tokenizer has no chat template: set `conversational: false`"):
-        evaluate(*common, "--max_new_tokens", "8", "--conversational", "true")
+        evaluate(*tiny, "--backend", "vllm")
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (
-            [{"benchmark": "gsm8k", "index": 0, "completions": ["1", "2"]}],
-            r"has 2 completions for row 0 of 'gsm8k', but",
-        ),
-        ([{"benchmark": "gsm8k", "index": 0, "completions": ["1"]}], r"has 0 completions for row 1 of 'gsm8k'"),
-        ([{"benchmark": "gsm8k", "index": 0, "completions": ["1"]}] * 2, r"has row 0 of 'gsm8k' twice"),
+        (completions_of("gsm8k", [["1", "2"]]), r"has 2 completions for row 0 of 'gsm8k', but"),
+        (completions_of("gsm8k", [["1"]]), r"has 0 completions for row 1 of 'gsm8k'"),
         ([[1]], r"line 1: not a JSON object"),
     ],
 )
@@ -460,16 +396,17 @@ def test_recorded_completions_that_do_not_fit_the_problems_are_refused(gsm8k, tm
 
 def test_a_record_that_is_broken_within_the_file_is_named(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
-    record = json.dumps({"index": 0, "correct": [True]})
+    completion = completions_of("gsm8k", [["1"]])[0]
+    record = json.dumps(completion | {"correct": [True]})
     for text, message in (
         ('{"question": "1+1="}', "not a file of graded problems. Set another `output_dir`"),  # without a line break
         (f"{record}\n{{\n{record}\n", "line 2: not a JSON object"),
-        (f"{record}\n{record}\n", "line 2: problem 0 is there twice"),
-        ('{"index": 1}\n', "line 1: not a graded problem"),
+        (f"{record}\n{record}\n", "line 2: row 0 of 'gsm8k' is there twice"),
+        (json.dumps(completion) + "\n", "line 1: not a JSON object with .*correct"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            Records(path)
+            read_records(path)
         assert path.read_text() == text  # refused before anything is cut off
 
 
@@ -478,7 +415,16 @@ def test_the_recipes_parse_and_name_the_five_benchmarks():
 
     assert list(args.benchmarks) == ["gsm8k", "math500", "amc23", "aime25", "olympiadbench"]
     assert "{prompt}\n" in args.prompt_template
-    for recipe in (ROOT / "recipes" / "evaluation").glob("*.yaml"):
+    for recipe in (files.ROOT / "recipes" / "evaluation").glob("*.yaml"):
         assert parse(["--config", str(recipe)]).benchmarks
         assert re.search(r"# Hardware: .*\bGPU", recipe.read_text())
+        assert "ot downloaded on the machine" in recipe.read_text()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_commands_of_the_documentation_parse():
+    text = (files.ROOT / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python -m oblr_trl\.scripts\.evaluate (.*)$", text, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert parse(shlex.split(command)).benchmarks

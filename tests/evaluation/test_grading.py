@@ -1,69 +1,56 @@
 """Answers of every kind, right and wrong ones, and the agreement with TRL's `accuracy_reward`."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from trl.rewards import accuracy_reward
 
 from oblr_trl.data.answers import as_latex, compile_answer_pattern, extract_answer
-from oblr_trl.evaluation.grading import grade, parse_reference
+from oblr_trl.evaluation.rewards import grade, math_accuracy, parse_reference
 
-RIGHT = [
-    ("42", r"\boxed{42}"),
-    ("42", "The final answer is $42$. I hope it is correct."),
-    ("-3", r"so $x = \boxed{-3}$."),
-    ("27", r"\boxed{27.0}"),
-    (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}"),
-    (r"\frac{1}{2}", r"\boxed{0.5}"),
-    (r"\frac12", r"\boxed{1/2}"),
-    (r"1\frac{1}{2}", r"\boxed{1.5}"),
-    ("[0,1)", r"\boxed{[0,1)}"),
-    (r"(-\infty, 3) \cup (5, \infty)", r"\boxed{(5,\infty) \cup (-\infty,3)}"),
-    (r"x \in [-2,7]", r"\boxed{[-2,7]}"),
-    ("x > 3", r"\boxed{(3,\infty)}"),
-    (r"\{1,2,3\}", r"\boxed{\{3,2,1\}}"),
-    ("1, -2", r"\boxed{-2 \text{ and } 1}"),
-    ("1, -2", r"\boxed{x=1, x=-2}"),
-    ("1, 3", r"\boxed{1}, \boxed{3}"),  # boxes beside one another are the parts of one answer
-    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3, \pi/2)}"),
-    (r"5 \text{ cm}", r"\boxed{5}"),
-    ("5", r"\boxed{5\text{ cm}}"),
-    (r"90^\circ", r"\boxed{90}"),
-    ("12", r"\boxed{\$12}"),
-    (r"\$12", r"\boxed{12}"),
-    (r"50\%", r"\boxed{50\%}"),
-    (r"50\%", r"\boxed{0.5}"),
-    (r"50\%", r"\boxed{50}"),
-    ("1,234,567", r"\boxed{1234567}"),
-    ("1234567", r"\boxed{1,234,567}"),
-    (r"3,\!750", r"\boxed{3750}"),
-    (r"2\sqrt{3}", r"\boxed{\sqrt{12}}"),
-    ("3^{20}", r"\boxed{3486784401}"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}"),
-    ("p - q", r"\boxed{-q + p}"),
-    ("y = 2x + 3", r"\boxed{y = 3 + 2x}"),
-    ("x = 5", r"\boxed{5}"),
-    (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
-    (r"\text{(C)}", r"\boxed{C}"),
-    ("$1,3$", r"\boxed{3, 1}"),
-]
-WRONG = [
-    ("42", r"\boxed{43}"),
-    ("42", r"\boxed{41}, but perhaps 42"),  # the box counts
-    ("42", r"\boxed{42"),  # cut off
-    ("42", r"\boxed{}"),
-    ("42", "I do not know."),
-    ("42", ""),
-    (r"\frac{1}{3}", r"\boxed{0.333}"),
-    (r"2\sqrt{3}", r"\boxed{2}"),  # what a reference without dollar signs would be read as
-    ("y = 2x + 3", r"\boxed{2}"),
-    ("[0,1)", r"\boxed{[0,1]}"),
-    ("(3,4)", r"\boxed{(4,3)}"),
-    (r"\{1,2,3\}", r"\boxed{\{1,2\}}"),
-    ("1, 3", r"\boxed{1}"),
-    ("1,234", r"\boxed{1.234}"),
-    (r"\text{Evelyn}", r"\boxed{\text{Briana}}"),
-    (r"\text{(C)}", r"\boxed{B}"),
+# Reference answer, completions that give it, completions that do not.
+CASES = [
+    ("42", [r"\boxed{42}", "The final answer is $42$. I hope it is correct."], [r"\boxed{43}", "I do not know.", ""]),
+    ("42", [], [r"\boxed{41}, but perhaps 42", r"\boxed{42", r"\boxed{}"]),  # the box counts; cut off; empty
+    ("-3", [r"so $x = \boxed{-3}$."], []),
+    ("27", [r"\boxed{27.0}"], []),
+    ("5", [r"\boxed{5\text{ cm}}"], []),
+    ("12", [r"\boxed{\$12}"], []),
+    (r"\$12", [r"\boxed{12}"], []),
+    (r"\frac{1}{2}", [r"\boxed{\frac{2}{4}}", r"\boxed{0.5}"], []),
+    (r"\frac12", [r"\boxed{1/2}"], []),
+    (r"\frac{1}{3}", [], [r"\boxed{0.333}"]),
+    (r"1\frac{1}{2}", [r"\boxed{1.5}"], []),
+    ("[0,1)", [r"\boxed{[0,1)}"], [r"\boxed{[0,1]}"]),
+    (r"(-\infty, 3) \cup (5, \infty)", [r"\boxed{(5,\infty) \cup (-\infty,3)}"], []),
+    (r"x \in [-2,7]", [r"\boxed{[-2,7]}"], []),
+    ("x > 3", [r"\boxed{(3,\infty)}"], []),
+    (r"\{1,2,3\}", [r"\boxed{\{3,2,1\}}"], [r"\boxed{\{1,2\}}"]),
+    ("1, -2", [r"\boxed{-2 \text{ and } 1}", r"\boxed{x=1, x=-2}"], []),
+    ("1, 3", [r"\boxed{1}, \boxed{3}"], [r"\boxed{1}"]),  # adjacent boxes are the parts of one answer
+    ("$1,3$", [r"\boxed{3, 1}"], []),
+    ("(3,4)", [], [r"\boxed{(4,3)}"]),
+    (r"\left( 3, \frac{\pi}{2} \right)", [r"\boxed{(3, \pi/2)}"], []),
+    (r"5 \text{ cm}", [r"\boxed{5}"], []),
+    (r"90^\circ", [r"\boxed{90}"], []),
+    (r"50\%", [r"\boxed{50\%}", r"\boxed{0.5}", r"\boxed{50}"], []),
+    ("1,234,567", [r"\boxed{1234567}"], []),
+    ("1234567", [r"\boxed{1,234,567}"], []),
+    ("1,234", [], [r"\boxed{1.234}"]),
+    (r"3,\!750", [r"\boxed{3750}"], []),
+    (
+        r"2\sqrt{3}",
+        [r"\boxed{\sqrt{12}}"],
+        [r"\boxed{2}"],
+    ),  # 2: what a reference without dollar signs would be read as
+    ("3^{20}", [r"\boxed{3486784401}"], []),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}"], []),
+    ("p - q", [r"\boxed{-q + p}"], []),
+    ("y = 2x + 3", [r"\boxed{y = 3 + 2x}"], [r"\boxed{2}"]),
+    ("x = 5", [r"\boxed{5}"], []),
+    (r"\text{Evelyn}", [r"\boxed{\text{Evelyn}}"], [r"\boxed{\text{Briana}}"]),
+    (r"\text{(C)}", [r"\boxed{C}"], [r"\boxed{B}"]),
 ]
 WITHOUT_LATEX = [
     "The answer is 42.",
@@ -76,38 +63,30 @@ WITHOUT_LATEX = [
 
 
 @pytest.mark.parametrize("answer_format", ["any", "latex"])
-@pytest.mark.parametrize(("answer", "completion"), RIGHT)
-def test_a_right_answer_counts(answer, completion, answer_format):
-    assert grade(parse_reference(answer), [completion], answer_format=answer_format) == [True]
-
-
-@pytest.mark.parametrize("answer_format", ["any", "latex"])
-@pytest.mark.parametrize(("answer", "completion"), WRONG)
-def test_a_wrong_answer_does_not_count(answer, completion, answer_format):
-    assert grade(parse_reference(answer), [completion], answer_format=answer_format) == [False]
+@pytest.mark.parametrize(("answer", "right", "wrong"), CASES)
+def test_right_answers_count_and_wrong_ones_do_not(answer, right, wrong, answer_format):
+    grades = grade(answer, [*right, *wrong], answer_format=answer_format)
+    assert grades == [True] * len(right) + [False] * len(wrong)
 
 
 def test_an_answer_without_latex_counts_unless_latex_is_asked_for():
-    reference = parse_reference("42")
-
-    assert grade(reference, WITHOUT_LATEX) == [True] * len(WITHOUT_LATEX)
-    assert grade(reference, WITHOUT_LATEX, answer_format="latex") == [False] * len(WITHOUT_LATEX)
+    assert grade("42", WITHOUT_LATEX) == [True] * len(WITHOUT_LATEX)
+    assert grade("42", WITHOUT_LATEX, answer_format="latex") == [False] * len(WITHOUT_LATEX)
 
 
 def test_two_answers_are_not_one_right_one():
-    assert grade(parse_reference("42"), [r"\boxed{41}, no, \boxed{42}"]) == [False]
+    assert grade("42", [r"\boxed{41}, no, \boxed{42}"]) == [False]
 
 
-@pytest.mark.parametrize("cases", [RIGHT, WRONG, [("42", text) for text in WITHOUT_LATEX]])
-def test_latex_grades_are_those_of_accuracy_reward(cases):
-    answers, completions = zip(*cases, strict=True)
+def test_latex_grades_are_those_of_accuracy_reward():
+    pairs = [(answer, text) for answer, right, wrong in [*CASES, ("42", [], WITHOUT_LATEX)] for text in right + wrong]
     rewards = accuracy_reward(
-        [[{"role": "assistant", "content": text}] for text in completions], [as_latex(answer) for answer in answers]
+        [[{"role": "assistant", "content": text}] for _, text in pairs], [as_latex(answer) for answer, _ in pairs]
     )
 
-    grades = [grade(parse_reference(a), [c], answer_format="latex")[0] for a, c in cases]
-    assert [bool(reward) for reward in rewards] == grades
     assert None not in rewards
+    grades = [grade(answer, [text], answer_format="latex")[0] for answer, text in pairs]
+    assert [bool(reward) for reward in rewards] == grades
 
 
 def test_accuracy_reward_misreads_an_answer_without_dollar_signs():
@@ -120,30 +99,41 @@ def test_accuracy_reward_misreads_an_answer_without_dollar_signs():
 
 @pytest.mark.parametrize("answer", ["", "???", "$$", r"\boxed{}"])
 def test_a_reference_that_math_verify_does_not_understand_is_empty(answer):
-    assert parse_reference(answer) == []
+    assert not parse_reference(answer)
+
+
+def test_the_reward_is_the_grade_of_the_evaluation():
+    metrics = {}
+    rewards = math_accuracy(
+        [r"\boxed{\sqrt{12}}", [{"role": "assistant", "content": r"\boxed{2}"}], "so 7", "7"],
+        [r"2\sqrt{3}", r"2\sqrt{3}", "7", "???"],
+        benchmark=["a", "a", "b", "b"],
+        log_metric=metrics.__setitem__,
+    )
+
+    assert rewards == [1.0, 0.0, 1.0, None]
+    assert metrics == {"accuracy/a": 0.5, "accuracy/b": 1.0}
+    assert math_accuracy(["7", "8"], ["7", "7"], log_metric=metrics.__setitem__) == [1.0, 0.0]
+    assert metrics["accuracy"] == 0.5
+
+
+def test_the_reward_can_be_computed_outside_of_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:  # where math-verify's own timeouts do not work
+        assert pool.submit(math_accuracy, [r"\boxed{1/2}"], ["0.5"]).result() == [1.0]
 
 
 @pytest.mark.parametrize(
-    ("cell", "pattern", "answer"),
+    ("pattern", "cells"),
     [
-        ("5*5=<<5*5=25>>25\n#### 1,025", "#### (.+)", "1,025"),
-        ("#### 1\n#### 2", "#### (.+)", "2"),
-        ("no mark", "#### (.+)", None),
-        ("  42 ", None, "42"),
-        (27.0, None, "27"),
-        (0.25, None, "0.25"),
-        (7, None, "7"),
-        (["$\\frac{1}{2}$"], None, "$\\frac{1}{2}$"),
-        (["$1$", "3"], None, "1, 3"),
-        ([], None, None),
-        (None, None, None),
-        ([None], None, None),
-        ("", None, None),
-        (True, None, None),
+        ("#### (.+)", [("5*5=<<5*5=25>>25\n#### 1,025", "1,025"), ("#### 1\n#### 2", "2"), ("no mark", None)]),
+        (None, [("  42 ", "42"), (27.0, "27"), (0.25, "0.25"), (7, "7"), (["$1$", "3"], "1, 3")]),
+        (None, [(["$\\frac{1}{2}$"], "$\\frac{1}{2}$")]),
+        (None, [([], None), (None, None), ([None], None), ("", None), (True, None)]),
     ],
 )
-def test_the_answer_is_taken_out_of_a_cell(cell, pattern, answer):
-    assert extract_answer(cell, compile_answer_pattern(pattern, field_name="answer_pattern")) == answer
+def test_the_answer_is_taken_out_of_a_cell(pattern, cells):
+    compiled = compile_answer_pattern(pattern, field_name="answer_pattern")
+    assert [extract_answer(cell, compiled) for cell, _ in cells] == [answer for _, answer in cells]
 
 
 @pytest.mark.parametrize(

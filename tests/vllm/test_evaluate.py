@@ -8,18 +8,16 @@ import pytest
 import vllm
 from transformers import AutoTokenizer
 
-from oblr_trl.scripts.evaluate import main, parse
-from tests.evaluation.files import GSM8K, gsm8k_rows, make_model, write_jsonl
+from tests.evaluation.files import evaluate, gsm8k_rows, local, make_model, read_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """Command line of twelve problems; in float32, where the two backends agree on the most likely token."""
     directory = tmp_path_factory.mktemp("evaluate")
-    rows = write_jsonl(directory / "rows.jsonl", gsm8k_rows(12))
-    options = "--max_new_tokens 24 --batch_size 8 --dtype float32 --disable_tqdm true"
-    source = ["--files", json.dumps({"gsm8k": rows}), "--model_name_or_path", make_model(directory / "model")]
-    return ["--config", GSM8K, *source, *options.split()]
+    files = local(gsm8k=write_jsonl(directory / "rows.jsonl", gsm8k_rows(12)))
+    options = "--max_new_tokens 24 --batch_size 8 --dtype float32"
+    return [*files, *options.split(), "--model_name_or_path", make_model(directory / "model")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,35 +31,30 @@ def one_engine():
     patch.undo()
 
 
-def records(directory):
-    return [json.loads(line) for line in (directory / "gsm8k.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("stops", ["", "?-"], ids=["end-of-text", "stop-tokens"])
 def test_greedy_completions_are_those_of_transformers(command, tmp_path, stops):
     if stops:
-        tokenizer = AutoTokenizer.from_pretrained(command[command.index("--model_name_or_path") + 1])
-        command = [*command, "--stop_token_ids", *map(str, tokenizer.convert_tokens_to_ids(list(stops)))]
+        tokenizer = AutoTokenizer.from_pretrained(command[-1])
+        command = [*command, "--stop_token_ids", *tokenizer.convert_tokens_to_ids(list(stops))]
     for backend in ("vllm", "transformers"):
-        main(parse([*command, "--backend", backend, "--output_dir", str(tmp_path / backend)]))
+        evaluate(*command, "--backend", backend, "--output_dir", tmp_path / backend)
 
-    assert records(tmp_path / "vllm") == records(tmp_path / "transformers")
-    truncated = [flag for record in records(tmp_path / "vllm") for flag in record["truncated"]]
-    assert all(truncated) == (not stops)
-    assert json.loads((tmp_path / "vllm" / "settings.json").read_text())["settings"]["backend"] == "vllm"
+    records = read_jsonl(tmp_path / "vllm" / "gsm8k.jsonl")
+    assert records == read_jsonl(tmp_path / "transformers" / "gsm8k.jsonl")
+    assert all(flag for record in records for flag in record["truncated"]) == (not stops)
+    assert json.loads((tmp_path / "vllm" / "settings.json").read_text())["backend"] == "vllm"
 
 
 def test_a_resumed_evaluation_equals_an_uninterrupted_one(command, tmp_path):
     sampled = [*command, "--temperature", "1", "--num_completions", "2", "--output_dir"]
-    main(parse([*sampled, str(tmp_path / "whole")]))
+    evaluate(*sampled, tmp_path / "whole")
     lines = (tmp_path / "whole" / "gsm8k.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "gsm8k.jsonl").write_bytes(
-        b"".join(lines[:5]) + lines[5][:40]
-    )  # in the second of 3 batches
+    cut = b"".join(lines[:5]) + lines[5][:40]  # in the second of 3 batches
+    (tmp_path / "killed" / "gsm8k.jsonl").write_bytes(cut)
 
-    main(parse([*sampled, str(tmp_path / "killed")]))
+    evaluate(*sampled, tmp_path / "killed")
 
     assert (tmp_path / "killed" / "gsm8k.jsonl").read_bytes() == b"".join(lines)
-    texts = [text for record in records(tmp_path / "whole") for text in record["completions"]]
+    texts = [text for record in read_jsonl(tmp_path / "whole" / "gsm8k.jsonl") for text in record["completions"]]
     assert len(set(texts)) > 20  # every completion has a seed of its own; one that ends at once is empty
