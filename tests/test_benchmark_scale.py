@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config
 
-from benchmarks.scale import gather_bytes, operations_per_token, scale_document
+from benchmarks.scale import MODELS, flops_per_token, gather_bytes, scale_document
 from oblr_trl.planning.models import linear_layers, meta_model
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 def test_what_a_process_receives_in_the_gather():
@@ -18,7 +23,7 @@ def test_what_a_process_receives_in_the_gather():
     assert gather_bytes(1024, 4096, 4) == 12 * 2**20
 
 
-def test_the_operations_of_a_pass():
+def test_the_flops_of_a_pass():
     # Without attention's own term (T = 0), head and sketches being small: forward 1, training 3, scoring 2 of 2 n.
     model = meta_model(
         Qwen3Config(
@@ -33,16 +38,20 @@ def test_the_operations_of_a_pass():
         )
     )
     n = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    operations = operations_per_token(model, length=0, sketch_dim=1, last_k=1, checkpointing=False)
-    assert operations.train / (2 * n) == pytest.approx(3, rel=1e-2)
-    assert operations.score_all / (2 * n) == pytest.approx(2, rel=2e-2)
-    assert operations.score_last_k / (2 * n) == pytest.approx(1.5, rel=2e-2)
-    checkpointed = operations_per_token(model, length=0, sketch_dim=1, last_k=1, checkpointing=True)
-    assert checkpointed.train - operations.train == 2 * n
+    flops = flops_per_token(model, length=0, sketch_dim=1, last_k=1, checkpointing=False)
+    assert flops.train / (2 * n) == pytest.approx(3, rel=1e-2)
+    assert flops.score_all / (2 * n) == pytest.approx(2, rel=2e-2)
+    assert flops.score_last_k / (2 * n) == pytest.approx(1.5, rel=2e-2)
+    checkpointed = flops_per_token(model, length=0, sketch_dim=1, last_k=1, checkpointing=True)
+    assert checkpointed.train - flops.train == 2 * n
 
 
-def test_the_scale_document_is_up_to_date(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_largest_model_has_as_many_parameters_as_the_published_one():
+    # The index of its safetensors files states 141107412992 bytes of bfloat16.
+    assert MODELS["Llama-3-70B"].num_parameters() == 141_107_412_992 // 2
+
+
+def test_the_scale_document_is_up_to_date():
     assert (ROOT / "docs/scale.md").read_text() == scale_document(), "run: python -m benchmarks.scale"
 
 
