@@ -84,7 +84,7 @@ def test_links_to_files_lead_somewhere_and_every_page_is_listed(name):
 def stand_ins(tmp_path_factory):
     """Local directories by the names on the hub."""
     path = tmp_path_factory.mktemp("stand-ins")
-    return {HUB_MODEL: recipe_stand_ins.write_model(path / "model"), **recipe_stand_ins.write_data_sets(path)}
+    return {HUB_MODEL: recipe_stand_ins.write_model(path / "model"), **recipe_stand_ins.write_datasets(path)}
 
 
 @pytest.fixture

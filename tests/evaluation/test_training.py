@@ -53,7 +53,7 @@ def stand_ins(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = THINKING_TEMPLATE
     tokenizer.save_pretrained(model)
-    return model, recipe_stand_ins.write_data_sets(path)
+    return model, recipe_stand_ins.write_datasets(path)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ LAUNCHES = {
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     path = tmp_path_factory.mktemp("stand-ins")
-    return recipe_stand_ins.write_model(path / "model"), recipe_stand_ins.write_data_sets(path)
+    return recipe_stand_ins.write_model(path / "model"), recipe_stand_ins.write_datasets(path)
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
