@@ -1,4 +1,4 @@
-"""Benchmarks as a recipe declares them: the dataset, its columns of prompts and answers, and the number of completions."""
+"""Benchmarks as a recipe declares them: dataset, columns of prompts and answers, and number of completions."""
 
 import dataclasses
 import hashlib
@@ -57,8 +57,8 @@ def load_benchmarks(args: EvaluationArguments) -> list[ProblemSet]:
     Load the problems of a recipe's benchmarks and parse their answers; needs no model.
 
     Raises:
-        `ValueError`: an unknown name, key or value, named with the nearest that is known; a source, split or column that does
-        not exist; no rows; or, unless `unparsable_answers` is `"exclude"`, an answer that cannot be parsed.
+        `ValueError`: an unknown name, key or value, named with the nearest that is known; a source, split or column
+        that does not exist; no rows; or, unless `unparsable_answers` is `"exclude"`, an answer that cannot be parsed.
     """
     entries = args.benchmarks
     if not isinstance(entries, dict) or not entries:
@@ -70,8 +70,8 @@ def load_benchmarks(args: EvaluationArguments) -> list[ProblemSet]:
         for name in names:
             if name not in entries:
                 raise ValueError(
-                    f"`{field_name}` names {name!r}, which is not one of the `benchmarks`{nearest(name, entries)}. They "
-                    f"are: {', '.join(entries)}."
+                    f"`{field_name}` names {name!r}, which is not one of the `benchmarks`{nearest(name, entries)}. "
+                    f"They are: {', '.join(entries)}."
                 )
     benchmarks = [_parse_entry(name, entries[name], args) for name in entries if not args.only or name in args.only]
     return [_load_problems(benchmark, args) for benchmark in benchmarks]
@@ -95,8 +95,8 @@ def _parse_entry(name: str, entry: Any, args: EvaluationArguments) -> Benchmark:
     for k in fields["pass_at"]:
         if not is_count(k) or k > n:
             raise ValueError(
-                f"`pass_at` of benchmark {name!r} has k = {k!r}, but of its {n} completions per problem only a k from 1 to {n} "
-                "can be drawn: lower it, or raise `num_completions`."
+                f"`pass_at` of benchmark {name!r} has k = {k!r}, but of its {n} completions per problem only a k from "
+                f"1 to {n} can be drawn: lower it, or raise `num_completions`."
             )
     if args.temperature == 0 and n > 1 and args.completions_file is None:
         raise ValueError(
@@ -136,12 +136,12 @@ def _load_problems(benchmark: Benchmark, args: EvaluationArguments) -> ProblemSe
         more = f"; and {len(unparsable) - MAX_NAMED} more" if len(unparsable) > MAX_NAMED else ""
         message = (
             f"`{prefix}answer_column` {benchmark.answer_column!r} of {source} (with `answer_pattern` "
-            f"{benchmark.answer_pattern!r}) holds {len(unparsable)} answers that are missing or that math-verify cannot "
-            f"parse: {named}{more}."
+            f"{benchmark.answer_pattern!r}) holds {len(unparsable)} answers that are missing or that math-verify "
+            f"cannot parse: {named}{more}."
         )
         if args.unparsable_answers == "error":
             raise ValueError(
-                f"{message} Correct the rows or the pattern, or set `unparsable_answers: exclude` to leave the problems out."
+                f"{message} Correct the rows or the pattern, or set `unparsable_answers: exclude` to leave them out."
             )
         if not problems:
             raise ValueError(f"{message} No problem is left: set another `answer_column` or `answer_pattern`.")

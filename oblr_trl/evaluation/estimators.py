@@ -19,8 +19,8 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
 
     $$\mathrm{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}$$
 
-    ([Evaluating Large Language Models Trained on Code](https://huggingface.co/papers/2107.03374), equation 1). At k = 1 it is
-    c / n, which is avg@n; at k = n whether any completion is right.
+    ([Evaluating Large Language Models Trained on Code](https://huggingface.co/papers/2107.03374), equation 1). At
+    k = 1 it is c / n, which is avg@n; at k = n whether any completion is right.
 
     Args:
         num_correct (`int`):
@@ -35,8 +35,8 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
     """
     if not 0 <= num_correct <= num_completions or not 1 <= k <= num_completions:
         raise ValueError(
-            f"pass@{k} of {num_completions} completions, {num_correct} of them right, is not defined: k must be from 1 to "
-            f"{num_completions}, and no more of them can be right."
+            f"pass@{k} of {num_completions} completions, {num_correct} of them right, is not defined: k must be from "
+            f"1 to {num_completions}, and no more of them can be right."
         )
     return 1 - Fraction(math.comb(num_completions - num_correct, k), math.comb(num_completions, k))
 
@@ -67,8 +67,8 @@ def estimate(*benchmarks: Sequence[Fraction], seed: int) -> dict[str, float]:
     """
     Unweighted mean over benchmarks of the means over their problems, with its 95 % percentile bootstrap interval.
 
-    Each benchmark is the metric of all its problems, which are resampled among themselves; equal values give an interval of
-    length 0.
+    Each benchmark is the metric of all its problems, which are resampled among themselves; equal values give an
+    interval of length 0.
 
     Returns:
         `dict[str, float]`: `value` (exact, rounded once), `low` and `high`, in the metric's own units.
@@ -81,7 +81,7 @@ def estimate(*benchmarks: Sequence[Fraction], seed: int) -> dict[str, float]:
 
 def paired_differences(first: Sequence[Fraction], second: Sequence[Fraction]) -> list[Fraction]:
     """
-    `second - first` problem by problem. The more the two models find the same problems hard, the smaller is the interval of
-    the mean difference, since the difficulty of a problem cancels.
+    `second - first` problem by problem. The more the two models find the same problems hard, the smaller is the
+    interval of the mean difference, since the difficulty of a problem cancels.
     """
     return [b - a for a, b in zip(first, second, strict=True)]

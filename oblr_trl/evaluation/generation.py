@@ -25,11 +25,11 @@ Generate = Callable[[Sequence[list[int]], int, int], list[Answer]]
 
 def model_answers(args: EvaluationArguments, backend: str, problem_sets: Sequence[ProblemSet]) -> Answers:
     """
-    The completions of a model. Prompts are encoded and measured at once; the weights are loaded when the first completion is
-    asked for, which a finished evaluation never does.
+    The completions of a model. Prompts are encoded and measured at once; the weights are loaded when the first
+    completion is asked for, which a finished evaluation never does.
 
     Raises:
-        `ValueError`: an adapter for vLLM, conversations without a chat template, or completions beyond the model's context.
+        `ValueError`: an adapter for vLLM, conversations without a chat template, completions beyond the context.
     """
     name, revision = str(args.model_name_or_path), args.model_revision
     base = _base_model(name)
@@ -45,8 +45,8 @@ def model_answers(args: EvaluationArguments, backend: str, problem_sets: Sequenc
     context = config.get("max_position_embeddings")  # which models without position embeddings lack
     if context is not None and longest + args.max_new_tokens > context:
         raise ValueError(
-            f"`max_new_tokens` is {args.max_new_tokens}, but the model's context is {context} tokens and the longest prompt "
-            f"takes {longest} of them: set it to at most {context - longest}."
+            f"`max_new_tokens` is {args.max_new_tokens}, but the model's context is {context} tokens and the longest "
+            f"prompt takes {longest} of them: set it to at most {context - longest}."
         )
     eos = eos_token_ids(base, tokenizer, args)
     load = {"vllm": load_vllm, "transformers": load_transformers}[backend]
@@ -66,17 +66,18 @@ def batch_seed(seed: int, benchmark: str, first_index: int) -> int:
 
 
 def choose_backend(wanted: str) -> str:
-    """vLLM where it is installed, else transformers, unless one of them is asked for; `ValueError` where vLLM is missing."""
+    """The backend asked for, or by `"auto"` vLLM where it is installed; `ValueError` where vLLM is missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise ValueError(
-            "`backend` is 'vllm', which is not installed: `pip install 'oblr_trl[vllm]'`, or set `backend: transformers`."
+            "`backend` is 'vllm', which is not installed: run `pip install 'oblr_trl[vllm]'`, or set "
+            "`backend: transformers`."
         )
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
 def encode_prompt(tokenizer: Any, prompt: Any, args: EvaluationArguments) -> list[int]:
-    """Token ids of a prompt as TRL's trainers encode it: text by the tokenizer, a conversation through its chat template."""
+    """Token ids as TRL's trainers encode a prompt: text by the tokenizer, a conversation by its chat template."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
@@ -161,7 +162,7 @@ def _answer(samples: Sequence[tuple[str, int, bool]]) -> Answer:
 
 
 def eos_token_ids(base_model: str, tokenizer: Any, args: EvaluationArguments) -> list[int]:
-    """The tokens that end a completion: those of the generation configuration, of the tokenizer, and `stop_token_ids`."""
+    """Tokens that end a completion: of the generation configuration, of the tokenizer, and `stop_token_ids`."""
     try:
         configured = GenerationConfig.from_pretrained(base_model, revision=args.model_revision or "main").eos_token_id
     except OSError:  # a model may come without one
@@ -180,8 +181,8 @@ def _base_model(name: str) -> str:
 def _adapter_message(name: str) -> str:
     merged = f"{name}-merged"
     return (
-        f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set `backend: transformers`, or "
-        f"merge it into its model and evaluate {merged!r}:\n"
+        f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set "
+        f"`backend: transformers`, or merge it into its model and evaluate {merged!r}:\n"
         'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
         f"M.from_pretrained('{name}', dtype='auto').merge_and_unload().save_pretrained('{merged}'); "
         f"T.from_pretrained('{name}').save_pretrained('{merged}')\""

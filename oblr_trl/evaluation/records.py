@@ -1,4 +1,4 @@
-"""Files of an evaluation, such that one killed at any moment is continued: settings, and a JSON line per graded problem."""
+"""Files from which a killed evaluation is continued: its settings, and a JSON line per graded problem."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _SAMPLE = 1 << 20
 # With which every record begins, so that a cut one is told from a file of something else.
 _BEGINNING = b'{"benchmark": '
 
-# The `completions` of a problem, and the `num_tokens` of each and whether it was `truncated`, `None` where that is not known.
+# The `completions` of a problem, the `num_tokens` of each and whether it was `truncated`, `None` where not known.
 Answer = dict[str, list[Any]]
 # (problems of one benchmark, completions of each) -> answers
 Answers = Callable[[Sequence[Problem], int], list[Answer]]
@@ -29,10 +29,10 @@ def evaluate_benchmark(
     problem_set: ProblemSet, answers: Answers, path: Path, args: EvaluationArguments
 ) -> list[dict[str, Any]]:
     """
-    Answer and grade the problems that the file `path` lacks, and return the records of all, in the order of the problems.
+    Answer and grade the problems that the file `path` lacks, and return the records of all, in order.
 
-    Batches are cut from all problems, whatever is recorded, and a batch of which anything is missing is generated whole: so the
-    seeds and the padding are those of an uninterrupted evaluation.
+    Batches are cut from all problems, whatever is recorded, and a batch of which anything is missing is generated
+    whole: so the seeds and the padding are those of an uninterrupted evaluation.
     """
     records = read_records(path)
     problems, size = problem_set.problems, max(1, args.batch_size // problem_set.num_completions)
@@ -69,8 +69,8 @@ def read_records(path: Path) -> dict[int, dict[str, Any]]:
 
 def recorded_answers(path: Path, problem_sets: Sequence[ProblemSet]) -> tuple[Answers, str]:
     """
-    Answers from a JSONL file, or a directory of such, with rows `{"benchmark", "index", "completions"}`, and a hash of it; the
-    records of a finished evaluation are such rows.
+    Answers from a JSONL file, or a directory of such, with rows `{"benchmark", "index", "completions"}`, and a hash
+    of it; the records of a finished evaluation are such rows.
 
     Raises:
         `ValueError`: a problem that the file lacks, has twice, or has with another number of completions.
@@ -108,8 +108,8 @@ def _parse_rows(contents: Mapping[Path, bytes], keys: Sequence[str]) -> dict[tup
                 benchmark, index, *_ = (row[key] for key in keys)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: not a JSON object with {', '.join(keys)}, but {line[:80]!r}. Correct or remove "
-                    "that line, or name another file."
+                    f"{path}, line {number}: not a JSON object with {', '.join(keys)}, but {line[:80]!r}. Correct or "
+                    "remove that line, or name another file."
                 ) from error
             if (benchmark, index) in rows:
                 raise ValueError(
@@ -121,8 +121,8 @@ def _parse_rows(contents: Mapping[Path, bytes], keys: Sequence[str]) -> dict[tup
 
 def record_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     """
-    Record what decides over completions and grades, or refuse to continue an evaluation of other settings, named with both
-    values. Those of benchmarks, `benchmarks.<name>.<key>`, may be added to an evaluation.
+    Record what decides over completions and grades, or refuse to continue an evaluation of other settings, named with
+    both values. Those of benchmarks, `benchmarks.<name>.<key>`, may be added to an evaluation.
     """
     path = output_dir / SETTINGS_FILE
     recorded = json.loads(path.read_text()) if path.is_file() else {}
@@ -131,8 +131,8 @@ def record_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         is_added = key.startswith("benchmarks.") and key not in recorded
         if recorded and not is_added and recorded.get(key) != value:
             raise ValueError(
-                f"`{key}` was {recorded.get(key)!r} when the evaluation in {str(output_dir)!r} began, and is {value!r} now, so "
-                "that it cannot be continued: set it back, or set another `output_dir`."
+                f"`{key}` was {recorded.get(key)!r} when the evaluation in {str(output_dir)!r} began, and is "
+                f"{value!r} now, so that it cannot be continued: set it back, or set another `output_dir`."
             )
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(recorded | settings, indent=2) + "\n")
@@ -148,7 +148,7 @@ def write_atomically(path: Path, text: str) -> None:
 def weights_fingerprint(name: str) -> str | None:
     """
     Hash that tells the weights in a local directory from others of the same name, such as those of a longer training;
-    `None` for a hub id. Of each file it reads the size and three samples of 1 MiB, which differ after any training step.
+    `None` for a hub id. Of each file it reads the size and three samples of 1 MiB, which any training step changes.
     """
     directory = Path(name)
     if not directory.is_dir():

@@ -85,13 +85,14 @@ def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> di
             Seed of the bootstrap.
 
     Raises:
-        `ValueError`: an evaluation that is not finished, no benchmark in common, or other problems under the same name.
+        `ValueError`: an evaluation that is not finished, no benchmark in common, or other problems under one name.
     """
     results, settings = {}, {}
     for label, path in evaluations.items():
         if not (path / RESULTS_JSON).is_file():
             raise ValueError(
-                f"{path}: the evaluation is not finished, it has no {RESULTS_JSON}: run the same `evaluate` command again."
+                f"{path}: the evaluation is not finished, it has no {RESULTS_JSON}: run the same `evaluate` command "
+                "again."
             )
         results[label] = json.loads((path / RESULTS_JSON).read_text())["benchmarks"]
         settings[label] = json.loads((path / SETTINGS_FILE).read_text())
@@ -104,8 +105,8 @@ def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> di
         for label, path in evaluations.items():
             if settings[label][f"benchmarks.{name}.problems"] != settings[reference][f"benchmarks.{name}.problems"]:
                 raise ValueError(
-                    f"Benchmark {name!r} has other prompts or answers in {label!r} than in {reference!r}, so that problems "
-                    "cannot be paired: evaluate both models with one recipe on one version of the data."
+                    f"Benchmark {name!r} has other prompts or answers in {label!r} than in {reference!r}, so that "
+                    "problems cannot be paired: evaluate both models with one recipe on one version of the data."
                 )
             records = read_records(path / f"{name}.jsonl")
             rows = [records[index] for index in sorted(records)]

@@ -1,8 +1,9 @@
 r"""Grades by math-verify as TRL's `accuracy_reward` gives them, but with the reference put between dollar signs first.
 
-Without them math-verify reads the LaTeX `2\sqrt{3}` as 2. What counts as equal is math-verify's judgement: 0.5 and 1/2, 50\% and
-0.5, but also 50\% and 50; units in `\text{}` are dropped; a set has no order, a tuple has. The same grades are a reward, so that
-training and evaluation agree on what is right; in a recipe: `reward_funcs: oblr_trl.evaluation.rewards.math_accuracy`.
+Without them math-verify reads the LaTeX `2\sqrt{3}` as 2. What counts as equal is math-verify's judgement: 0.5 and
+1/2, 50\% and 0.5, but also 50\% and 50; units in `\text{}` are dropped; a set has no order, a tuple has. The same
+grades are a reward, so that training and evaluation agree on what is right; in a recipe:
+`reward_funcs: oblr_trl.evaluation.rewards.math_accuracy`.
 """
 
 import functools
@@ -25,14 +26,14 @@ _EXTRACTION: dict[str, dict[str, Any]] = {
     "latex": {"extraction_config": [_LATEX], "extraction_mode": "first_match"},
 }
 ANSWER_FORMATS = tuple(_EXTRACTION)
-# Seconds for one expression, as in `accuracy_reward`; math-verify warns of an answer that takes longer, and it counts as wrong.
+# Seconds for one expression, as in `accuracy_reward`; an answer that takes longer counts as wrong, with a warning.
 PARSING_TIMEOUT = 10
 VERIFY_TIMEOUT = 5
 
 
 @functools.lru_cache(maxsize=4096)  # the completions of a problem share its parsed answer
 def parse_reference(answer: str) -> list[Any]:
-    """The expressions that math-verify reads a reference answer as; none if it understands none, and nothing could equal it."""
+    """The expressions that math-verify reads in a reference answer; without any, nothing could equal it."""
     parsed = parse(as_latex(answer), parsing_timeout=_seconds(PARSING_TIMEOUT))
     # Where math-verify understands nothing it keeps the text, which equals nothing but the same text.
     return parsed if any(not isinstance(expression, str) for expression in parsed) else []
@@ -70,8 +71,8 @@ def math_accuracy(
     1 for a right answer, 0 for a wrong one, `None` (not rewarded at all) where math-verify cannot parse the solution.
 
     Differs from TRL's `accuracy_reward` in that a solution in LaTeX needs no dollar signs, that prompts need not be
-    conversations, that an answer outside of LaTeX counts, and that the mean is logged: as `accuracy`, and where the data have a
-    column `benchmark` as `accuracy/<benchmark>`.
+    conversations, that an answer outside of LaTeX counts, and that the mean is logged: as `accuracy`, and where the
+    data have a column `benchmark` as `accuracy/<benchmark>`.
 
     Args:
         completions (`list`):

@@ -1,4 +1,4 @@
-"""Settings that training and evaluation share: a training recipe's prompts and stop tokens, benchmarks as `eval_dataset`."""
+"""What training and evaluation share: a training recipe's prompts and endings, benchmarks as `eval_dataset`."""
 
 import dataclasses
 import json
@@ -18,11 +18,12 @@ from oblr_trl.evaluation.benchmarks import load_benchmarks
 
 def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:
     """
-    The settings of a recipe of `oblr_trl.scripts.train` that shape a prompt or end a completion, as keys of an evaluation
-    recipe: `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs`, `stop_token_ids`, `max_new_tokens`.
+    The settings of a recipe of `oblr_trl.scripts.train` that shape a prompt or end a completion, as keys of an
+    evaluation recipe: `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs`, `stop_token_ids`
+    and `max_new_tokens`.
 
     Raises:
-        `ValueError`: a file that is no training recipe, or that shapes completions by a setting that the evaluation lacks.
+        `ValueError`: a file that is no training recipe, or a setting that shapes completions as no evaluation can.
     """
     settings = read_recipe_file(recipe, flag="like")
     if "benchmarks" in settings:
@@ -36,8 +37,9 @@ def training_prompt_settings(recipe: str | Path) -> dict[str, Any]:
     unknown += ["vllm_structured_outputs_regex"] if settings.get("vllm_structured_outputs_regex") else []
     if unknown:
         raise ValueError(
-            f"`like` is {str(recipe)!r}, whose `{unknown[0]}` shapes completions as the evaluation cannot: leave `like` out, and "
-            "set `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs` and `stop_token_ids` instead."
+            f"`like` is {str(recipe)!r}, whose `{unknown[0]}` shapes completions as the evaluation cannot: leave "
+            "`like` out, and set `prompt_template`, `conversational`, `system_prompt`, `chat_template_kwargs` and "
+            "`stop_token_ids` instead."
         )
     return {
         "prompt_template": data_args.prompt_template,
@@ -57,10 +59,11 @@ def benchmark_datasets(
     like: str | Path | None = None,
 ) -> dict[str, Dataset]:
     """
-    The benchmarks of an evaluation recipe as `eval_dataset` of a trainer of TRL: columns `prompt`, `solution`, `benchmark`.
+    The benchmarks of an evaluation recipe as `eval_dataset` of a trainer: columns `prompt`, `solution`, `benchmark`.
 
-    The prompts are the evaluation's; the answers are between dollar signs, as `accuracy_reward` needs them. TRL logs a row for
-    each, all with the key `eval_reward`; [`~evaluation.rewards.math_accuracy`] adds one of its own, e.g. `eval_accuracy/gsm8k`.
+    The prompts are the evaluation's; the answers are between dollar signs, as `accuracy_reward` needs them. TRL logs a
+    row for each, all with the key `eval_reward`; [`~evaluation.rewards.math_accuracy`] adds a key by benchmark, e.g.
+    `eval_accuracy/gsm8k`.
 
     Args:
         recipe (`str` or `Path`):

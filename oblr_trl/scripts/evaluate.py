@@ -2,10 +2,10 @@
 
     python -m oblr_trl.scripts.evaluate --config recipes/evaluation/math.yaml --model_name_or_path Qwen/Qwen3-4B-Base
 
-A trained model is evaluated with the prompts, stop tokens and length of its recipe by `--like RECIPE`. A killed evaluation resumes
-when the same command is given again. Any key of the recipe can be given on the command line too, a misspelt one fails and names the
-nearest. All data are read and checked before the model is loaded. `python -m oblr_trl.scripts.compare LABEL=DIR LABEL=DIR` compares
-evaluated models.
+A trained model is evaluated with the prompts, stop tokens and length of its recipe by `--like RECIPE`. A killed
+evaluation resumes when the same command is given again. Any key of the recipe can be given on the command line too, a
+misspelt one fails and names the nearest. All data are read and checked before the model is loaded. `python -m
+oblr_trl.scripts.compare LABEL=DIR LABEL=DIR` compares evaluated models.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FREE |= {"output_dir", "vllm_gpu_memory_utilization", "disable_tqdm"}
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
-    """Evaluate as the arguments say, write records and tables into `output_dir`, and return what `results.json` holds."""
+    """Evaluate, write records and tables into `output_dir`, and return what `results.json` holds."""
     problem_sets = load_benchmarks(args)
     name = _check_source(args)
     output_dir = Path(args.output_dir or Path("runs/evaluation") / Path(name).name)

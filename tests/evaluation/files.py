@@ -1,4 +1,4 @@
-"""Local files with the schemas of the hub's benchmarks, a tiny model that was taught nothing, and `evaluate` as a function."""
+"""Local files with the schemas of the hub's benchmarks, an untrained tiny model, and `evaluate` as a function."""
 
 import json
 from pathlib import Path

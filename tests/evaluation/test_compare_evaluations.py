@@ -10,7 +10,7 @@ from tests.evaluation.files import MATH, benchmark_rows, completions_of, evaluat
 
 
 def score(directory, num_right, *tokens, num_problems=20, benchmarks=("amc23", "aime25")):
-    """Evaluate recorded completions of which the first `num_right` of 32 are right for the first half of the problems."""
+    """Evaluate recorded completions: for the first half of the problems the first `num_right` of 32 are right."""
     directory.mkdir()
     amc = [{"question": f"Problem {i}", "answer": 10.0} for i in range(20)]
     rows = {name: (amc if name == "amc23" else benchmark_rows(name))[:num_problems] for name in benchmarks}

@@ -1,4 +1,4 @@
-"""`oblr_trl.scripts.evaluate`: scores worked by hand, a kill and a resume, strict keys, and every complaint before the model."""
+"""`oblr_trl.scripts.evaluate`: scores worked by hand, a kill and a resume, strict keys, refusals before the model."""
 
 import json
 import os
@@ -65,7 +65,8 @@ def test_200_problems_score_what_is_counted_by_hand(tmp_path):
     entry = results["benchmarks"]["gsm8k"]
     values = {name: metric["value"] for name, metric in entry["metrics"].items()}
     # 40 problems each with c = 0, 1, 2, 3, 4 of n = 4 right: 1 - C(4 - c, k) / C(4, k) is
-    # k = 1: 0, 1/4, 1/2, 3/4, 1, mean 1/2; k = 2: 0, 1/2, 5/6, 1, 1, mean 2/3; k = 3: 0, 3/4, 1, 1, 1, mean 3/4; k = 4: mean 4/5.
+    # k = 1: 0, 1/4, 1/2, 3/4, 1, mean 1/2; k = 2: 0, 1/2, 5/6, 1, 1, mean 2/3; k = 3: 0, 3/4, 1, 1, 1, mean 3/4;
+    # k = 4: 0, 1, 1, 1, 1, mean 4/5.
     assert values == {"avg": 1 / 2, "pass@1": 1 / 2, "pass@2": 2 / 3, "pass@3": 3 / 4, "pass@4": 4 / 5}
     assert entry["num_problems"] == 200
     # The standard deviation over problems is sqrt(1/8): 1.96 sqrt(1/8 / 200) = 0.049.
@@ -148,7 +149,8 @@ def test_conversations_reach_the_model_through_its_chat_template(tiny, model_dir
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+        "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
     )
     chat = ["--conversational", "true", "--system_prompt", "Add.", "--prompt_template", "{prompt}"]
     evaluate(*tiny, "--model_name_or_path", model, *chat, "--output_dir", tmp_path / "chat")

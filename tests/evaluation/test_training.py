@@ -1,4 +1,4 @@
-"""`evaluate --like RECIPE` with the prompts and endings of a training, and benchmarks as held-out prompts of a training run."""
+"""`evaluate --like RECIPE` with the prompts and endings of a training, and benchmarks as its held-out prompts."""
 
 import json
 import sys
