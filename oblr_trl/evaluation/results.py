@@ -66,7 +66,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     if results["mean"] is not None:
         rows.append([MEAN_ROW, "", "", _format(results["mean"]), *[""] * (len(ks) + 2)])
     note = f"{INTERVAL_NOTE} (seed {results['seed']}). Excluded: problems whose reference answer cannot be parsed."
-    return f"# {results['model']}\n\n{_markdown_table(rows)}\n{note}\n"
+    return f"# {results['model']}\n\n{markdown_table(rows)}\n{note}\n"
 
 
 def is_evaluation(directory: Path) -> bool:
@@ -166,7 +166,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
         cells = [_format(difference, "+") + mark for difference, mark in zip(differences, marks, strict=True)]
         rows.append([name, metric, *map(_format, by_label.values()), *cells])
     note = f"{INTERVAL_NOTE}, of differences paired by problem (seed {comparison['seed']}); *: without 0.\n"
-    return f"{_markdown_table(rows)}\n{note}" + "".join(f"{remark}\n" for remark in comparison["notes"])
+    return f"{markdown_table(rows)}\n{note}" + "".join(f"{remark}\n" for remark in comparison["notes"])
 
 
 def _format(entry: Mapping[str, Any] | None, sign: str = "") -> str:
@@ -176,7 +176,7 @@ def _format(entry: Mapping[str, Any] | None, sign: str = "") -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
