@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from oblr_trl import metrics
-from oblr_trl.evaluation.results import compare_evaluations, format_comparison, is_evaluation, markdown_table
+from oblr_trl.evaluation.results import compare_evaluations, format_comparison, is_evaluation
 from oblr_trl.runs.figure import write_comparison
 from oblr_trl.runs.logs import RunLog, RunLogError, read_methods, split_label
 from oblr_trl.runs.summary import FINAL_STEPS, choose_evaluation_metric, summarize, train_runtime
+from oblr_trl.runs.tables import markdown_table
 
 DEFAULT_FIGURE = Path("compare.png")
 # Name in the table and format, in the order of the rows; the keys are those of `summarize`.
