@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments):
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -59,18 +59,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train --help",
-        "train --config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --num_generation 4",
-        "evaluate --config nowhere.yaml",
-        "compare --nothing",
-        "plan --help",
-        "diagnose nowhere",
-        "sweep --config nowhere.yaml",
-    ],
-)
+@pytest.mark.parametrize("command", ["train --config nowhere.yaml", "plan --help", "diagnose nowhere"])
 def test_a_script_has_the_output_and_exit_code_of_its_module(command):
     script, *arguments = command.split()
 
