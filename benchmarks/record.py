@@ -1,4 +1,4 @@
-"""What every benchmark's JSON says about where it was measured, without a host name or a path."""
+"""The JSON record of a benchmark: settings, machine and results, without a host name or a path."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 
 _PACKAGES = ("oblr_trl", "torch", "transformers", "trl")
 # Only the last part of a path is recorded: the rest describes this machine.
-_PATH_SETTINGS = ("model", "output")
+_PATH_SETTINGS = ("model", "output", "run_dir", "kept", "runs")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -37,7 +37,21 @@ def write_record(path: str, arguments: Any, machine_at_start: dict[str, Any], re
     settings |= {name: Path(settings[name]).name for name in _PATH_SETTINGS if name in settings}
     record = {"settings": settings, "machine": machine_at_start, **results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(record, indent=2) + "\n")
+    Path(path).write_text(to_json(record) + "\n")
+
+
+def to_json(value: Any, indent: str = "") -> str:
+    """JSON with every innermost list or object on a line of its own: readable, and a tenth of the lines of `indent=2`."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(child, dict | list | tuple) for child in children):
+        return json.dumps(value)
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(str(name))}: {to_json(child, inner)}" for name, child in value.items()]
+    else:
+        items = [to_json(child, inner) for child in value]
+    brackets = "{}" if isinstance(value, dict) else "[]"
+    return f"{brackets[0]}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{brackets[1]}"
 
 
 def _cpu_model() -> str:
