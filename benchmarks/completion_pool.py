@@ -26,19 +26,11 @@ _MICRO_BATCH_SIZE = 32
 
 
 class Completions(NamedTuple):
-    """
-    Sampled completions, padded on both sides.
+    """Sampled completions, padded on both sides, prompt by prompt."""
 
-    Args:
-        input_ids (`torch.Tensor` of shape `(P * M, L)`): Prompts and completions, prompt by prompt.
-        attention_mask (`torch.Tensor` of shape `(P * M, L)`): 1 for tokens.
-        completion_mask (`torch.Tensor` of shape `(P * M, C)`): 1 for completion tokens up to the end-of-sequence token.
-        texts (`list[str]`): Decoded completions.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
+    input_ids: Tensor  # (P * M, L)
+    attention_mask: Tensor  # (P * M, L)
+    completion_mask: Tensor  # (P * M, C), up to and including the end-of-sequence token
     texts: list[str]
 
     def inputs(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,12 +55,7 @@ def kept(path: Path, settings: dict[str, Any], make: Callable[[], T]) -> T:
 def sample_with_rewards(
     policy: LoadedPolicy, *, num_prompts: int, num_completions: int, seed: int
 ) -> tuple[Completions, Tensor]:
-    """
-    Sample `num_completions` completions of `num_prompts` held-out prompts, other ones for every `seed`.
-
-    Returns:
-        [`Completions`] and their rewards, `torch.Tensor` of shape `(num_prompts, num_completions)` in float64.
-    """
+    """Completions of `num_prompts` held-out prompts, other ones for every `seed`, and their rewards `(P, M)` in float64."""
     settings = policy.settings
     data = DataArguments(
         task=settings.task, task_params=settings.task_params, train_size=1, test_size=(seed + 1) * num_prompts
@@ -125,6 +112,25 @@ def sample_completions(
         completion_mask,
         tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
     )
+
+
+def answer_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_ids`, `attention_mask` and `completion_mask` of every prompt with its answer and the end of sequence."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
+    completions = [torch.tensor([*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]) for answer in answers]
+    ids = nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in completions], batch_first=True)
+    return torch.cat([batch["input_ids"], ids], dim=1), torch.cat([batch["attention_mask"], mask], dim=1), mask
+
+
+def sequence_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """Log-probability of every completion given its prompt."""
+    num_tokens = completion_mask.size(1)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    logits = model(**inputs, logits_to_keep=num_tokens + 1).logits
+    logps = logits[:, :-1].log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
+    return (logps * completion_mask).sum(dim=1)
 
 
 def full_scores(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:

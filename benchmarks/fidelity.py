@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from benchmarks.completion_pool import kept, sample_with_rewards
-from benchmarks.policies import LoadedPolicy, load_policy, policy_identity
-from benchmarks.record import machine, write_record
+from benchmarks.policies import POLICIES, LoadedPolicy, load_policy
+from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.fidelity import markdown
 from oblr_trl.baselines import gradient_variance, gradient_weighted_baseline, leave_one_out_baseline
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
@@ -42,17 +42,11 @@ _SATURATION = 3.0
 
 
 class Case(NamedTuple):
-    """
-    A policy and a variation of it before it samples.
-
-    Args:
-        policy (`str`): Name of the policy.
-        variant (`str`, *optional*, defaults to `"as it is"`): `"as it is"`; `"frozen head"`: embedding and output projection,
-            which are one matrix, are not trained; `"saturated head"`: final norm times 3; `"LoRA"`: only adapters of the
-            attention's projections are trained.
-    """
+    """A policy and a variation of it before it samples."""
 
     policy: str
+    # "frozen head": embedding and output projection, which are one matrix, are not trained; "saturated head": final norm times 3;
+    # "LoRA": only adapters of the attention's projections are trained.
     variant: str = "as it is"
 
 
@@ -107,7 +101,7 @@ def prepare(policy: LoadedPolicy, variant: str) -> LoadedPolicy:
 def measure_sketches(
     rewards: Tensor,
     scores: Sequence[Tensor],
-    sketches: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]],
+    sketches: Mapping[str, Mapping[str, Tensor]],
     *,
     prior_strength: float,
 ) -> dict[str, Any]:
@@ -117,12 +111,12 @@ def measure_sketches(
     Args:
         rewards (`torch.Tensor` of shape `(P, G)`): Rewards.
         scores (`Sequence[torch.Tensor]`): Exact scores `(G, D)` of every prompt.
-        sketches (`Mapping`): By scope, the exact squared norms `(P, G)` in that scope, and sketches `(P * G, k)` by their name.
+        sketches (`Mapping`): Sketches `(P * G, k)` by scope and length.
         prior_strength (`float`): Prior strength of the baseline.
 
     Returns:
         `dict`: The exact moments; `rloo_objective`, the objective of RLOO relative to that of the exact baseline; and for every
-        scope and sketch `norm_error`, the median relative error of ‖z‖² against the scope's own norms; `objective` of the
+        scope and sketch `norm_error`, the median relative difference of ‖z‖² from the exact squared norm; `objective` of the
         baseline relative to that of the exact one; and the `moments` of the gradient under the exact baseline's advantages.
     """
     exact = torch.stack([score.double().square().sum(dim=1) for score in scores])
@@ -133,12 +127,12 @@ def measure_sketches(
         [advantage @ score.double() / len(advantage) for advantage, score in zip(advantages, scores, strict=True)]
     )
 
-    def compared(norms: Tensor, sketch: Tensor) -> dict[str, Any]:
+    def compared(sketch: Tensor) -> dict[str, Any]:
         weights = sketch.double().square().sum(dim=1).view_as(rewards)
         own = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)
         sketched = per_prompt_gradients(sketch.double().view(*rewards.shape, -1), advantages)
         return {
-            "norm_error": (weights / norms - 1)[norms > 0].abs().median().item(),
+            "norm_error": (weights / exact - 1)[exact > 0].abs().median().item(),
             "objective": gradient_variance(rewards, exact, own) / minimum,
             "moments": tuple(gradient_moments(sketched)),
         }
@@ -147,8 +141,7 @@ def measure_sketches(
         "moments": tuple(gradient_moments(gradients)),
         "rloo_objective": gradient_variance(rewards, exact, leave_one_out_baseline(rewards)) / minimum,
         "scopes": {
-            scope: {name: compared(norms, sketch) for name, sketch in by_name.items()}
-            for scope, (norms, by_name) in sketches.items()
+            scope: {name: compared(sketch) for name, sketch in by_name.items()} for scope, by_name in sketches.items()
         },
     }
 
@@ -162,19 +155,12 @@ def measure_batch(args: FidelityArguments, case: Case, seed: int) -> dict[str, A
     )
     by_prompt = torch.arange(rewards.numel()).split(rewards.size(1))
     scores = [reference_scores(policy.model, *completions.inputs(rows)) for rows in by_prompt]  # P of (G, D)
-    sketches = {}
-    for scope, (name, last_k) in SCOPES.items():
-        sketch = partial(
-            score_sketches, policy.model, *completions.inputs(), scope=name, last_k=last_k, micro_batch_size=32
-        )
-        by_dim = {str(dim): sketch(sketch_dim=dim, seed=seed) for dim in args.sketch_dims}
-        sketches[scope] = sketch(method="exact").view_as(rewards), by_dim
+    sketch = partial(score_sketches, policy.model, *completions.inputs(), seed=seed, micro_batch_size=32)
+    sketches = {
+        scope: {str(dim): sketch(scope=name, last_k=last_k, sketch_dim=dim) for dim in args.sketch_dims}
+        for scope, (name, last_k) in SCOPES.items()
+    }
     return measure_sketches(rewards, scores, sketches, prior_strength=args.prior_strength)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation, `nan` for one value."""
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else math.nan}
 
 
 def summarise(batches: Sequence[dict[str, Any]], num_prompts: int) -> dict[str, Any]:
@@ -215,11 +201,6 @@ def rho_differences(batches: Sequence[dict[str, Any]], scope: str, name: str, nu
     }
 
 
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([FidelityArguments])
-
-
 def main(args: FidelityArguments) -> None:
     """Measure, print and write."""
     started = machine()
@@ -228,7 +209,7 @@ def main(args: FidelityArguments) -> None:
         for case in CASES:
             batches = []
             for seed in range(args.num_seeds):
-                settings = {**asdict(args), "case": case, "policy": policy_identity(case.policy), "seed": seed}
+                settings = {**asdict(args), "case": case, "policy": asdict(POLICIES[case.policy]), "seed": seed}
                 settings = {name: settings[name] for name in settings if name not in ("num_seeds", "kept", "output")}
                 path = Path(args.kept) / f"{case.policy}-{case.variant.replace(' ', '_')}-{seed}.pt"
                 batches.append(kept(path, settings, partial(measure_batch, args, case, seed)))
@@ -240,5 +221,5 @@ def main(args: FidelityArguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # tiny matrices: more threads only contend
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([FidelityArguments]).parse_args_and_config()
     main(arguments)

@@ -11,12 +11,10 @@ $$
 V_n = \frac{1}{K - 1} \sum_a \| g_{n,a} - \bar g_n \|^2,
 $$
 
-is an unbiased estimate of the variance that fresh completions of prompt n would give (at fixed prompts: the
-prior of a batch counts as noise through its completions). Likewise the mean of \\( \langle d_{n,a}, d_{n,b} \rangle \\) over
-pairs of different groups estimates \\( \| E\, d_n \|^2 \\) without bias: with d = g - g of RLOO, whose gradient is unbiased, it
-is the squared bias, and may come out negative where there is none. Overlapping samples would not do: a pool's own scores do not
-sum to zero, so each baseline would have another mean over one pool, though all share it over the population. All baselines see
-the same partitions, and no completion occurs twice in the stream of batches that an automatic prior learns from.
+is an unbiased estimate of the variance that fresh completions of prompt n would give (at fixed prompts: the prior of a batch
+counts as noise through its completions). Overlapping samples would not do: a pool's own scores do not sum to zero, so each baseline
+would have another mean over one pool, though all share it over the population. All baselines see the same partitions, and no
+completion occurs twice in the stream of batches that an automatic prior learns from.
 
 Shapes: P prompts, M completions of each, K groups of G completions, N prompts per batch.
 """
@@ -33,20 +31,12 @@ from oblr_trl.advantages import BaselineEstimator, GroupedBatch
 
 @dataclass
 class Pool:
-    """
-    Completions, their rewards and what is needed of their scores.
+    """Completions, their rewards and figures of their scores."""
 
-    Args:
-        rewards (`torch.Tensor` of shape `(P, M)`): Rewards.
-        lengths (`torch.Tensor` of shape `(P, M)`): Completion tokens.
-        grams (`torch.Tensor` of shape `(P, M, M)`): Inner products of the scores of each prompt's completions.
-        weights (`dict[str, torch.Tensor]`): Squared score norms `(P, M)` by their source, e.g. `"exact"` and `"all"`.
-    """
-
-    rewards: Tensor
-    lengths: Tensor
-    grams: Tensor
-    weights: dict[str, Tensor]
+    rewards: Tensor  # (P, M)
+    lengths: Tensor  # (P, M), in tokens
+    grams: Tensor  # (P, M, M), inner products of the scores of each prompt's completions
+    weights: dict[str, Tensor]  # squared score norms (P, M) by their source, e.g. "exact" and "all"
 
     def take(self, prompts: Tensor, order: Tensor) -> "Pool":
         """The pool rearranged: `prompts` is a permutation of the prompts, `order` (P, M) one of the completions of each."""
@@ -60,30 +50,13 @@ class Pool:
 
 
 class Method(NamedTuple):
-    """
-    A baseline and where its weights come from.
-
-    Args:
-        label (`str`): Name in tables.
-        baseline (`str`): As [`BaselineEstimator`] names it; or `"none"`; or `"oracle"`: b* of the prompt's whole pool.
-        weights (`str`, *optional*, defaults to `"equal"`): Source of the weights, a key of [`Pool`]'s, or `"equal"`.
-        prior_strength (`float`, *optional*, defaults to `0.0`): Prior strength; `None` is the automatic one.
-        unbiased (`bool`, *optional*, defaults to `True`): Whether its mean gradient is the policy gradient.
-    """
+    """A baseline and the source of its weights."""
 
     label: str
-    baseline: str
-    weights: str = "equal"
-    prior_strength: float | None = 0.0
-    unbiased: bool = True
-
-
-class Measurement(NamedTuple):
-    r"""What a method does to every prompt's gradient, as means over partitions: the variance \\( V_n \\) `(P,)`, and the estimate of
-    the squared norm of its difference from RLOO's mean gradient `(P,)`."""
-
-    variance: Tensor
-    squared_bias: Tensor
+    baseline: str  # as `BaselineEstimator` names it; or "none"; or "oracle", b* of the prompt's whole pool
+    weights: str = "equal"  # or a key of `Pool.weights`
+    prior_strength: float | None = 0.0  # `None` is the automatic one
+    unbiased: bool = True  # whether its mean gradient is the policy gradient
 
 
 RLOO = Method("RLOO (mean of the others)", "leave_one_out")
@@ -104,13 +77,6 @@ def within_prompt_variances(gradient_grams: Tensor) -> Tensor:
     return (squares - gradient_grams.sum(dim=(1, 2)) / num_groups) / (num_groups - 1)
 
 
-def squared_mean_norms(gradient_grams: Tensor) -> Tensor:
-    r"""Unbiased estimate of \\( \| E\, g_n \|^2 \\), `(P,)`: the mean inner product of different groups, from `(P, K, K)`."""
-    num_groups = gradient_grams.size(1)
-    squares = gradient_grams.diagonal(dim1=1, dim2=2).sum(dim=1)
-    return (gradient_grams.sum(dim=(1, 2)) - squares) / (num_groups * (num_groups - 1))
-
-
 def advantages_in_turn(
     batches: Iterable[GroupedBatch], baseline: str = "gradient_weighted", prior_strength: float | None = None
 ) -> Iterator[Tensor]:
@@ -122,18 +88,7 @@ def advantages_in_turn(
 
 
 def stream_advantages(pool: Pool, method: Method, *, num_generations: int, num_prompts: int) -> Tensor:
-    """
-    Advantages r - b of a whole pool, taken batch by batch, first the first group of all prompts.
-
-    Args:
-        pool ([`Pool`]): Completions in the order of the groups.
-        method ([`Method`]): The baseline.
-        num_generations (`int`): Group size G; must divide M.
-        num_prompts (`int`): Prompts per batch N; must divide P.
-
-    Returns:
-        `torch.Tensor` of shape `(P, K, G)`.
-    """
+    """Advantages r - b of a whole pool `(P, K, G)`, taken in batches of `num_prompts`, first the first group of all prompts."""
     rewards = pool.rewards.unflatten(1, (-1, num_generations))  # (P, K, G)
     if method.baseline == "none":
         return rewards
@@ -158,33 +113,19 @@ def measure_methods(
     num_prompts: int,
     num_partitions: int,
     generator: torch.Generator,
-) -> dict[str, Measurement]:
-    """
-    Variance and bias of every method, by its label.
-
-    Args:
-        pool ([`Pool`]): The completions.
-        methods (`Sequence[Method]`): What to compare; all see the same partitions.
-        num_generations (`int`): Group size G; must divide M, at least twice.
-        num_prompts (`int`): Prompts per batch N; must divide P.
-        num_partitions (`int`): Random partitions; each begins a new stream of batches.
-        generator (`torch.Generator`): Source of the partitions.
-    """
-    zeros = torch.zeros(pool.rewards.size(0), dtype=torch.float64)
-    totals = {method.label: Measurement(zeros.clone(), zeros.clone()) for method in methods}
-    stream = {"num_generations": num_generations, "num_prompts": num_prompts}
+) -> dict[str, Tensor]:
+    """Variance of every prompt's gradient `(P,)` under every method, by its label: the mean over random partitions, which all methods
+    share and each of which begins a new stream of batches."""
+    variances = {method.label: torch.zeros(pool.rewards.size(0), dtype=torch.float64) for method in methods}
     for _ in range(num_partitions):
         # The companions of a prompt in its batches change from partition to partition too.
         prompts = torch.randperm(pool.rewards.size(0), generator=generator)
         shuffled = pool.take(prompts, torch.rand(pool.rewards.shape, generator=generator).argsort(dim=1))
-        reference = stream_advantages(shuffled, RLOO, **stream)
         for method in methods:
-            advantages = stream_advantages(shuffled, method, **stream)
+            advantages = stream_advantages(shuffled, method, num_generations=num_generations, num_prompts=num_prompts)
             grams = group_gradient_grams(shuffled.grams, advantages)
-            bias_grams = group_gradient_grams(shuffled.grams, advantages - reference)
-            totals[method.label].variance[prompts] += within_prompt_variances(grams) / num_partitions
-            totals[method.label].squared_bias[prompts] += squared_mean_norms(bias_grams) / num_partitions
-    return totals
+            variances[method.label][prompts] += within_prompt_variances(grams) / num_partitions
+    return variances
 
 
 def right_over_wrong(pool: Pool) -> float:

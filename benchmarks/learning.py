@@ -146,11 +146,6 @@ def complete(specs: Sequence[RunSpec], directory: str, num_workers: int, stage: 
         return list(progress(pool.map(finish, specs)))
 
 
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([LearningArguments])
-
-
 def main(args: LearningArguments) -> None:
     """Run both stages, print and write."""
     started = machine()
@@ -176,5 +171,5 @@ def published(run: Run, stage: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([LearningArguments]).parse_args_and_config()
     main(arguments)

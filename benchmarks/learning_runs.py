@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.completion_pool import kept
+from benchmarks.completion_pool import answer_batch, kept, sequence_logps
 from benchmarks.policies import POLICIES, policy_directory
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
@@ -44,31 +44,19 @@ CONTROLS = {"constant_average": ("oblrpo", _BASELINE_ONLY), "shuffled_multiplier
 
 @dataclass(frozen=True)
 class RunSpec:
-    """
-    Everything that decides a run's outcome; runs of equal specifications are not repeated.
-
-    Args:
-        policy (`str`): Name of the start policy in `benchmarks.policies`.
-        optimizer (`str`): A key of `OPTIMIZERS`.
-        method (`str`): A key of `METHODS` or `CONTROLS`.
-        learning_rate (`float`): Rate before any multiplier; constant otherwise.
-        seed (`int`): Seed of the training prompts, of their order and of the rollouts.
-        multipliers (`tuple[float]`, *optional*): Multipliers of the learning rate, one per step, in place of a constant.
-
-    The others are those of `benchmarks.learning.LearningArguments`.
-    """
+    """Everything that decides a run's outcome; runs of equal specifications are not repeated."""
 
     policy: str
     optimizer: str
     method: str
-    learning_rate: float
-    seed: int
+    learning_rate: float  # before any multiplier; constant otherwise
+    seed: int  # of the training prompts, of their order and of the rollouts
     num_steps: int = 40
     num_prompts: int = 16
     num_generations: int = 4
     eval_steps: int = 10
     test_size: int = 512
-    multipliers: tuple[float, ...] | None = None
+    multipliers: tuple[float, ...] | None = None  # of the learning rate, one per step
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,40 +71,27 @@ def _prompts(policy: str, seed: int, train_size: int, test_size: int) -> dict[st
     return dict(load_prompts(DataArguments(task=task, task_params=params, train_seed=seed * SEED_DISTANCE, **sizes)))
 
 
-class HeldOut:
+@torch.no_grad()
+def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
     """
     Accuracy of sampling in expectation: the mean probability of the right answer, given each held-out prompt.
 
     Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than the differences between
     methods. Texts other than the reference that the scorer accepts too are not counted.
     """
-
-    def __init__(self, prompts: Dataset, tokenizer: Any) -> None:
-        questions = tokenizer(list(prompts["prompt"]), return_token_type_ids=False)["input_ids"]
-        texts = [row["prompt"] + row["solution"] + tokenizer.eos_token for row in prompts]
-        self._batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        # Padding is on the left: the answer and its end are the tokens that exceed the question's own.
-        lengths = self._batch["attention_mask"].sum(dim=1) - torch.tensor([len(question) for question in questions])
-        self._longest = int(lengths.max())
-        self._mask = torch.arange(self._longest) >= self._longest - lengths.unsqueeze(1)
-        self._targets = self._batch["input_ids"][:, -self._longest :]
-
-    @torch.no_grad()
-    def __call__(self, model: Any) -> float:
-        training = model.training
-        model.eval()
-        logits = model(**self._batch, logits_to_keep=self._longest + 1).logits[:, :-1]
-        model.train(training)
-        if not logits.isfinite().all():
-            raise ValueError("The policy's logits are not finite.")
-        logps = logits.log_softmax(dim=-1).gather(2, self._targets.unsqueeze(2)).squeeze(2)
-        return (logps * self._mask).sum(dim=1).exp().mean().item()
+    training = model.training
+    model.eval()
+    logps = sequence_logps(model, *batch)
+    model.train(training)
+    if not logps.isfinite().all():
+        raise ValueError("The policy's log-probabilities are not finite.")
+    return logps.exp().mean().item()
 
 
 class CurveCallback(TrainerCallback):
     """Records accuracy and processor seconds of training at the evaluated steps, and the learning rate of every step."""
 
-    def __init__(self, spec: RunSpec, held_out: HeldOut) -> None:
+    def __init__(self, spec: RunSpec, held_out: tuple[torch.Tensor, ...]) -> None:
         self.spec = spec
         self.held_out = held_out
         self.accuracies: list[float] = []
@@ -125,7 +100,7 @@ class CurveCallback(TrainerCallback):
         self._seconds = self._started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._record(self.held_out(model))
+        self._record(held_out_accuracy(model, self.held_out))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.process_time()
@@ -139,7 +114,7 @@ class CurveCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._seconds += time.process_time() - self._started
         if state.global_step % self.spec.eval_steps == 0:
-            self._record(self.held_out(model))
+            self._record(held_out_accuracy(model, self.held_out))
 
     def _record(self, accuracy: float) -> None:
         self.accuracies.append(accuracy)
@@ -208,7 +183,8 @@ def run(spec: RunSpec) -> dict[str, Any]:
     prepare_process()
     prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)
     tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
-    callback = CurveCallback(spec, HeldOut(prompts["test"], tokenizer))
+    test = prompts["test"]
+    callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
     failure = None
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = _make_trainer(spec, output_dir, callback, prompts["train"])

@@ -13,9 +13,6 @@ import numpy as np
 from benchmarks.learning_runs import CONTROLS, METHODS
 
 OURS = "oblrpo"
-HALF = "baseline_only"
-# The best of these, in the evaluation itself, is the strongest baseline: choosing it afterwards is in its favour.
-BASELINES = ("grpo", "dr_grpo", "rloo")
 # A run collapsed if it ends below this fraction of the accuracy that it started from.
 COLLAPSE_FRACTION = 0.5
 NUM_RESAMPLES = 10_000
@@ -24,14 +21,8 @@ Run = dict[str, Any]
 
 
 def area(curve: Sequence[float], at: Sequence[float], horizon: float | None = None) -> float:
-    """
-    Mean of a piecewise linear curve from `at[0]` to `horizon`, by default its end; beyond its end it keeps its last value.
-
-    Args:
-        curve (`Sequence[float]`): Values.
-        at (`Sequence[float]`): Steps or seconds of the values, not decreasing.
-        horizon (`float`, *optional*): Where the mean ends.
-    """
+    """Mean of a piecewise linear curve, whose values at not decreasing places `at` are given, from `at[0]` to `horizon`, by default its
+    end; beyond its end it keeps its last value."""
     horizon = at[-1] if horizon is None else horizon
     inside = [place for place in at if place < horizon]
     values = [*curve[: len(inside)], float(np.interp(horizon, at, curve))]
@@ -98,8 +89,6 @@ def _summarise_policy(tuned: dict[str, list[Run]], evaluated: dict[str, list[Run
         method: {name: [measure(run) for run in runs] for name, measure in measures.items()}
         for method, runs in evaluated.items()
     }
-    candidates = [method for method in BASELINES if method in values]
-    strongest = {name: max(candidates, key=lambda method, name=name: mean(values[method][name])) for name in measures}
     return {
         "start_accuracy": _rounded(mean(run["accuracies"][0] for run in next(iter(tuned.values())))),
         "learning_rates": rates,
@@ -108,17 +97,10 @@ def _summarise_policy(tuned: dict[str, list[Run]], evaluated: dict[str, list[Run
         },
         "equal_time_seconds": _rounded(horizon),
         "evaluation": {method: _evaluation_cell(runs, values[method]) for method, runs in evaluated.items()},
-        "strongest_baseline": strongest,
         "ours_minus": {
             method: {name: paired_difference(values[OURS][name], values[method][name]) for name in measures}
             for method in values
             if method != OURS
-        },
-        **{
-            f"{who}_minus_strongest": {
-                name: paired_difference(values[method][name], values[strongest[name]][name]) for name in measures
-            }
-            for who, method in (("ours", OURS), ("half", HALF))
         },
     }
 

@@ -55,25 +55,14 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """
-    Settings of a policy.
+    """Settings of a policy."""
 
-    Args:
-        task (`str`): reasoning-gym task, a key of `TASKS`.
-        wrong_answers (`float`): Fraction of supervised answers that are off.
-        reward (`str`, *optional*, defaults to `"binary"`): `"binary"` (1 for the full score, else 0) or `"graded"` (the task's
-            own score).
-        hidden_size (`int`, *optional*, defaults to `128`): Width.
-        num_hidden_layers (`int`, *optional*, defaults to `2`): Depth.
-        max_steps (`int`, *optional*, defaults to `500`): Supervised steps.
-    """
-
-    task: str
-    wrong_answers: float
-    reward: str = "binary"
+    task: str  # reasoning-gym task, a key of `TASKS`
+    wrong_answers: float  # fraction of supervised answers that are off
+    reward: str = "binary"  # 1 for the full score, else 0; or "graded", the task's own score
     hidden_size: int = 128
     num_hidden_layers: int = 2
-    max_steps: int = 500
+    max_steps: int = 500  # of supervised fine-tuning
 
     def start_model(self, output_dir: str = "") -> StartModelArguments:
         """Arguments that make the policy in `output_dir`."""
@@ -129,11 +118,6 @@ def check_policies(field_name: str, names: list[str]) -> None:
     for name in names:
         if name not in POLICIES:
             raise ValueError(f"`{field_name}` has {name!r}, which does not exist. Choose from: {', '.join(POLICIES)}.")
-
-
-def policy_identity(name: str) -> dict[str, Any]:
-    """What tells a policy and its rewards from others, as plain values."""
-    return {"start_model": asdict(POLICIES[name].start_model()), "reward": POLICIES[name].reward}
 
 
 def policy_directory(name: str) -> Path:

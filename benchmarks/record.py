@@ -4,9 +4,11 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -38,6 +40,11 @@ def write_record(path: str, arguments: Any, machine_at_start: dict[str, Any], re
     record = {"settings": settings, "machine": machine_at_start, **results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(to_json(record) + "\n")
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation, `None` for one value."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
 
 
 def to_json(value: Any, indent: str = "") -> str:

@@ -38,12 +38,7 @@ class Section(NamedTuple):
 
 
 def load_sections(root: Path = ROOT) -> dict[str, Section]:
-    """
-    The sections in order, each with its record.
-
-    Raises:
-        `ValueError`: If a record is missing or is no JSON.
-    """
+    """The sections in order, each with its record; a `ValueError` names a record that is missing or is no JSON."""
     sections = {}
     for name in SECTIONS:
         module = importlib.import_module(f"benchmarks.sections.{name}")
@@ -83,12 +78,7 @@ def _block(name: str) -> re.Pattern[str]:
 
 
 def replace_blocks(text: str, sections: dict[str, Section]) -> str:
-    """
-    `text` with every block replaced by its section's.
-
-    Raises:
-        `ValueError`: If the comments of a block are missing.
-    """
+    """`text` with every block replaced by its section's; a `ValueError` names a block whose comments are missing."""
     for name, section in sections.items():
         blocks = _block(name).findall(text)
         if len(blocks) != 1:
@@ -106,12 +96,7 @@ def unsupported_numbers(written: str, tables: str) -> list[str]:
 
 
 def hand_written(root: Path = ROOT) -> dict[str, str]:
-    """
-    The sentences about the results by file: docs/results.md without its blocks, and the README's results section.
-
-    Raises:
-        `ValueError`: If the markers of the README's section are missing.
-    """
+    """The sentences about the results by file: docs/results.md without its blocks, and the README's results section."""
     text = (root / "docs" / "results.md").read_text()
     for name in SECTIONS:
         text = _block(name).sub("", text)

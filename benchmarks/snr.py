@@ -192,11 +192,6 @@ def noise_around(step_gradients: torch.Tensor, step: int, half_width: int = _NOI
     return sum(gradient_moments(gradients).noise for gradients in around) / len(around)
 
 
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([SNRArguments])
-
-
 def main(args: SNRArguments) -> None:
     """Train or read the policies, measure, print and write."""
     started, start = machine(), time.perf_counter()
@@ -219,5 +214,5 @@ def main(args: SNRArguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # tiny batches: more threads only contend
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([SNRArguments]).parse_args_and_config()
     main(arguments)

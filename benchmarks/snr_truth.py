@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.completion_pool import Completions
+from benchmarks.completion_pool import Completions, answer_batch, sequence_logps
 
 _CHUNK_SIZE = 64
 
@@ -39,15 +39,11 @@ def expected_gradient(model: Any, tokenizer: Any, problems: Problems) -> tuple[T
     r"""Gradient `(D,)` of the expected reward \\( \sum_q p(q) \pi(o^*_q | q) \\), in float64, and that expectation."""
     parameters = _trainable(model)
     gradient, reward = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64), 0.0
-    tokenizer.padding_side = "left"
     for rows in torch.arange(len(problems.prompts)).split(_CHUNK_SIZE):
-        prompts = tokenizer([problems.prompts[row] for row in rows], return_tensors="pt", padding=True)
-        answers = [tokenizer(problems.answers[row])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
-        width = max(map(len, answers))
-        ids = torch.tensor([answer + [tokenizer.pad_token_id] * (width - len(answer)) for answer in answers])
-        mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in answers])
-        input_ids = torch.cat([prompts["input_ids"], ids], dim=1)
-        logps = _sequence_logps(model, input_ids, torch.cat([prompts["attention_mask"], mask], dim=1), mask)
+        batch = answer_batch(
+            tokenizer, [problems.prompts[row] for row in rows], [problems.answers[row] for row in rows]
+        )
+        logps = sequence_logps(model, *batch)
         objective = (problems.shares[rows] * logps.exp()).sum()
         gradient += _flat_gradient(objective, parameters)
         reward += objective.item()
@@ -60,7 +56,7 @@ def squared_gradient_norms(model: Any, completions: Completions, advantages: Ten
     norms = torch.zeros(len(advantages), dtype=torch.float64)
     for prompt, row in enumerate(tqdm(advantages, desc="exact gradients", mininterval=5)):
         rows = slice(prompt * num_completions, (prompt + 1) * num_completions)
-        gradient = _flat_gradient((row * _sequence_logps(model, *completions.inputs(rows))).mean(), parameters)
+        gradient = _flat_gradient((row * sequence_logps(model, *completions.inputs(rows))).mean(), parameters)
         norms[prompt] = gradient.double().square().sum()
     return norms
 
@@ -71,11 +67,3 @@ def _trainable(model: Any) -> list[Tensor]:
 
 def _flat_gradient(objective: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(objective, parameters)])
-
-
-def _sequence_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-    num_tokens = completion_mask.size(1)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    logits = model(**inputs, logits_to_keep=num_tokens + 1).logits
-    logps = logits[:, :-1].log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
-    return (logps * completion_mask).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Variance and bias of the policy gradient under every baseline, relative to RLOO's, on every policy of the studies.
+"""Variance of the policy gradient under every baseline, relative to RLOO's, on every policy of the studies.
 
     python -m benchmarks.policies
     python -m benchmarks.variance
@@ -8,11 +8,10 @@ trainer would see. `benchmarks/gradient_variance.py` has the estimator. Finished
 interrupted study resumes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from trl import TrlParser
 
 from benchmarks.completion_pool import build_pool, kept, sample_with_rewards
 from benchmarks.gradient_variance import RLOO, Method, Pool, measure_methods, right_over_wrong
-from benchmarks.policies import POLICIES, LoadedPolicy, check_policies, load_policy, policy_identity
-from benchmarks.record import machine, write_record
+from benchmarks.policies import POLICIES, LoadedPolicy, check_policies, load_policy
+from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.variance import markdown
 
 DEFAULT = "gradient-weighted, all, prior automatic"
@@ -88,7 +87,7 @@ def measure_policy(args: VarianceArguments, name: str, seed: int) -> dict[str, A
     policy = load_policy(name)
     num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
     num_prompts = args.num_prompts_large if num_parameters > _LARGE else args.num_prompts
-    settings: dict[str, Any] = {"policy": policy_identity(name), "seed": seed, "num_prompts": num_prompts}
+    settings: dict[str, Any] = {"policy": asdict(POLICIES[name]), "seed": seed, "num_prompts": num_prompts}
     settings |= {"num_completions": args.num_completions, "sketch_dim": args.sketch_dim}
     pool = kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
     return {
@@ -106,11 +105,11 @@ def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> Pool:
     return build_pool(policy.model, completions, rewards, sketch_dim=settings["sketch_dim"], seed=settings["seed"])
 
 
-def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean variance and the prompts' squared biases as plain numbers, by group size and label."""
+def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, float]]:
+    """Mean variance over prompts, by group size and label."""
     measured = {}
     for group_size in args.num_generations:
-        measurements = measure_methods(
+        variances = measure_methods(
             pool,
             METHODS,
             num_generations=group_size,
@@ -118,43 +117,22 @@ def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, d
             num_partitions=max(args.groups_per_prompt * group_size // args.num_completions, 1),
             generator=torch.Generator().manual_seed(seed),
         )
-        measured[str(group_size)] = {
-            label: {"variance": variance.mean().item(), "squared_bias": squared_bias.tolist()}
-            for label, (variance, squared_bias) in measurements.items()
-        }
+        measured[str(group_size)] = {label: variance.mean().item() for label, variance in variances.items()}
     return measured
 
 
 def summarise_policy(reward: str, pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """
-    Figures of one policy over its pools, one per seed: its description, and every method by group size.
-
-    Ratios are formed within a seed and then averaged. `squared_bias` is the mean over prompts and seeds of the squared norm of
-    the difference from RLOO's mean gradient: unbiased methods are zero within its standard error, on either side.
-    """
+    """Figures of one policy over its pools, one per seed: its description, and the variance relative to RLOO's of every method by
+    group size. Ratios are formed within a seed and then averaged."""
     by_seed = [pool["measured"] for pool in pools]
     summary: dict[str, Any] = {"reward": reward, **{name: mean(pool[name] for pool in pools) for name in _DESCRIPTION}}
     summary["methods"] = {method.label: {} for method in METHODS}
     for label, by_size in summary["methods"].items():
         for size in by_seed[0]:
-            ratios = [seed[size][label]["variance"] / seed[size][RLOO.label]["variance"] for seed in by_seed]
-            biases = [bias for seed in by_seed for bias in seed[size][label]["squared_bias"]]
-            by_size[size] = {
-                "mean": mean(ratios),
-                "std": stdev(ratios) if len(ratios) > 1 else math.nan,
-                "squared_bias": mean(biases),
-                "squared_bias_error": stdev(biases) / math.sqrt(len(biases)),
-            }
+            by_size[size] = spread([seed[size][label] / seed[size][RLOO.label] for seed in by_seed])
     if {"4", "8"} <= set(by_seed[0]):
-        summary["default_at_4_over_rloo_at_8"] = mean(
-            seed["4"][DEFAULT]["variance"] / seed["8"][RLOO.label]["variance"] for seed in by_seed
-        )
+        summary["default_at_4_over_rloo_at_8"] = mean(seed["4"][DEFAULT] / seed["8"][RLOO.label] for seed in by_seed)
     return summary
-
-
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([VarianceArguments])
 
 
 def main(args: VarianceArguments) -> None:
@@ -177,5 +155,5 @@ def main(args: VarianceArguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # tiny matrices: more threads only contend
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([VarianceArguments]).parse_args_and_config()
     main(arguments)

@@ -11,7 +11,7 @@ from benchmarks.fidelity import Case, measure_sketches, rho_differences
 from benchmarks.sections import fidelity as section
 from oblr_trl.baselines import gradient_weighted_baseline
 from oblr_trl.gradient_snr import gradient_moments
-from tests.tiny_policies import install_tiny_policy, option_tokens
+from tests.tiny_policies import install_tiny_policy
 
 
 def random_batch(num_prompts: int = 4, num_completions: int = 5) -> tuple[Tensor, Tensor]:
@@ -24,8 +24,7 @@ def random_batch(num_prompts: int = 4, num_completions: int = 5) -> tuple[Tensor
 
 def measured(rewards: Tensor, scores: Tensor, sketches: Tensor):
     """The figures of the one sketch of one scope, and the whole."""
-    norms = scores.square().sum(dim=2)
-    whole = measure_sketches(rewards, list(scores), {"all": (norms, {"12": sketches})}, prior_strength=4.0)
+    whole = measure_sketches(rewards, list(scores), {"all": {"12": sketches}}, prior_strength=4.0)
     return whole["scopes"]["all"]["12"], whole
 
 
@@ -88,8 +87,8 @@ def test_the_fidelity_command_writes_every_case_and_reports(tmp_path, monkeypatc
     install_tiny_policy(monkeypatch, tmp_path, num_layers=2)
     monkeypatch.setattr(fidelity, "CASES", (Case("tiny"), Case("tiny", "frozen head"), Case("tiny", "LoRA")))
     options = {"num_seeds": 2, "num_prompts": 2, "num_generations": 4, "sketch_dims": [64, 200000]}
-    options |= {"kept": tmp_path / "kept", "output": tmp_path / "fidelity.json"}
-    (arguments,) = fidelity.make_parser().parse_args_and_config(option_tokens(options))
+    options |= {"kept": str(tmp_path / "kept"), "output": str(tmp_path / "fidelity.json")}
+    arguments = fidelity.FidelityArguments(**options)
     fidelity.main(arguments)
     record = json.loads((tmp_path / "fidelity.json").read_text())
     assert set(record["cases"]) == {"tiny, as it is", "tiny, frozen head", "tiny, LoRA"}

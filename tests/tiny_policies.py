@@ -28,9 +28,3 @@ def install_tiny_policy(monkeypatch, root, **sizes):
     monkeypatch.setattr(policies, "_ROOT", root)
     monkeypatch.setattr(policies, "make_start_model", lambda arguments: None)
     monkeypatch.setattr(policies, "task_reward", lambda task, params: length_parity)
-
-
-def option_tokens(options):
-    """A dictionary of options as a command line."""
-    lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    return [token for name, values in lists.items() for token in (f"--{name}", *map(str, values))]

@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from benchmarks.sections.tables import markdown_table
+from benchmarks.sections.tables import markdown_table, plus_minus
 
 RESULT = "fidelity.json"
 TITLE = "Fidelity of scopes and sketches"
@@ -39,7 +39,7 @@ def _scopes_table(record: dict[str, Any]) -> str:
                     "" if index else label,
                     "" if index else f"{case['rloo_objective']['mean'] - 1:+.0%}",
                     f"`{scope}`",
-                    f"{excess['mean'] - 1:+.1%} ± {excess['std']:.1%}",
+                    plus_minus({"mean": excess["mean"] - 1, "std": excess["std"]}, ".1%"),
                     f"{rho['exact']:.2f} {rho['difference']:+.2f} ({rho['min']:+.2f} to {rho['max']:+.2f})",
                 ]
             )

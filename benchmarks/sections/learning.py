@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.sections.tables import markdown_table
+from benchmarks.sections.tables import markdown_table, plus_minus
 
 RESULT = "learning.json"
 TITLE = "Learning speed and collapse"
@@ -21,7 +21,6 @@ LABELS = {
     "shuffled_multiplier": "control: shuffled multipliers",
 }
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
-MEASURES = {"area": "equal rollouts", "area_equal_time": "equal time"}
 # Okabe and Ito's, as in the package's figure of runs.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
 
@@ -29,15 +28,13 @@ Part = dict[str, Any]
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The tally of the comparisons, a table per policy and optimizer, and the accuracies while tuning."""
+    """A table per policy and optimizer, and the accuracies while tuning."""
     settings, parts = record["settings"], list(_parts(record))
     return "\n\n".join(
         [
             f"{settings['num_steps']} steps of {settings['num_prompts']} prompts x {settings['num_generations']} completions; "
             f"{settings['tuning_seeds']} seed(s) for each rate of the grid, {settings['evaluation_seeds']} other seeds at the best rate; "
             f"{settings['test_size']} held-out prompts.",
-            "Tasks on which the 95 % interval of a difference lies above zero / below zero / of all:",
-            _tally_table(record),
             *(_part_table(part, policy, optimizer) for policy, optimizer, part in parts),
             "Accuracy at the end of the tuning runs by base rate, the lowest over seeds; bold where a run collapsed, which is below half "
             "of its start accuracy; and OBLR-PO's mean multiplier.",
@@ -52,25 +49,6 @@ def _parts(record: dict[str, Any]) -> Iterator[tuple[str, str, Part]]:
             yield policy, OPTIMIZERS[optimizer], part
 
 
-def _tally_table(record: dict[str, Any]) -> str:
-    comparisons = {
-        "OBLR-PO minus the best of GRPO, Dr. GRPO and RLOO": lambda part: part["ours_minus_strongest"],
-        "its baseline alone minus the same": lambda part: part["half_minus_strongest"],
-        "OBLR-PO minus the constant average rate": lambda part: part["ours_minus"]["constant_average"],
-        "OBLR-PO minus shuffled multipliers": lambda part: part["ours_minus"]["shuffled_multiplier"],
-    }
-    columns = [(optimizer, measure) for optimizer in record["summary"] for measure in MEASURES]
-    rows = []
-    for label, chosen in comparisons.items():
-        cells = []
-        for optimizer, measure in columns:
-            intervals = [chosen(part)[measure] for part in record["summary"][optimizer].values()]
-            above, below = sum(i["low"] > 0 for i in intervals), sum(i["high"] < 0 for i in intervals)
-            cells.append(f"{above} / {below} / {len(intervals)}")
-        rows.append([label, *cells])
-    return markdown_table(["", *(f"{OPTIMIZERS[name]}, {MEASURES[measure]}" for name, measure in columns)], rows)
-
-
 def _part_table(part: Part, policy: str, optimizer: str) -> str:
     header = ["", "rate", "multiplier", "area", "OBLR-PO minus it", "final"]
     header += ["area, equal time", "OBLR-PO minus it", "seconds", "collapsed"]
@@ -82,10 +60,10 @@ def _part_table(part: Part, policy: str, optimizer: str) -> str:
                 LABELS[method],
                 f"{cell['learning_rate']:.2g}" + " (edge)" * (cell["learning_rate"] in (rates[0], rates[-1])),
                 f"{cell['mean_multiplier']:.2f}",
-                _spread(cell["area"]),
+                plus_minus(cell["area"], ".3f"),
                 "" if minus is None else _interval(minus["area"]),
-                _spread(cell["final"]),
-                _spread(cell["area_equal_time"]),
+                plus_minus(cell["final"], ".3f"),
+                plus_minus(cell["area_equal_time"], ".3f"),
                 "" if minus is None else _interval(minus["area_equal_time"]),
                 f"{cell['cpu_seconds']:.1f}",
                 str(cell["collapsed"]),
@@ -103,10 +81,6 @@ def _tuning_table(part: Part, policy: str, optimizer: str) -> str:
     multipliers = [f"{cell['mean_multiplier']:.3f}" for cell in part["tuning"]["oblrpo"].values()]
     rows.append(["multiplier of OBLR-PO", *multipliers])
     return markdown_table([f"{policy}, {optimizer}", *map(str, part["learning_rates"])], rows)
-
-
-def _spread(value: dict[str, float | None]) -> str:
-    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
 def _interval(value: dict[str, float]) -> str:

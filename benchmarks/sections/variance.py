@@ -5,14 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.sections.tables import markdown_table
+from benchmarks.sections.tables import markdown_table, plus_minus
 
 RESULT = "variance.json"
 TITLE = "Variance of the gradient"
-# Above two standard errors one estimate in twenty lies by chance.
-_NUM_ERRORS = 2.0
-# Standard errors below it are rounding: the baseline is RLOO itself, as any without prior is at G = 2.
-_ROUNDING = 1e-12
 _LM_HEAD = "gradient-weighted, lm_head, prior automatic"
 _FIGURE_METHODS = {
     "mean, prior automatic": "mean + prior",
@@ -24,7 +20,7 @@ _FIGURE_METHODS = {
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Every baseline over the policies, the default by policy, and how many estimates of the bias differ from zero."""
+    """Every baseline over the policies, and the default by policy."""
     settings = record["settings"]
     sizes = _sizes(record)
     by_method = markdown_table(
@@ -39,8 +35,6 @@ def markdown(record: dict[str, Any]) -> str:
             by_method,
             "The default by policy; ± is the standard deviation over seeds.",
             _policies_table(record),
-            "Bias of the baselines that are unbiased in theory:",
-            _bias_table(record),
         ]
     )
 
@@ -74,28 +68,13 @@ def _policies_table(record: dict[str, Any]) -> str:
                 name,
                 *description,
                 f"{policy['mean_length']:.1f}",
-                *(f"{default[size]['mean']:.2f} ± {default[size]['std']:.2f}" for size in sizes),
+                *(plus_minus(default[size], ".2f") for size in sizes),
                 f"{policy['default_at_4_over_rloo_at_8']:.2f}",
                 f"{lm_head['8']['mean'] / default['8']['mean']:.2f}",
                 f"{policy['right_over_wrong']:.2f}",
             ]
         )
     return markdown_table(header, rows)
-
-
-def _bias_table(record: dict[str, Any]) -> str:
-    cells = [
-        cell
-        for policy in record["policies"].values()
-        for label, by_size in policy["methods"].items()
-        for cell in by_size.values()
-        if label not in record["biased"] and cell["squared_bias_error"] > _ROUNDING
-    ]
-    beyond = sum(abs(cell["squared_bias"]) > _NUM_ERRORS * cell["squared_bias_error"] for cell in cells)
-    return markdown_table(
-        ["estimates (baselines x G x policies)", "more than 2 standard errors from zero"],
-        [[str(len(cells)), f"{beyond} ({beyond / len(cells):.1%})"]],
-    )
 
 
 def figure(record: dict[str, Any]) -> Figure:
