@@ -106,10 +106,8 @@ def _summarise_policy(tuned: dict[str, list[Run]], evaluated: dict[str, list[Run
 
 
 def _tuning_cell(runs: Sequence[Run]) -> dict[str, Any]:
-    finals = [run["accuracies"][-1] for run in runs]
     return {
-        "area": _rounded(mean(map(step_area, runs))),
-        "lowest_final": _rounded(min(finals)),
+        "lowest_final": _rounded(min(run["accuracies"][-1] for run in runs)),
         "collapsed": sum(map(collapsed, runs)),
         "mean_multiplier": _mean_multiplier(runs),
     }

@@ -137,7 +137,7 @@ def measure_policy(
     generator = torch.Generator().manual_seed(step)
     orders = [torch.arange(len(rows))]
     orders += [torch.randperm(len(rows), generator=generator) for _ in range(args.num_seeds - 1)]
-    gradient, expected_reward = expected_gradient(model, tokenizer, problems)
+    gradient = expected_gradient(model, tokenizer, problems)
     signal = gradient.square().sum().item()
     advantages = [advantages for _, advantages in stream_advantages(rollouts, orders[0], args.truth_batch_size)]
     noise = squared_gradient_norms(model, rollouts.completions, torch.cat(advantages)).mean().item() - signal
@@ -150,7 +150,6 @@ def measure_policy(
     result = {
         "step": step,
         "mean_reward": rollouts.rewards.mean().item(),
-        "expected_reward": expected_reward,
         "signal": signal,
         "noise": noise,
         "batches": [
@@ -170,7 +169,7 @@ def measure_drift(
     """Error of the moving averages along the run, and how fast the gradient turns."""
     gradients = dict(gradients)
     for step in tqdm(sorted(set(policies) - set(gradients)), desc="policies on the path"):
-        gradients[step], _ = expected_gradient(*load_policy(policies[step]), problems)
+        gradients[step] = expected_gradient(*load_policy(policies[step]), problems)
     path = {
         step: GradientMoments(gradients[step].square().sum().item(), noise_around(step_gradients, step))
         for step in sorted(gradients)

@@ -35,19 +35,17 @@ def count_problems(prompts: Sequence[str], answers: Sequence[str]) -> Problems:
     return Problems([prompt for prompt, _ in counts], [answer for _, answer in counts], shares)
 
 
-def expected_gradient(model: Any, tokenizer: Any, problems: Problems) -> tuple[Tensor, float]:
-    r"""Gradient `(D,)` of the expected reward \\( \sum_q p(q) \pi(o^*_q | q) \\), in float64, and that expectation."""
+def expected_gradient(model: Any, tokenizer: Any, problems: Problems) -> Tensor:
+    r"""Gradient `(D,)` of the expected reward \\( \sum_q p(q) \pi(o^*_q | q) \\), in float64."""
     parameters = _trainable(model)
-    gradient, reward = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64), 0.0
+    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
     for rows in torch.arange(len(problems.prompts)).split(_CHUNK_SIZE):
         batch = answer_batch(
             tokenizer, [problems.prompts[row] for row in rows], [problems.answers[row] for row in rows]
         )
-        logps = sequence_logps(model, *batch)
-        objective = (problems.shares[rows] * logps.exp()).sum()
+        objective = (problems.shares[rows] * sequence_logps(model, *batch).exp()).sum()
         gradient += _flat_gradient(objective, parameters)
-        reward += objective.item()
-    return gradient, reward
+    return gradient
 
 
 def squared_gradient_norms(model: Any, completions: Completions, advantages: Tensor) -> Tensor:

@@ -57,17 +57,14 @@ def test_the_expected_gradient_is_that_of_the_probability_of_the_answers(model):
     shares = dict(zip(problems.prompts, problems.shares.tolist(), strict=True))
     assert shares == {"1+1=": 0.5, "12+30=": 0.25, "4+4=": 0.25}
     tokenizer = tiny_tokenizer()
-    gradient, reward = expected_gradient(model, tokenizer, problems)
-    expected, probability = torch.zeros_like(gradient), 0.0
+    gradient = expected_gradient(model, tokenizer, problems)
+    expected = torch.zeros_like(gradient)
     for prompt, answer in draws:  # one at a time and unpadded
         ids = torch.tensor([tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]])
         mask = torch.ones(1, len(answer) + 1, dtype=torch.long)
         logps = model(input_ids=ids).logits.log_softmax(dim=-1)[0, :-1].gather(1, ids[0, 1:, None])[-mask.size(1) :]
-        share = logps.sum().exp().item() / len(draws)
-        expected += share * reference_scores(model, ids, torch.ones_like(ids), mask)[0]
-        probability += share
+        expected += logps.sum().exp().item() / len(draws) * reference_scores(model, ids, torch.ones_like(ids), mask)[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-9)
-    assert reward == pytest.approx(probability, rel=1e-6)
 
 
 def test_batches_are_the_trainers_and_the_prior_of_a_batch_comes_from_earlier_ones(rollouts):
