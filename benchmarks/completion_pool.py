@@ -1,7 +1,7 @@
-r"""Completions of held-out prompts with rewards and exact inner products of their scores, for the studies of variance and fidelity.
+"""Completions of held-out prompts with rewards and exact inner products of their scores.
 
-Scores are full gradients of all parameters. They are reduced to the Gram matrix of each prompt as they come, so that memory
-holds the gradients of one prompt at a time.
+Scores are full gradients of all parameters. They are reduced to the Gram matrix of each prompt as they come, so that
+memory holds the gradients of one prompt at a time.
 
 Shapes: P prompts, M completions of each, L tokens of prompt and completion, C of the completion.
 """
@@ -39,7 +39,7 @@ class Completions(NamedTuple):
 
 
 def kept(path: Path, settings: dict[str, Any], make: Callable[[], T]) -> T:
-    """What `make` returned when it was last called with these `settings`, read from `path`, or made and kept there now."""
+    """The value of `make` for these `settings`: read from `path`, or made and kept there now."""
     if path.is_file():
         record = torch.load(path, weights_only=False)
         if record["settings"] == settings:
@@ -55,7 +55,7 @@ def kept(path: Path, settings: dict[str, Any], make: Callable[[], T]) -> T:
 def sample_with_rewards(
     policy: LoadedPolicy, *, num_prompts: int, num_completions: int, seed: int
 ) -> tuple[Completions, Tensor]:
-    """Completions of `num_prompts` held-out prompts, other ones for every `seed`, and their rewards `(P, M)` in float64."""
+    """Completions of held-out prompts, other ones for every `seed`, and their rewards `(P, M)` in float64."""
     settings = policy.settings
     data = DataArguments(
         task=settings.task, task_params=settings.task_params, train_size=1, test_size=(seed + 1) * num_prompts
@@ -135,8 +135,8 @@ def sequence_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, comple
 
 def full_scores(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:
     """
-    Full gradients (M, D) of all parameters, one per sequence, in one pass: sketches as long as the parameters are many only
-    turn the gradients by a rotation, so inner products are exact.
+    Full gradients (M, D) of all parameters, one per sequence, in one pass: sketches as long as the parameters are
+    many only turn the gradients by a rotation, so inner products are exact.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return score_sketches(model, *inputs, scope="all", sketch_dim=num_parameters)

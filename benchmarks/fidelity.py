@@ -1,10 +1,10 @@
-r"""How well every scope and sketch size reproduces exact weights, the baseline and rho, also where a scope should fail.
+r"""Error of weights, baseline and rho under every scope and sketch size, also where a scope should fail.
 
     python -m benchmarks.policies
     python -m benchmarks.fidelity
 
-Exact means the oracle: one backward per sequence, all trainable parameters. Every seed draws its own prompts, completions and
-projections, one batch. Finished batches are kept below `runs/fidelity`.
+Exact means the oracle: one backward per sequence, all trainable parameters. Every seed draws its own prompts,
+completions and projections, one batch. Finished batches are kept below `runs/fidelity`.
 
 Shapes: P prompts, G completions of each, D trained parameters, k numbers of a sketch.
 """
@@ -45,8 +45,8 @@ class Case(NamedTuple):
     """A policy and a variation of it before it samples."""
 
     policy: str
-    # "frozen head": embedding and output projection, which are one matrix, are not trained; "saturated head": final norm times 3;
-    # "LoRA": only adapters of the attention's projections are trained.
+    # "frozen head": embedding and output projection, which are one matrix, are not trained; "saturated head": final
+    # norm times 3; "LoRA": only adapters of the attention's projections are trained.
     variant: str = "as it is"
 
 
@@ -115,9 +115,10 @@ def measure_sketches(
         prior_strength (`float`): Prior strength of the baseline.
 
     Returns:
-        `dict`: The exact moments; `rloo_objective`, the objective of RLOO relative to that of the exact baseline; and for every
-        scope and sketch `norm_error`, the median relative difference of ‖z‖² from the exact squared norm; `objective` of the
-        baseline relative to that of the exact one; and the `moments` of the gradient under the exact baseline's advantages.
+        `dict`: The exact moments; `rloo_objective`, the objective of RLOO relative to that of the exact baseline; and
+        for every scope and sketch `norm_error`, the median relative difference of ‖z‖² from the exact one; `objective`
+        of the baseline relative to that of the exact one; and the `moments` of the gradient under the exact baseline's
+        advantages.
     """
     exact = torch.stack([score.double().square().sum(dim=1) for score in scores])
     baseline = gradient_weighted_baseline(rewards, exact, prior_strength=prior_strength)
@@ -180,8 +181,9 @@ def summarise(batches: Sequence[dict[str, Any]], num_prompts: int) -> dict[str, 
 
 def rho_differences(batches: Sequence[dict[str, Any]], scope: str, name: str, num_prompts: int) -> dict[str, float]:
     """
-    Rho from sketches minus rho from exact gradients, each formed from the mean signal and noise of the batches: a difference and
-    no ratio, because a signal estimated from few batches may be negative and its rho 0. `min` and `max` leave one batch out.
+    Rho from sketches minus rho from exact gradients, each formed from the mean signal and noise of the batches: a
+    difference and no ratio, because a signal estimated from few batches may be negative and its rho 0. `min` and `max`
+    leave one batch out.
     """
 
     def rho_of(moments: Sequence[tuple[float, float]]) -> float:

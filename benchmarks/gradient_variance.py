@@ -1,20 +1,22 @@
-r"""Variance and bias of the policy gradient under any baseline, from inner products of scores alone: no gradient is held.
+r"""Variance of the policy gradient under any baseline, from inner products of scores alone: no gradient is held.
 
-Differs from [`~oblr_trl.baselines.gradient_variance`], which is the objective that b* minimises and looks at one completion
-at a time: here the per-prompt gradients themselves are compared, so whatever a baseline does to correlations counts.
+Differs from [`~oblr_trl.baselines.gradient_variance`], which is the objective that b* minimises and looks at one
+completion at a time: here the per-prompt gradients themselves are compared, so whatever a baseline does to
+correlations counts.
 
-The estimator. A pool holds M completions of each of P prompts. A random *partition* divides them into K = M / G disjoint
-groups of G, and batch a takes the a-th group of each of its N prompts. Disjoint groups are independent samples, so for any
-baseline the sample variance of the gradients \\( g_{n,a} = \frac{1}{G} \sum_i (r_i - b_i) s_i \\) over a,
+The estimator. A pool holds M completions of each of P prompts. A random *partition* divides them into K = M / G
+disjoint groups of G, and batch a takes the a-th group of each of its N prompts. Disjoint groups are independent
+samples, so for any baseline the sample variance of the gradients \\( g_{n,a} = \frac{1}{G} \sum_i (r_i - b_i) s_i \\)
+over a,
 
 $$
 V_n = \frac{1}{K - 1} \sum_a \| g_{n,a} - \bar g_n \|^2,
 $$
 
-is an unbiased estimate of the variance that fresh completions of prompt n would give (at fixed prompts: the prior of a batch
-counts as noise through its completions). Overlapping samples would not do: a pool's own scores do not sum to zero, so each baseline
-would have another mean over one pool, though all share it over the population. All baselines see the same partitions, and no
-completion occurs twice in the stream of batches that an automatic prior learns from.
+is an unbiased estimate of the variance that fresh completions of prompt n would give (at fixed prompts: the prior of a
+batch counts as noise through its completions). Overlapping samples would not do: a pool's own scores do not sum to
+zero, so each baseline would have another mean over one pool, though all share it over the population. All baselines
+see the same partitions, and no completion occurs twice in the stream of batches that an automatic prior learns from.
 
 Shapes: P prompts, M completions of each, K groups of G completions, N prompts per batch.
 """
@@ -39,7 +41,7 @@ class Pool:
     weights: dict[str, Tensor]  # squared score norms (P, M) by their source, e.g. "exact" and "all"
 
     def take(self, prompts: Tensor, order: Tensor) -> "Pool":
-        """The pool rearranged: `prompts` is a permutation of the prompts, `order` (P, M) one of the completions of each."""
+        """The pool rearranged: `prompts` permutes the prompts, `order` (P, M) the completions of each."""
         prompts = prompts.unsqueeze(1)  # (P, 1)
         return Pool(
             self.rewards[prompts, order],
@@ -63,15 +65,15 @@ RLOO = Method("RLOO (mean of the others)", "leave_one_out")
 
 
 def group_gradient_grams(grams: Tensor, advantages: Tensor) -> Tensor:
-    r"""Inner products \\( \langle g_{n,a}, g_{n,b} \rangle \\) `(P, K, K)` of the gradients of each prompt's groups, from those of its
-    scores `(P, M, M)`, completions in the order of the groups, and advantages `(P, K, G)`."""
+    r"""Inner products \\( \langle g_{n,a}, g_{n,b} \rangle \\) `(P, K, K)` of the gradients of each prompt's groups,
+    from those of its scores `(P, M, M)`, completions in the order of the groups, and advantages `(P, K, G)`."""
     num_prompts, num_groups, group_size = advantages.shape
     blocks = grams.view(num_prompts, num_groups, group_size, num_groups, group_size)
     return torch.einsum("pag,pagbh,pbh->pab", advantages, blocks, advantages) / group_size**2
 
 
 def within_prompt_variances(gradient_grams: Tensor) -> Tensor:
-    r"""\\( V_n \\), the sample variance of each prompt's K group gradients, `(P,)`, from their Gram matrices `(P, K, K)`."""
+    r"""\\( V_n \\) `(P,)`, the sample variance of each prompt's K group gradients with Gram matrices `(P, K, K)`."""
     num_groups = gradient_grams.size(1)
     squares = gradient_grams.diagonal(dim1=1, dim2=2).sum(dim=1)
     return (squares - gradient_grams.sum(dim=(1, 2)) / num_groups) / (num_groups - 1)
@@ -80,15 +82,15 @@ def within_prompt_variances(gradient_grams: Tensor) -> Tensor:
 def advantages_in_turn(
     batches: Iterable[GroupedBatch], baseline: str = "gradient_weighted", prior_strength: float | None = None
 ) -> Iterator[Tensor]:
-    """Advantages of batches that the trainer takes one after another: an automatic prior strength of a batch (`None`) comes from
-    the batches before it."""
+    """Advantages of batches that the trainer takes one after another: an automatic prior strength of a batch (`None`)
+    comes from the batches before it."""
     estimator = BaselineEstimator(baseline, leave_one_out=True, prior_strength=prior_strength)
     for batch in batches:
         yield batch.rewards - estimator(batch)
 
 
 def stream_advantages(pool: Pool, method: Method, *, num_generations: int, num_prompts: int) -> Tensor:
-    """Advantages r - b of a whole pool `(P, K, G)`, taken in batches of `num_prompts`, first the first group of all prompts."""
+    """Advantages r - b of a whole pool `(P, K, G)`, in batches of `num_prompts`; first come all first groups."""
     rewards = pool.rewards.unflatten(1, (-1, num_generations))  # (P, K, G)
     if method.baseline == "none":
         return rewards
@@ -114,8 +116,8 @@ def measure_methods(
     num_partitions: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Variance of every prompt's gradient `(P,)` under every method, by its label: the mean over random partitions, which all methods
-    share and each of which begins a new stream of batches."""
+    """Variance of every prompt's gradient `(P,)` under every method, by its label: the mean over random partitions,
+    which all methods share and each of which begins a new stream of batches."""
     variances = {method.label: torch.zeros(pool.rewards.size(0), dtype=torch.float64) for method in methods}
     for _ in range(num_partitions):
         # The companions of a prompt in its batches change from partition to partition too.
@@ -129,7 +131,7 @@ def measure_methods(
 
 
 def right_over_wrong(pool: Pool) -> float:
-    """Mean exact weight of completions with the full reward of 1 over that of the others: below 1, the best baseline lies below the
-    mean reward."""
+    """Mean exact weight of completions with the full reward of 1 over that of the others: below 1, the best baseline
+    lies below the mean reward."""
     right, exact = pool.rewards >= 1, pool.weights["exact"]
     return (exact[right].mean() / exact[~right].mean()).item()

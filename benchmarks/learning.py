@@ -2,10 +2,11 @@
 
     python -m benchmarks.learning
 
-First every method runs at every rate of the grid; then, with other seeds, every method at its best one, and two controls: the
-baseline of OBLR-PO at a constant rate, the average of OBLR-PO's own, and with OBLR-PO's multipliers in shuffled order. Finished
-runs are kept in `runs/learning/` and not repeated, so that a stopped study resumes, and one that was stopped for good is
-summarised by asking for fewer seeds. Seeds are the outermost loop of each stage: all methods are equally far at any time.
+First every method runs at every rate of the grid; then, with other seeds, every method at its best one, and two
+controls: the baseline of OBLR-PO at a constant rate, the average of OBLR-PO's own, and with OBLR-PO's multipliers in
+shuffled order. Finished runs are kept in `runs/learning/` and not repeated, so that a stopped study resumes, and one
+that was stopped for good is summarised by asking for fewer seeds. Seeds are the outermost loop of each stage: all
+methods are equally far at any time.
 """
 
 import os
@@ -77,8 +78,8 @@ class LearningArguments:
         check_policies("sgd_policies", self.sgd_policies)
         if self.num_steps % self.eval_steps:
             raise ValueError(
-                f"`num_steps` is {self.num_steps}, not a multiple of `eval_steps` {self.eval_steps}: the curve would end "
-                "before the run. Change one of them."
+                f"`num_steps` is {self.num_steps}, not a multiple of `eval_steps` {self.eval_steps}: the curve "
+                "would end before the run. Change one of them."
             )
 
     def cases(self) -> Iterator[tuple[str, str, Sequence[str], list[float]]]:
@@ -119,7 +120,7 @@ def evaluation_specs(args: LearningArguments, tuning: Sequence[Run]) -> list[Run
 
 
 def control_specs(args: LearningArguments, evaluation: Sequence[Run]) -> list[RunSpec]:
-    """OBLR-PO's baseline at the constant average of its runs' rates, and with a run's multipliers in shuffled order."""
+    """OBLR-PO's baseline at the constant average of its runs' rates, and with a run's shuffled multipliers."""
     specs = []
     for seed in range(args.evaluation_seeds):
         for optimizer, policy, _, _ in args.cases():

@@ -1,7 +1,7 @@
-"""One training run of the learning study: TRL's or our trainer from a start policy, in memory, with a held-out curve and a clock.
+"""One training run of the learning study: TRL's or our trainer in memory, with a held-out curve and a clock.
 
-Nothing is saved or logged by the trainer. Evaluation draws no random numbers, so that a run's rollouts do not depend on how often
-it is evaluated, and its time is not the run's.
+Nothing is saved or logged by the trainer. Evaluation draws no random numbers, so that a run's rollouts do not depend
+on how often it is evaluated, and its time is not the run's.
 """
 
 import functools
@@ -76,8 +76,8 @@ def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
     """
     Accuracy of sampling in expectation: the mean probability of the right answer, given each held-out prompt.
 
-    Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than the differences between
-    methods. Texts other than the reference that the scorer accepts too are not counted.
+    Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than the differences
+    between methods. Texts other than the reference that the scorer accepts too are not counted.
     """
     training = model.training
     model.eval()
@@ -89,7 +89,7 @@ def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
 
 
 class CurveCallback(TrainerCallback):
-    """Records accuracy and processor seconds of training at the evaluated steps, and the learning rate of every step."""
+    """Records accuracy and processor seconds at the evaluated steps, and the learning rate of every step."""
 
     def __init__(self, spec: RunSpec, held_out: tuple[torch.Tensor, ...]) -> None:
         self.spec = spec
@@ -177,8 +177,8 @@ def finished_run(directory: str, spec: RunSpec) -> dict[str, Any]:
 
 def run(spec: RunSpec) -> dict[str, Any]:
     """
-    Train as `spec` says and return the curve. A run whose weights or activations become infinite counts as wrong on every
-    held-out prompt from there on, with the message as `failure`.
+    Train as `spec` says and return the curve. A run whose weights or activations become infinite counts as wrong
+    on every held-out prompt from there on, with the message as `failure`.
     """
     prepare_process()
     prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)

@@ -1,7 +1,8 @@
 """Statistics of the learning study: areas under curves, collapse, best rates, and differences paired over seeds.
 
-A curve is the held-out accuracy at the evaluated steps. Its area is the mean accuracy over the steps (equal rollouts), or over
-the seconds that the fastest method needs for all its steps (equal time). Runs are the dictionaries of `learning_runs.run`.
+A curve is the held-out accuracy at the evaluated steps. Its area is the mean accuracy over the steps (equal rollouts),
+or over the seconds that the fastest method needs for all its steps (equal time). Runs are the dictionaries of
+`learning_runs.run`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ Run = dict[str, Any]
 
 
 def area(curve: Sequence[float], at: Sequence[float], horizon: float | None = None) -> float:
-    """Mean of a piecewise linear curve, whose values at not decreasing places `at` are given, from `at[0]` to `horizon`, by default its
-    end; beyond its end it keeps its last value."""
+    """Mean of a piecewise linear curve, whose values at not decreasing places `at` are given, from `at[0]` to
+    `horizon`, by default its end; beyond its end it keeps its last value."""
     horizon = at[-1] if horizon is None else horizon
     inside = [place for place in at if place < horizon]
     values = [*curve[: len(inside)], float(np.interp(horizon, at, curve))]

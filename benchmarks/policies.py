@@ -1,9 +1,9 @@
-"""The policies of the studies: small Qwen3 models of several sizes, tasks and accuracies, each made from its own settings.
+"""The policies of the studies: small Qwen3 models of several sizes, tasks and accuracies.
 
     python -m benchmarks.policies
 
-makes those that are missing (one to ten minutes each). All are trained by supervised fine-tuning on answers of which a part is
-wrong (`examples.tiny_qwen3`); that part decides how often the policy is right.
+makes those that are missing (one to ten minutes each). All are trained by supervised fine-tuning on answers of which a
+part is wrong (`examples.tiny_qwen3`); that part decides how often the policy is right.
 """
 
 import sys

@@ -2,9 +2,10 @@
 
     python -m benchmarks.precision
 
-One tiny Qwen3 learns to count in sevens, its last norm is scaled until 1 - p reaches each of `OTHER_PROBS`, and every completion
-is the likeliest one. Numbers are relative to a float64 model with the same (rounded) weights and the same seed: the median of
-the squared norms over completions, and rho where every completion is to become likelier. About 20 s on a CPU.
+One tiny Qwen3 learns to count in sevens, its last norm is scaled until 1 - p reaches each of `OTHER_PROBS`, and every
+completion is the likeliest one. Numbers are relative to a float64 model with the same (rounded) weights and the same
+seed: the median of the squared norms over completions, and rho where every completion is to become likelier. About 20
+s on a CPU.
 """
 
 import copy

@@ -20,7 +20,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load and versions; `load_average` above 1 before the start tells a busy machine from an idle one."""
+    """Processor, cores, load and versions; `load_average` above 1 before the start tells a busy machine."""
     return {
         "cpu": _cpu_model(),
         "num_cores": os.cpu_count(),
@@ -48,7 +48,7 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def to_json(value: Any, indent: str = "") -> str:
-    """JSON with every innermost list or object on a line of its own: readable, and a tenth of the lines of `indent=2`."""
+    """JSON with every innermost list or object on a line of its own."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     if not any(isinstance(child, dict | list | tuple) for child in children):
         return json.dumps(value)

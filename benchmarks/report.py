@@ -3,10 +3,10 @@
     python -m benchmarks.report            # rewrites the tables in docs/results.md and the figures in docs/figures
     python -m benchmarks.report --check    # fails where one of them does not belong to the records
 
-A module of `benchmarks.sections` turns each record into Markdown, which stands in docs/results.md between two comments; all other
-text there, and the results section of README.md, is written by hand, and each of its decimal numbers must stand in one of the
-tables. A figure carries the digest of the record and of the code that it was drawn from, so that a stale one is found without
-comparing pixels.
+A module of `benchmarks.sections` turns each record into Markdown, which stands in docs/results.md between two
+comments; all other text there, and the results section of README.md, is written by hand, and each of its decimal
+numbers must stand in one of the tables. A figure carries the digest of the record and of the code that it was drawn
+from, so that a stale one is found without comparing pixels.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def unsupported_numbers(written: str, tables: str) -> list[str]:
 
 
 def hand_written(root: Path = ROOT) -> dict[str, str]:
-    """The sentences about the results by file: docs/results.md without its blocks, and the README's results section."""
+    """The sentences about the results by file: docs/results.md without its blocks, the README's section."""
     text = (root / "docs" / "results.md").read_text()
     for name in SECTIONS:
         text = _block(name).sub("", text)

@@ -3,9 +3,9 @@
     python -m examples.tiny_qwen3
     python -m benchmarks.snr
 
-Policies are the start model and snapshots of one real OBLR-PO run. The true signal (`benchmarks/snr_truth.py`) is summed over all
-problems; the true noise is that of the rollouts which the estimates (`benchmarks/snr_estimates.py`) are made from, by exact
-gradients. Prompts are drawn from the training distribution, with repetition.
+Policies are the start model and snapshots of one real OBLR-PO run. The true signal (`benchmarks/snr_truth.py`) is
+summed over all problems; the true noise is that of the rollouts which the estimates (`benchmarks/snr_estimates.py`)
+are made from, by exact gradients. Prompts are drawn from the training distribution, with repetition.
 """
 
 import itertools
@@ -86,14 +86,14 @@ class SNRArguments:
             if size < 2 or self.num_prompts % size:
                 raise ValueError(
                     f"`num_prompts` is {self.num_prompts}, which batches of {size} prompts (`batch_sizes`, "
-                    "`truth_batch_size`) do not divide, or they have fewer than the two prompts that a noise needs: change one of "
-                    "them."
+                    "`truth_batch_size`) do not divide, or they have fewer than the two prompts that a noise needs: "
+                    "change one of them."
                 )
         needed = len(self.snapshot_steps) * self.prompts_per_policy
         if self.population_size < needed:
             raise ValueError(
-                f"`population_size` is {self.population_size}, but the draws of all policies need {needed} prompts: raise it, or "
-                "lower `num_prompts` or `num_seeds`."
+                f"`population_size` is {self.population_size}, but the draws of all policies need {needed} prompts: "
+                "raise it, or lower `num_prompts` or `num_seeds`."
             )
         if 0 not in self.snapshot_steps or len(self.snapshot_steps) < 2:
             raise ValueError(
@@ -107,7 +107,7 @@ class SNRArguments:
 
 
 def draw(args: SNRArguments, model: Any, tokenizer: Any, rows: list[dict[str, str]], step: int) -> Rollouts:
-    """Rollouts of the policy after `step` steps. Its projections are the same for all prompts, as in a training run."""
+    """Rollouts of the policy after `step` steps. All prompts share their projections, as in training."""
     set_seed(step)
     completions = sample_completions(
         model,
@@ -144,8 +144,8 @@ def measure_policy(
     sizes = sorted({*args.batch_sizes, args.truth_batch_size})
     streams = {size: [batch_moments(rollouts, order, size) for order in orders] for size in sizes}
     noises = {size: mean_moments([batch for stream in streams[size] for batch in stream]).noise for size in sizes}
-    # The prior of the baseline has more prompts to come from in a larger batch, so the noise of a prompt depends on N a little;
-    # the truth, measured in batches of one size, is corrected by the ratio of the estimated noises.
+    # The prior of the baseline has more prompts to come from in a larger batch, so the noise of a prompt depends on N
+    # a little; the truth, measured in batches of one size, is corrected by the ratio of the estimated noises.
     factors = {size: noises[size] / noises[args.truth_batch_size] for size in sizes}
     result = {
         "step": step,

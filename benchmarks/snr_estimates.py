@@ -1,8 +1,8 @@
 """Signal, noise and rho as a training run would have estimated them, and their errors.
 
-Everything is the package's own code on the package's own sketches. Errors are relative to the true rho of the same batch size.
-*Bias* is the error of the mean over batches, *typical* the median of the absolute errors: an estimate without bias can still be
-far off every time.
+Everything is the package's own code on the package's own sketches. Errors are relative to the true rho of the same
+batch size. *Bias* is the error of the mean over batches, *typical* the median of the absolute errors: an estimate
+without bias can still be far off every time.
 
 Shapes: P prompts, N prompts per batch, G completions per prompt, k numbers of a sketch.
 """
@@ -38,8 +38,8 @@ class Rollouts(NamedTuple):
 
 
 def stream_advantages(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of prompts `(N,)` and their advantages `(N, G)` under the trainer's default baseline, in the order of `prompts`;
-    prompts that fill no batch are left out."""
+    """Batches of prompts `(N,)` and their advantages `(N, G)` under the trainer's default baseline, in the order of
+    `prompts`; prompts that fill no batch are left out."""
     batches = [batch for batch in prompts.split(num_prompts) if batch.numel() == num_prompts]
     norms = rollouts.sketches.square().sum(dim=2)
     lengths = rollouts.completions.completion_mask.sum(dim=1).view_as(norms)
@@ -120,8 +120,8 @@ def run_errors(step_gradients: Tensor, path: Mapping[int, GradientMoments], deca
     Error of rho along a run, of lag and of sampling, in units of rho (it is near 0 at some steps), by decay.
 
     Args:
-        step_gradients (`torch.Tensor` of shape `(num_steps, num_prompts, k)`): As the trainer computed them; batch t is drawn
-            from the policy after t steps.
+        step_gradients (`torch.Tensor` of shape `(num_steps, num_prompts, k)`): Those of the trainer; batch t
+            is drawn from the policy after t steps.
         path (`Mapping[int, GradientMoments]`): True moments by number of steps.
         decays (`Sequence[float]`): Decays to compare.
     """

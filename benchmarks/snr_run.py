@@ -1,4 +1,4 @@
-"""Policies over training for `benchmarks.snr`: snapshots of one real run of a recipe, and the gradients of its steps."""
+"""Policies over training for `benchmarks.snr`: snapshots of one run of a recipe, and its gradients."""
 
 import json
 from pathlib import Path
@@ -41,8 +41,9 @@ def training_run(recipe: str, model: str, steps: list[int], directory: str) -> t
     Train until the last of `steps`, unless `directory` holds a run of the same settings already.
 
     Returns:
-        The directory of the policy by optimizer step, 0 being the start model, and sketches of the per-prompt gradients of every
-        step as the trainer computed them, `torch.Tensor` of shape `(num_steps, num_prompts, sketch_dim)`.
+        The directory of the policy by optimizer step, 0 being the start model, and sketches of the per-prompt
+        gradients of every step as the trainer computed them, `torch.Tensor` of shape `(num_steps, num_prompts,
+        sketch_dim)`.
     """
     # The start model's own record tells one start model from another at the same place.
     start = Path(model) / "start_model.json"

@@ -1,8 +1,9 @@
 r"""True signal and noise of one policy from full gradients of all parameters: no sketch, no clamp.
 
-The signal needs no sampling where only one completion of a problem earns a reward: \\( \nabla J = \sum_q p(q)\,
-\nabla \pi(o^*_q | q) \\), summed over all problems, is the limit of infinitely many rollouts. The noise is that of rollouts with
-the advantages that the trainer's baseline gives them, \\( \mathrm{tr}(H) \approx \overline{\|g_n\|^2} - \|\nabla J\|^2 \\).
+The signal needs no sampling where only one completion of a problem earns a reward: \\( \nabla J = \sum_q p(q)\, \nabla
+\pi(o^*_q | q) \\), summed over all problems, is the limit of infinitely many rollouts. The noise is that of rollouts
+with the advantages that the trainer's baseline gives them, \\( \mathrm{tr}(H) \approx \overline{\|g_n\|^2} - \|\nabla
+J\|^2 \\).
 
 Shapes: P prompts, G completions per prompt, D parameters.
 """
@@ -49,7 +50,7 @@ def expected_gradient(model: Any, tokenizer: Any, problems: Problems) -> Tensor:
 
 
 def squared_gradient_norms(model: Any, completions: Completions, advantages: Tensor) -> Tensor:
-    r"""Squared norms `(P,)` of the full gradients \\( g_n = \frac{1}{G} \sum_i A_{n,i} s_i \\), by one backward per prompt."""
+    r"""Squared norms `(P,)` of the full gradients \\( g_n = \frac{1}{G} \sum_i A_{n,i} s_i \\), one backward each."""
     parameters, num_completions = _trainable(model), advantages.size(1)
     norms = torch.zeros(len(advantages), dtype=torch.float64)
     for prompt, row in enumerate(tqdm(advantages, desc="exact gradients", mininterval=5)):

@@ -3,9 +3,9 @@
     python -m benchmarks.policies
     python -m benchmarks.variance
 
-Every seed draws its own held-out prompts and completions. Gradients are those of all parameters; the baselines see what the
-trainer would see. `benchmarks/gradient_variance.py` has the estimator. Finished pools are kept below `runs/variance`, from where an
-interrupted study resumes.
+Every seed draws its own held-out prompts and completions. Gradients are those of all parameters; the baselines see
+what the trainer would see. `benchmarks/gradient_variance.py` has the estimator. Finished pools are kept below
+`runs/variance`, from where an interrupted study resumes.
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ class VarianceArguments:
         for name, value in (("num_prompts", self.num_prompts), ("num_prompts_large", self.num_prompts_large)):
             if value % self.prompts_per_batch:
                 raise ValueError(
-                    f"`{name}` is {value}, which is not a multiple of `prompts_per_batch` {self.prompts_per_batch}: a prompt "
-                    "would be left over. Change one of them."
+                    f"`{name}` is {value}, which is not a multiple of `prompts_per_batch` {self.prompts_per_batch}: "
+                    "a prompt would be left over. Change one of them."
                 )
         for group_size in self.num_generations:
             if self.num_completions % group_size or self.num_completions < 2 * group_size:
@@ -122,8 +122,8 @@ def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, d
 
 
 def summarise_policy(reward: str, pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one policy over its pools, one per seed: its description, and the variance relative to RLOO's of every method by
-    group size. Ratios are formed within a seed and then averaged."""
+    """Figures of one policy over its pools, one per seed: its description, and the variance relative to RLOO's of
+    every method by group size. Ratios are formed within a seed and then averaged."""
     by_seed = [pool["measured"] for pool in pools]
     summary: dict[str, Any] = {"reward": reward, **{name: mean(pool[name] for pool in pools) for name in _DESCRIPTION}}
     summary["methods"] = {method.label: {} for method in METHODS}

@@ -1,4 +1,4 @@
-"""The learning study: its statistics against arithmetic, its runs against TRL's own trainer, its stages with tiny settings."""
+"""The learning study: its statistics against arithmetic, its runs against TRL's own trainer, and its stages."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The SNR study: its truth against explicit gradients, its estimates against arithmetic, its command at a tiny size."""
+"""The SNR study: its truth against explicit gradients, its estimates against arithmetic, and its command."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The variance study: its estimate against explicit gradients, its pools against the oracle, its command at a tiny size."""
+"""The variance study: its estimate against explicit gradients, its pools against the oracle, and its command."""
 
 import json
 from typing import NamedTuple
@@ -64,9 +64,9 @@ def test_a_rearranged_pool_holds_the_inner_products_of_the_rearranged_scores():
 
 
 def test_the_variance_is_unbiased_over_fresh_pools():
-    # One parameter, scores s of +-1 and r = s. RLOO's g = mean of (r_i - mean of others) s_i is the sample variance of G signs: its
-    # variance is (mu_4 - sigma^4 (G - 3) / (G - 1)) / G = (1 - 1 / 3) / 4 = 1 / 6 at G = 4. Without baseline g = mean of s_i^2 = 1
-    # always. The group mean's is 3 / 4 of RLOO's: 9 / 16 of its variance.
+    # One parameter, scores s of +-1 and r = s. RLOO's g = mean of (r_i - mean of others) s_i is the sample variance of
+    # G signs: its variance is (mu_4 - sigma^4 (G - 3) / (G - 1)) / G = (1 - 1 / 3) / 4 = 1 / 6 at G = 4. Without
+    # baseline g = mean of s_i^2 = 1 always. The group mean's is 3 / 4 of RLOO's: 9 / 16 of its variance.
     signs = torch.randint(0, 2, (20000, 8), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     ones = torch.ones_like(signs)
     pool = Pool(signs, ones, signs.unsqueeze(2) * signs.unsqueeze(1), {"exact": ones})

@@ -1,1 +1,2 @@
-"""Records under `benchmarks/results` as Markdown tables and figures: one module per record, used by `benchmarks.report`."""
+"""Records under `benchmarks/results` as Markdown tables and figures: one module per record, used by
+`benchmarks.report`."""

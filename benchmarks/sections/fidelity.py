@@ -14,8 +14,8 @@ def markdown(record: dict[str, Any]) -> str:
     settings = record["settings"]
     return "\n\n".join(
         [
-            f"{settings['num_seeds']} batches of {settings['num_prompts']} prompts x {settings['num_generations']} completions, prior "
-            f"{settings['prior_strength']:g}, sketches of {_shown_size(record)} numbers.",
+            f"{settings['num_seeds']} batches of {settings['num_prompts']} prompts x {settings['num_generations']} "
+            f"completions, prior {settings['prior_strength']:g}, sketches of {_shown_size(record)} numbers.",
             _scopes_table(record),
             f"Sketch sizes of the scope `all`, median over {len(record['cases'])} cases (worst).",
             _sizes_table(record),

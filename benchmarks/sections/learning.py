@@ -1,4 +1,5 @@
-"""Tables and figure of `benchmarks.learning`: accuracy against rollouts and time at each method's best rate, and collapse by rate."""
+"""Tables and figure of `benchmarks.learning`: accuracy against rollouts and time at each method's best rate, and
+collapse by rate."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -32,12 +33,12 @@ def markdown(record: dict[str, Any]) -> str:
     settings, parts = record["settings"], list(_parts(record))
     return "\n\n".join(
         [
-            f"{settings['num_steps']} steps of {settings['num_prompts']} prompts x {settings['num_generations']} completions; "
-            f"{settings['tuning_seeds']} seed(s) for each rate of the grid, {settings['evaluation_seeds']} other seeds at the best rate; "
-            f"{settings['test_size']} held-out prompts.",
+            f"{settings['num_steps']} steps of {settings['num_prompts']} prompts x {settings['num_generations']} "
+            f"completions; {settings['tuning_seeds']} seed(s) for each rate of the grid, "
+            f"{settings['evaluation_seeds']} other seeds at the best rate; {settings['test_size']} held-out prompts.",
             *(_part_table(part, policy, optimizer) for policy, optimizer, part in parts),
-            "Accuracy at the end of the tuning runs by base rate, the lowest over seeds; bold where a run collapsed, which is below half "
-            "of its start accuracy; and OBLR-PO's mean multiplier.",
+            "Accuracy at the end of the tuning runs by base rate, the lowest over seeds; bold where a run collapsed, "
+            "which is below half of its start accuracy; and OBLR-PO's mean multiplier.",
             *(_tuning_table(part, policy, optimizer) for policy, optimizer, part in parts),
         ]
     )
@@ -69,7 +70,8 @@ def _part_table(part: Part, policy: str, optimizer: str) -> str:
                 str(cell["collapsed"]),
             ]
         )
-    title = f"**{policy}, {optimizer}** (start {part['start_accuracy']:.3f}; equal time: {part['equal_time_seconds']:.1f} s)"
+    start, seconds = part["start_accuracy"], part["equal_time_seconds"]
+    title = f"**{policy}, {optimizer}** (start {start:.3f}; equal time: {seconds:.1f} s)"
     return f"{title}\n\n{markdown_table(header, rows)}"
 
 
@@ -88,7 +90,7 @@ def _interval(value: dict[str, float]) -> str:
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Held-out accuracy over the steps at every method's best rate, mean over seeds; ours is drawn last and thickest."""
+    """Held-out accuracy over the steps at every method's best rate, mean over seeds; ours is thickest."""
     parts = list(_parts(record))
     steps = range(0, record["settings"]["num_steps"] + 1, record["settings"]["eval_steps"])
     canvas = Figure(figsize=(3.3 * len(parts) + 0.5, 3.6), layout="constrained")

@@ -22,6 +22,6 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     probabilities = ", ".join(f"{value:.1e}" for value in record["other_probs"])
     return (
-        f"Largest deviation from float64 over policies with a mean 1 - p of {probabilities}; seed {record['settings']['seed']}.\n\n"
-        + markdown_table(["precision", "scope", *_QUANTITIES.values()], rows)
+        f"Largest deviation from float64 over policies with a mean 1 - p of {probabilities}; "
+        f"seed {record['settings']['seed']}.\n\n" + markdown_table(["precision", "scope", *_QUANTITIES.values()], rows)
     )

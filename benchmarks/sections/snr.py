@@ -66,7 +66,8 @@ def _run_tables(drift: dict[str, Any]) -> list[str]:
         for point, cosine in zip(drift["path"], cosines, strict=True)
     ]
     return [
-        f"Moving averages along the run, whose true rho is {run['mean_true_rho']:.2f} on average: error by decay, in units of rho.",
+        f"Moving averages along the run, whose true rho is {run['mean_true_rho']:.2f} on average: "
+        "error by decay, in units of rho.",
         markdown_table(["decay", "root mean square error", "mean error"], by_decay),
         "Path of the truth, and the cosine of the expected gradients of one policy and the next:",
         markdown_table(["step", "signal", "noise", "cosine to the next"], path),

@@ -29,8 +29,8 @@ def markdown(record: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            f"Median / worst over {len(record['policies'])} policies of the mean over {settings['num_seeds']} seeds of "
-            f"{settings['num_prompts']} prompts ({settings['num_prompts_large']} for the largest policy) x "
+            f"Median / worst over {len(record['policies'])} policies of the mean over {settings['num_seeds']} seeds "
+            f"of {settings['num_prompts']} prompts ({settings['num_prompts_large']} for the largest policy) x "
             f"{settings['num_completions']} completions; batches of {settings['prompts_per_batch']} prompts.",
             by_method,
             "The default by policy; ± is the standard deviation over seeds.",
