@@ -1,42 +1,77 @@
-"""A pool of completions of held-out prompts with the exact inner products of their scores, for the studies of variance and fidelity.
+"""Completions of held-out prompts with rewards and exact inner products of their scores.
 
-Scores are full gradients of all parameters. They are reduced to the Gram matrix of each prompt as they come, so that memory
-holds the gradients of one prompt at a time.
+Scores are full gradients of all parameters. They are reduced to the Gram matrix of each prompt as they come, so that
+memory holds the gradients of one prompt at a time.
 
 Shapes: P prompts, M completions of each, L tokens of prompt and completion, C of the completion.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.gradient_variance import Pool
-from oblr_trl.scores import reference_scores, score_sketches
+from benchmarks.policies import LoadedPolicy
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.scores import score_sketches
 
+T = TypeVar("T")
 # Sequences per sampling and per scoring pass.
 _SAMPLING_BATCH_SIZE = 256
 _MICRO_BATCH_SIZE = 32
 
 
-@dataclass
-class Completions:
-    """
-    Sampled completions, padded on both sides.
+class Completions(NamedTuple):
+    """Sampled completions, padded on both sides, prompt by prompt."""
 
-    Args:
-        input_ids (`torch.Tensor` of shape `(P * M, L)`): Prompts and completions, prompt by prompt.
-        attention_mask (`torch.Tensor` of shape `(P * M, L)`): 1 for tokens.
-        completion_mask (`torch.Tensor` of shape `(P * M, C)`): 1 for completion tokens up to the end-of-sequence token.
-        texts (`list[str]`): Decoded completions.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
+    input_ids: Tensor  # (P * M, L)
+    attention_mask: Tensor  # (P * M, L)
+    completion_mask: Tensor  # (P * M, C), up to and including the end-of-sequence token
     texts: list[str]
+
+    def inputs(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """What a scoring pass takes, of all or some sequences."""
+        return self.input_ids[rows], self.attention_mask[rows], self.completion_mask[rows]
+
+
+def kept(path: Path, settings: dict[str, Any], make: Callable[[], T]) -> T:
+    """The value of `make` for these `settings`: read from `path`, or made and kept there now."""
+    if path.is_file():
+        record = torch.load(path, weights_only=False)
+        if record["settings"] == settings:
+            return record["value"]
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({"settings": settings, "value": value}, partial)
+    partial.replace(path)  # an interrupted run leaves nothing that looks complete
+    return value
+
+
+def sample_with_rewards(
+    policy: LoadedPolicy, *, num_prompts: int, num_completions: int, seed: int
+) -> tuple[Completions, Tensor]:
+    """Completions of held-out prompts, other ones for every `seed`, and their rewards `(P, M)` in float64."""
+    settings = policy.settings
+    data = DataArguments(
+        task=settings.task, task_params=settings.task_params, train_size=1, test_size=(seed + 1) * num_prompts
+    )
+    rows: list[Any] = list(load_prompts(data)["test"])[-num_prompts:]
+    set_seed(seed)
+    completions = sample_completions(
+        policy.model,
+        policy.tokenizer,
+        [row["prompt"] for row in rows],
+        num_completions=num_completions,
+        max_completion_length=settings.start_model().max_completion_length,
+    )
+    entries = [row["entry"] for row in rows for _ in range(num_completions)]
+    rewards = settings.reward_function()(completions=completions.texts, entry=entries)
+    return completions, torch.tensor(rewards, dtype=torch.float64).view(num_prompts, num_completions)
 
 
 @torch.no_grad()
@@ -79,90 +114,55 @@ def sample_completions(
     )
 
 
+def answer_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_ids`, `attention_mask` and `completion_mask` of every prompt with its answer and the end of sequence."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
+    completions = [torch.tensor([*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]) for answer in answers]
+    ids = nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in completions], batch_first=True)
+    return torch.cat([batch["input_ids"], ids], dim=1), torch.cat([batch["attention_mask"], mask], dim=1), mask
+
+
+def sequence_logps(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """Log-probability of every completion given its prompt."""
+    num_tokens = completion_mask.size(1)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    logits = model(**inputs, logits_to_keep=num_tokens + 1).logits
+    logps = logits[:, :-1].log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
+    return (logps * completion_mask).sum(dim=1)
+
+
 def full_scores(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:
     """
-    Full gradients (M, D) of all parameters, one per sequence, in one pass: sketches as long as the parameters are many only
-    turn the gradients by a rotation, so inner products are exact. [`oracle_difference`] compares them with autograd.
+    Full gradients (M, D) of all parameters, one per sequence, in one pass: sketches as long as the parameters are
+    many only turn the gradients by a rotation, so inner products are exact.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return score_sketches(model, *inputs, scope="all", sketch_dim=num_parameters)
 
 
-def score_gram(scores: Tensor) -> Tensor:
-    """Inner products (M, M) of scores (M, D), in float64."""
-    return (scores @ scores.T).double()
-
-
-def oracle_difference(model: PreTrainedModel, completions: Completions, num_completions: int) -> float:
-    """Greatest difference between inner products of [`full_scores`] and of the oracle's (one backward per sequence), over the
-    first completions, in units of the product of the two norms."""
-    inputs = [
-        tensor[:num_completions]
-        for tensor in (completions.input_ids, completions.attention_mask, completions.completion_mask)
-    ]
-    expected = score_gram(reference_scores(model, *inputs))
-    norms = expected.diagonal().sqrt()
-    return ((score_gram(full_scores(model, inputs)) - expected).abs() / (norms.unsqueeze(1) * norms)).max().item()
-
-
-@torch.no_grad()
-def logit_energies(model: PreTrainedModel, completions: Completions) -> Tensor:
-    r"""
-    Sum over the tokens of \\( \| e_{o_t} - \pi_t \|^2 = 1 - 2 \pi_t(o_t) + \sum_v \pi_t(v)^2 \\), the squared gradient of a token's
-    log-probability with respect to its logits, `(P * M,)`: the proxy of a score's squared norm of the [Optimal Token
-    Baseline](https://huggingface.co/papers/2602.07078), which uses its running sums in a baseline for every token.
-    """
-    energies = []
-    num_tokens = completions.completion_mask.size(1)
-    for rows in torch.arange(len(completions.input_ids)).split(_MICRO_BATCH_SIZE):
-        ids = completions.input_ids[rows]
-        inputs = {"input_ids": ids, "attention_mask": completions.attention_mask[rows]}
-        logits = model(**inputs, logits_to_keep=num_tokens + 1).logits
-        probabilities = logits[:, :-1].softmax(dim=-1)  # (B, C, V)
-        chosen = probabilities.gather(-1, ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
-        energy = 1 - 2 * chosen + probabilities.square().sum(dim=-1)
-        energies.append((energy * completions.completion_mask[rows]).sum(dim=1))
-    return torch.cat(energies)
-
-
 def build_pool(
-    model: PreTrainedModel,
-    completions: Completions,
-    rewards: Tensor,
-    *,
-    sketch_dim: int,
-    seed: int,
+    model: PreTrainedModel, completions: Completions, rewards: Tensor, *, sketch_dim: int, seed: int
 ) -> Pool:
-    """
-    Score every completion: exactly, by sketches of every scope, and by the energy of its logits.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The policy.
-        completions ([`Completions`]): What it sampled.
-        rewards (`torch.Tensor` of shape `(P, M)`): Their rewards.
-        sketch_dim (`int`): Length of a sketch.
-        seed (`int`): Seed of the projections.
-    """
-    inputs = (completions.input_ids, completions.attention_mask, completions.completion_mask)
-    grams = []
-    for rows in torch.arange(rewards.numel()).split(rewards.size(1)):
-        grams.append(score_gram(full_scores(model, [tensor[rows] for tensor in inputs])))
-    stacked = torch.stack(grams)
+    """Score every completion, exactly and by sketches of every scope; rewards are `(P, M)`."""
+    by_prompt = torch.arange(rewards.numel()).split(rewards.size(1))
+    scores = (full_scores(model, completions.inputs(rows)) for rows in by_prompt)
+    grams = torch.stack([(score @ score.T).double() for score in scores])
 
     def sketched(scope: str, last_k: int | None = None) -> Tensor:
-        options = {"scope": scope, "last_k": last_k, "sketch_dim": sketch_dim, "seed": seed}
-        sketches = score_sketches(model, *inputs, **options, micro_batch_size=_MICRO_BATCH_SIZE)
+        options: dict[str, Any] = {"scope": scope, "last_k": last_k, "sketch_dim": sketch_dim, "seed": seed}
+        sketches = score_sketches(model, *completions.inputs(), **options, micro_batch_size=_MICRO_BATCH_SIZE)
         return sketches.double().square().sum(dim=1).view_as(rewards)
 
     return Pool(
         rewards=rewards.double(),
         lengths=completions.completion_mask.sum(dim=1).view_as(rewards).double(),
-        grams=stacked,
+        grams=grams,
         weights={
-            "exact": stacked.diagonal(dim1=1, dim2=2).clone(),
+            "exact": grams.diagonal(dim1=1, dim2=2).clone(),
             "all": sketched("all"),
             "last_k": sketched("last_k", last_k=1),
             "lm_head": sketched("lm_head"),
-            "logit_energy": logit_energies(model, completions).view_as(rewards).double(),
         },
     )

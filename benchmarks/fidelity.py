@@ -1,16 +1,21 @@
-"""How well every scope and sketch size reproduces exact weights, the baseline and rho, also where a scope should fail.
+r"""Error of weights, baseline and rho under every scope and sketch size, also where a scope should fail.
 
     python -m benchmarks.policies
     python -m benchmarks.fidelity
 
-Exact is what the oracle gives: one backward per sequence, all trainable parameters. Every seed draws its own prompts,
-completions and projections, one batch. What is finished is kept below `runs/fidelity`.
+Exact means the oracle: one backward per sequence, all trainable parameters. Every seed draws its own prompts,
+completions and projections, one batch. Finished batches are kept below `runs/fidelity`.
+
+Shapes: P prompts, G completions of each, D trained parameters, k numbers of a sketch.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,10 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 from trl import TrlParser
 
-from benchmarks.fidelity_measures import measure_sketches, rho_differences
-from benchmarks.policy_pools import LoadedPolicy, kept, load_policy, policy_identity, sample_with_rewards
-from benchmarks.record import machine, write_record
-from benchmarks.variance_summary import spread
+from benchmarks.completion_pool import kept, sample_with_rewards
+from benchmarks.policies import POLICIES, LoadedPolicy, load_policy
+from benchmarks.record import machine, spread, write_record
+from benchmarks.sections.fidelity import markdown
+from oblr_trl.baselines import gradient_variance, gradient_weighted_baseline, leave_one_out_baseline
+from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from oblr_trl.scores import reference_scores, score_sketches
 
 SCOPES: dict[str, tuple[str, int | None]] = {
@@ -34,25 +41,13 @@ SCOPES: dict[str, tuple[str, int | None]] = {
 _SATURATION = 3.0
 
 
-@dataclass(frozen=True)
-class Case:
-    """
-    A policy and what is done to it before it samples.
-
-    Args:
-        policy (`str`): Name of the policy.
-        variant (`str`, *optional*, defaults to `"as it is"`): `"as it is"`; `"frozen head"`: embedding and output projection,
-            which are one matrix, are not trained; `"saturated head"`: final norm times 3; `"LoRA"`: only adapters of the
-            attention's projections are trained.
-    """
+class Case(NamedTuple):
+    """A policy and a variation of it before it samples."""
 
     policy: str
+    # "frozen head": embedding and output projection, which are one matrix, are not trained; "saturated head": final
+    # norm times 3; "LoRA": only adapters of the attention's projections are trained.
     variant: str = "as it is"
-
-    @property
-    def label(self) -> str:
-        """Name in tables."""
-        return f"{self.policy}, {self.variant}"
 
 
 CASES = (
@@ -68,41 +63,19 @@ CASES = (
 
 @dataclass
 class FidelityArguments:
-    """
-    Settings of the study.
+    """Settings of the study; fields are documented by their `help`."""
 
-    Args:
-        policies (`list[str]`, *optional*): Policies whose cases are measured; all of them if not given.
-        num_seeds (`int`, *optional*, defaults to `3`): Independent batches.
-        num_prompts (`int`, *optional*, defaults to `16`): Prompts of a batch.
-        num_generations (`int`, *optional*, defaults to `8`): Completions of every prompt.
-        sketch_dims (`list[int]`, *optional*, defaults to `[256, 1024, 4096, 16384]`): Lengths of a sketch.
-        prior_strength (`float`, *optional*, defaults to `16.0`): Prior strength of the baseline.
-        kept (`str`, *optional*, defaults to `"runs/fidelity"`): Where measurements are kept.
-        output (`str`, *optional*, defaults to `"benchmarks/results/fidelity.json"`): Where the numbers go.
-    """
-
-    policies: list[str] = field(
-        default_factory=lambda: list(dict.fromkeys(case.policy for case in CASES)),
-        metadata={"help": "Policies whose cases are measured; all of them if not given."},
-    )
-    num_seeds: int = field(default=3, metadata={"help": "Independent batches."})
+    num_seeds: int = field(default=3, metadata={"help": "Independent batches of every case."})
     num_prompts: int = field(default=16, metadata={"help": "Prompts of a batch."})
     num_generations: int = field(default=8, metadata={"help": "Completions of every prompt."})
     sketch_dims: list[int] = field(
         default_factory=lambda: [256, 1024, 4096, 16384], metadata={"help": "Lengths of a sketch."}
     )
-    prior_strength: float = field(default=16.0, metadata={"help": "Prior strength of the baseline."})
+    prior_strength: float = field(default=16.0, metadata={"help": "Prior strength of the baseline, in completions."})
     kept: str = field(default="runs/fidelity", metadata={"help": "Where measurements are kept."})
     output: str = field(default="benchmarks/results/fidelity.json", metadata={"help": "Where the numbers go."})
 
     def __post_init__(self) -> None:
-        known = list(dict.fromkeys(case.policy for case in CASES))
-        for name in self.policies:
-            if name not in known:
-                raise ValueError(
-                    f"`policies` has {name!r}, of which there is no case. Choose from: {', '.join(known)}."
-                )
         if self.num_prompts < 2:
             raise ValueError(f"`num_prompts` is {self.num_prompts}: rho needs the gradients of at least 2 prompts.")
         if self.num_generations < 2:
@@ -112,8 +85,8 @@ class FidelityArguments:
 
 
 def prepare(policy: LoadedPolicy, variant: str) -> LoadedPolicy:
-    """The policy with what the variant does to it; its model is changed in place."""
-    model: Any = policy.model
+    """The policy as the variant says; its model is changed in place."""
+    model = policy.model
     if variant == "frozen head":
         model.get_output_embeddings().weight.requires_grad_(False)
     elif variant == "saturated head":
@@ -122,56 +95,83 @@ def prepare(policy: LoadedPolicy, variant: str) -> LoadedPolicy:
     elif variant == "LoRA":
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")).eval()
-    return LoadedPolicy(policy.settings, model, policy.tokenizer)
+    return policy._replace(model=model)
+
+
+def measure_sketches(
+    rewards: Tensor,
+    scores: Sequence[Tensor],
+    sketches: Mapping[str, Mapping[str, Tensor]],
+    *,
+    prior_strength: float,
+) -> dict[str, Any]:
+    """
+    Compare every sketch of a batch with exact scores.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(P, G)`): Rewards.
+        scores (`Sequence[torch.Tensor]`): Exact scores `(G, D)` of every prompt.
+        sketches (`Mapping`): Sketches `(P * G, k)` by scope and length.
+        prior_strength (`float`): Prior strength of the baseline.
+
+    Returns:
+        `dict`: The exact moments; `rloo_objective`, the objective of RLOO relative to that of the exact baseline; and
+        for every scope and sketch `norm_error`, the median relative difference of ‖z‖² from the exact one; `objective`
+        of the baseline relative to that of the exact one; and the `moments` of the gradient under the exact baseline's
+        advantages.
+    """
+    exact = torch.stack([score.double().square().sum(dim=1) for score in scores])
+    baseline = gradient_weighted_baseline(rewards, exact, prior_strength=prior_strength)
+    advantages = rewards - baseline
+    minimum = gradient_variance(rewards, exact, baseline)
+    gradients = torch.stack(
+        [advantage @ score.double() / len(advantage) for advantage, score in zip(advantages, scores, strict=True)]
+    )
+
+    def compared(sketch: Tensor) -> dict[str, Any]:
+        weights = sketch.double().square().sum(dim=1).view_as(rewards)
+        own = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)
+        sketched = per_prompt_gradients(sketch.double().view(*rewards.shape, -1), advantages)
+        return {
+            "norm_error": (weights / exact - 1)[exact > 0].abs().median().item(),
+            "objective": gradient_variance(rewards, exact, own) / minimum,
+            "moments": tuple(gradient_moments(sketched)),
+        }
+
+    return {
+        "moments": tuple(gradient_moments(gradients)),
+        "rloo_objective": gradient_variance(rewards, exact, leave_one_out_baseline(rewards)) / minimum,
+        "scopes": {
+            scope: {name: compared(sketch) for name, sketch in by_name.items()} for scope, by_name in sketches.items()
+        },
+    }
 
 
 def measure_batch(args: FidelityArguments, case: Case, seed: int) -> dict[str, Any]:
-    """One batch of a case: what it is, and every scope and sketch size against the oracle."""
+    """One batch of a case: its description, and every scope and sketch size against the oracle."""
     torch.manual_seed(seed)  # of the adapters
     policy = prepare(load_policy(case.policy), case.variant)
     completions, rewards = sample_with_rewards(
         policy, num_prompts=args.num_prompts, num_completions=args.num_generations, seed=seed
     )
-    inputs = (completions.input_ids, completions.attention_mask, completions.completion_mask)
-    rows = torch.arange(rewards.numel()).split(rewards.size(1))
-    scores = [reference_scores(policy.model, *(tensor[row] for tensor in inputs)) for row in rows]  # P of (G, D)
-
-    def sketched(scope: str, **options: Any) -> Tensor:
-        name, last_k = SCOPES[scope]
-        return score_sketches(policy.model, *inputs, scope=name, last_k=last_k, micro_batch_size=32, **options)
-
-    measured = measure_sketches(
-        rewards,
-        scores,
-        {
-            scope: (
-                sketched(scope, method="exact").view_as(rewards),
-                {str(dim): sketched(scope, sketch_dim=dim, seed=seed) for dim in args.sketch_dims},
-            )
-            for scope in SCOPES
-        },
-        prior_strength=args.prior_strength,
-    )
-    return measured | {
-        "seed": seed,
-        "num_trained_parameters": scores[0].size(1),
-        "mean_length": completions.completion_mask.sum(dim=1).double().mean().item(),
-        "mean_reward": rewards.mean().item(),
+    by_prompt = torch.arange(rewards.numel()).split(rewards.size(1))
+    scores = [reference_scores(policy.model, *completions.inputs(rows)) for rows in by_prompt]  # P of (G, D)
+    sketch = partial(score_sketches, policy.model, *completions.inputs(), seed=seed, micro_batch_size=32)
+    sketches = {
+        scope: {str(dim): sketch(scope=name, last_k=last_k, sketch_dim=dim) for dim in args.sketch_dims}
+        for scope, (name, last_k) in SCOPES.items()
     }
+    return measure_sketches(rewards, scores, sketches, prior_strength=args.prior_strength)
 
 
-def summarise(batches: list[dict[str, Any]], num_prompts: int) -> dict[str, Any]:
+def summarise(batches: Sequence[dict[str, Any]], num_prompts: int) -> dict[str, Any]:
     """Figures of one case over its batches."""
-    summary: dict[str, Any] = {"num_trained_parameters": batches[0]["num_trained_parameters"]}
-    for key in ("mean_length", "mean_reward"):
-        summary[key] = sum(batch[key] for batch in batches) / len(batches)
-    summary["rloo_objective"] = spread([batch["rloo_objective"] for batch in batches])
-    summary["scopes"] = {}
+    summary: dict[str, Any] = {"rloo_objective": spread([batch["rloo_objective"] for batch in batches]), "scopes": {}}
     for scope, by_dim in batches[0]["scopes"].items():
         summary["scopes"][scope] = {
             dim: {
                 figure: spread([batch["scopes"][scope][dim][figure] for batch in batches])
-                for figure in ("rank_correlation", "norm_error", "baseline_difference", "objective")
+                for figure in ("norm_error", "objective")
             }
             | {"rho": rho_differences(batches, scope, dim, num_prompts)}
             for dim in by_dim
@@ -179,57 +179,49 @@ def summarise(batches: list[dict[str, Any]], num_prompts: int) -> dict[str, Any]
     return summary
 
 
-def table(record: dict[str, Any], sketch_dim: str) -> str:
-    """Every case and scope at one sketch size, as plain text."""
-    lines = [f"{f'sketch of {sketch_dim}':<34}{'rank':>7}{'norm':>8}{'b':>8}{'objective':>11}{'rho':>8}"]
-    for label, case in record["cases"].items():
-        lines.append(f"{label} (RLOO's objective {case['rloo_objective']['mean']:.2f})")
-        for scope, by_dim in case["scopes"].items():
-            figures = by_dim[sketch_dim]
-            means = {name: figures[name]["mean"] for name in figures if name != "rho"}
-            lines.append(
-                f"  {scope:<32}{means['rank_correlation']:>7.2f}{means['norm_error']:>8.1%}"
-                f"{means['baseline_difference']:>8.3f}{means['objective']:>11.3f}{figures['rho']['difference']:>+8.3f}"
-            )
-    return "\n".join(lines)
+def rho_differences(batches: Sequence[dict[str, Any]], scope: str, name: str, num_prompts: int) -> dict[str, float]:
+    """
+    Rho from sketches minus rho from exact gradients, each formed from the mean signal and noise of the batches: a
+    difference and no ratio, because a signal estimated from few batches may be negative and its rho 0. `min` and `max`
+    leave one batch out.
+    """
 
+    def rho_of(moments: Sequence[tuple[float, float]]) -> float:
+        signal, noise = (mean(values) for values in zip(*moments, strict=True))
+        return rho(signal, noise, num_prompts)
 
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([FidelityArguments])
+    def difference(chosen: Sequence[dict[str, Any]]) -> float:
+        sketched = [batch["scopes"][scope][name]["moments"] for batch in chosen]
+        return rho_of(sketched) - rho_of([batch["moments"] for batch in chosen])
+
+    left_out = [difference([*batches[:i], *batches[i + 1 :]]) for i in range(len(batches)) if len(batches) > 1]
+    return {
+        "exact": rho_of([batch["moments"] for batch in batches]),
+        "difference": difference(batches),
+        "min": min(left_out, default=math.nan),
+        "max": max(left_out, default=math.nan),
+    }
 
 
 def main(args: FidelityArguments) -> None:
     """Measure, print and write."""
     started = machine()
-    cases = [case for case in CASES if case.policy in args.policies]
-    results: dict[str, Any] = {}
-    with tqdm(total=len(cases) * args.num_seeds, desc="batches measured") as progress:
-        for case in cases:
+    cases: dict[str, Any] = {}
+    with tqdm(total=len(CASES) * args.num_seeds, desc="batches measured") as progress:
+        for case in CASES:
             batches = []
             for seed in range(args.num_seeds):
-                progress.set_postfix_str(f"{case.label}, seed {seed}")
+                settings = {**asdict(args), "case": case, "policy": asdict(POLICIES[case.policy]), "seed": seed}
+                settings = {name: settings[name] for name in settings if name not in ("num_seeds", "kept", "output")}
                 path = Path(args.kept) / f"{case.policy}-{case.variant.replace(' ', '_')}-{seed}.pt"
-                batches.append(kept(path, _settings(args, case, seed), _measurement(args, case, seed)))
+                batches.append(kept(path, settings, partial(measure_batch, args, case, seed)))
                 progress.update()
-            results[case.label] = asdict(case) | summarise(batches, args.num_prompts)
-    record = {"cases": results}
-    print(table(record, str(args.sketch_dims[-1])))
-    write_record(args.output, args, started, record)
-
-
-def _measurement(args: FidelityArguments, case: Case, seed: int) -> Callable[[], dict[str, Any]]:
-    return lambda: measure_batch(args, case, seed)
-
-
-def _settings(args: FidelityArguments, case: Case, seed: int) -> dict[str, Any]:
-    settings = {
-        key: value for key, value in asdict(args).items() if key not in ("policies", "num_seeds", "kept", "output")
-    }
-    return settings | {"case": asdict(case), "policy": policy_identity(case.policy), "seed": seed}
+            cases[f"{case.policy}, {case.variant}"] = summarise(batches, args.num_prompts)
+    print(markdown({"settings": asdict(args), "cases": cases}))
+    write_record(args.output, args, started, {"cases": cases})
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # tiny matrices: more threads only contend
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([FidelityArguments]).parse_args_and_config()
     main(arguments)

@@ -1,15 +1,15 @@
-"""One training run of the learning study: TRL's or our trainer from a start policy, in memory, with a held-out curve and a clock.
+"""One training run of the learning study: TRL's or our trainer in memory, with a held-out curve and a clock.
 
-Nothing is saved or logged by the trainer. Evaluation draws no random numbers, so that a run's rollouts do not depend on how often
-it is evaluated, and its time is not the run's.
+Nothing is saved or logged by the trainer. Evaluation draws no random numbers, so that a run's rollouts do not depend
+on how often it is evaluated, and its time is not the run's.
 """
 
 import functools
-import json
+import hashlib
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,159 +18,92 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.completion_pool import answer_batch, kept, sequence_logps
 from benchmarks.policies import POLICIES, policy_directory
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
-from oblr_trl.data.rewards import task_reward
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 # Prompt i of a task uses seed + i: training prompts of two seeds must not overlap.
 SEED_DISTANCE = 1_000_000
-# A step's averages that are kept of TRL's log, where a method logs them.
-LOGGED = ("reward", "grad_norm", "entropy", "gradient_snr/rho", "variance_ratio/leave_one_out")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A trainer (`"oblrpo"` or `"grpo"`) and what it is told beside the study's common settings."""
-
-    trainer: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
+_TRAINERS = {"oblrpo": (OBLRPOConfig, OBLRPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
 _BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
-METHODS = {
-    "oblrpo": Method("oblrpo"),
-    "baseline_only": Method("oblrpo", _BASELINE_ONLY),
-    "snr_only": Method("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "snr"}),
-    "grpo": Method("grpo"),
-    "dr_grpo": Method("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "rloo": Method("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "none"}),
-    "opo": Method("oblrpo", {"baseline": "length_weighted", "baseline_leave_one_out": False, "lr_adaptation": "none"}),
+# Trainer, and its options in addition to the study's common settings.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "oblrpo": ("oblrpo", {}),
+    "baseline_only": ("oblrpo", _BASELINE_ONLY),
+    "snr_only": ("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "snr"}),
+    "grpo": ("grpo", {}),
+    "dr_grpo": ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "rloo": ("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "none"}),
+    "opo": ("oblrpo", {"baseline": "length_weighted", "baseline_leave_one_out": False, "lr_adaptation": "none"}),
 }
 # The baseline of `oblrpo` under rates that do not follow the SNR.
-CONTROLS = {
-    "constant_average": Method("oblrpo", _BASELINE_ONLY),
-    "shuffled_multiplier": Method("oblrpo", _BASELINE_ONLY),
-}
+CONTROLS = {"constant_average": ("oblrpo", _BASELINE_ONLY), "shuffled_multiplier": ("oblrpo", _BASELINE_ONLY)}
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """
-    Everything that decides a run's outcome; runs of equal specifications are not repeated.
-
-    Args:
-        policy (`str`): Name of the start policy in `benchmarks.policies`.
-        optimizer (`str`): A key of `OPTIMIZERS`.
-        method (`str`): A key of `METHODS` or `CONTROLS`.
-        learning_rate (`float`): Rate before any multiplier; constant otherwise.
-        seed (`int`): Seed of the training prompts, of their order and of the rollouts.
-        num_steps (`int`, *optional*, defaults to `40`): Optimizer steps.
-        num_prompts (`int`, *optional*, defaults to `16`): Prompts per step.
-        num_generations (`int`, *optional*, defaults to `4`): Completions per prompt.
-        eval_steps (`int`, *optional*, defaults to `10`): Steps between evaluations.
-        test_size (`int`, *optional*, defaults to `512`): Held-out prompts, the same for all runs of a policy.
-        multipliers (`tuple[float]`, *optional*): Factors on the learning rate, one per step, in place of a constant.
-    """
+    """Everything that decides a run's outcome; runs of equal specifications are not repeated."""
 
     policy: str
     optimizer: str
     method: str
-    learning_rate: float
-    seed: int
+    learning_rate: float  # before any multiplier; constant otherwise
+    seed: int  # of the training prompts, of their order and of the rollouts
     num_steps: int = 40
     num_prompts: int = 16
     num_generations: int = 4
     eval_steps: int = 10
     test_size: int = 512
-    multipliers: tuple[float, ...] | None = None
+    multipliers: tuple[float, ...] | None = None  # of the learning rate, one per step
 
     @property
-    def key(self) -> str:
-        """The specification as text, with what the names in it stand for."""
-        settings = asdict(self)
-        settings["definitions"] = [asdict(POLICIES[self.policy]), asdict((METHODS | CONTROLS)[self.method])]
-        return json.dumps(settings, sort_keys=True)
+    def settings(self) -> dict[str, Any]:
+        """The specification as plain values, with the definitions of the names in it."""
+        return asdict(self) | {"definitions": [asdict(POLICIES[self.policy]), (METHODS | CONTROLS)[self.method]]}
 
 
 @functools.cache
 def _prompts(policy: str, seed: int, train_size: int, test_size: int) -> dict[str, Dataset]:
-    data = DataArguments(
-        task=POLICIES[policy].task,
-        task_params=POLICIES[policy].task_params,
-        train_size=train_size,
-        train_seed=seed * SEED_DISTANCE,
-        test_size=test_size,
-    )
-    return dict(load_prompts(data))
+    task, params = POLICIES[policy].task, POLICIES[policy].task_params
+    sizes = {"train_size": train_size, "test_size": test_size}
+    return dict(load_prompts(DataArguments(task=task, task_params=params, train_seed=seed * SEED_DISTANCE, **sizes)))
 
 
-def reward_of(policy: str) -> Callable[..., list[float | None]]:
-    """The task's scorer, or for a policy of binary rewards 1 where it gives its full score and 0 elsewhere."""
-    score = task_reward(POLICIES[policy].task, POLICIES[policy].task_params)
-    if POLICIES[policy].reward == "graded":
-        return score
-
-    def reward(**kwargs: Any) -> list[float | None]:
-        return [float(value is not None and value >= 1) for value in score(**kwargs)]
-
-    return reward
-
-
-class HeldOut:
+@torch.no_grad()
+def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
     """
-    Accuracy that sampling has in expectation: the mean probability of the right answer, given each held-out prompt.
+    Accuracy of sampling in expectation: the mean probability of the right answer, given each held-out prompt.
 
-    Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than what methods differ by. Texts
-    other than the reference that the scorer accepts too are not counted.
+    Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than the differences
+    between methods. Texts other than the reference that the scorer accepts too are not counted.
     """
-
-    def __init__(self, prompts: Dataset, tokenizer: Any) -> None:
-        eos = tokenizer.eos_token
-        questions = tokenizer(list(prompts["prompt"]), return_token_type_ids=False)["input_ids"]
-        texts = [
-            question + answer + eos for question, answer in zip(prompts["prompt"], prompts["solution"], strict=True)
-        ]
-        self._batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        ids = self._batch["input_ids"]
-        # Padding is on the left: the answer and its end are what exceeds the question's own tokens.
-        lengths = self._batch["attention_mask"].sum(dim=1) - torch.tensor([len(question) for question in questions])
-        self._longest = int(lengths.max())
-        self._mask = torch.arange(self._longest) >= self._longest - lengths.unsqueeze(1)
-        self._targets = ids[:, -self._longest :]
-
-    @torch.no_grad()
-    def __call__(self, model: Any) -> float:
-        training = model.training
-        model.eval()
-        logits = model(**self._batch, logits_to_keep=self._longest + 1).logits[:, :-1]
-        model.train(training)
-        if not logits.isfinite().all():
-            raise ValueError("The policy's logits are not finite.")
-        logps = logits.log_softmax(dim=-1).gather(2, self._targets.unsqueeze(2)).squeeze(2)
-        return (logps * self._mask).sum(dim=1).exp().mean().item()
+    training = model.training
+    model.eval()
+    logps = sequence_logps(model, *batch)
+    model.train(training)
+    if not logps.isfinite().all():
+        raise ValueError("The policy's log-probabilities are not finite.")
+    return logps.exp().mean().item()
 
 
 class CurveCallback(TrainerCallback):
-    """Records accuracy and training time at the evaluated steps, and the learning rate that every step was taken with."""
+    """Records accuracy and processor seconds at the evaluated steps, and the learning rate of every step."""
 
-    def __init__(self, spec: RunSpec, held_out: HeldOut) -> None:
+    def __init__(self, spec: RunSpec, held_out: tuple[torch.Tensor, ...]) -> None:
         self.spec = spec
         self.held_out = held_out
-        self.steps: list[int] = []
         self.accuracies: list[float] = []
-        self.wall_seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.learning_rates: list[float] = []
-        self._wall = self._cpu = 0.0
-        self._started = (0.0, 0.0)
+        self._seconds = self._started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._evaluate(0, model)
+        self._record(held_out_accuracy(model, self.held_out))
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._started = (time.perf_counter(), time.process_time())
+        self._started = time.process_time()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.spec.multipliers is not None:
@@ -179,25 +112,18 @@ class CurveCallback(TrainerCallback):
         self.learning_rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._wall += time.perf_counter() - self._started[0]
-        self._cpu += time.process_time() - self._started[1]
+        self._seconds += time.process_time() - self._started
         if state.global_step % self.spec.eval_steps == 0:
-            self._evaluate(state.global_step, model)
+            self._record(held_out_accuracy(model, self.held_out))
 
-    def _evaluate(self, step: int, model: Any) -> None:
-        accuracy = self.held_out(model)  # may raise, where weights are infinite: before anything is appended
-        self.steps.append(step)
+    def _record(self, accuracy: float) -> None:
         self.accuracies.append(accuracy)
-        self.wall_seconds.append(self._wall)
-        self.cpu_seconds.append(self._cpu)
+        self.cpu_seconds.append(round(self._seconds, 3))
 
     def fill(self) -> None:
-        """Give the evaluations that a run did not live to see the accuracy 0 and the last known time."""
-        for step in range(len(self.steps) * self.spec.eval_steps, self.spec.num_steps + 1, self.spec.eval_steps):
-            self.steps.append(step)
-            self.accuracies.append(0.0)
-            self.wall_seconds.append(self._wall)
-            self.cpu_seconds.append(self._cpu)
+        """Give the evaluations that a broken run did not reach the accuracy 0 and the last known time."""
+        while len(self.accuracies) <= self.spec.num_steps // self.spec.eval_steps:
+            self._record(0.0)
 
 
 def prepare_process() -> None:
@@ -208,18 +134,16 @@ def prepare_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, model: Any, tokenizer: Any) -> GRPOTrainer:
-    method = (METHODS | CONTROLS)[spec.method]
-    config_class, trainer_class = {"oblrpo": (OBLRPOConfig, OBLRPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[
-        method.trainer
-    ]
-    train_size = spec.num_steps * spec.num_prompts
+def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train_dataset: Dataset) -> GRPOTrainer:
+    policy, directory = POLICIES[spec.policy], policy_directory(spec.policy)
+    trainer_name, options = (METHODS | CONTROLS)[spec.method]
+    config_class, trainer_class = _TRAINERS[trainer_name]
     args = config_class(
         output_dir=output_dir,
         max_steps=spec.num_steps,
         per_device_train_batch_size=spec.num_prompts * spec.num_generations,
         num_generations=spec.num_generations,
-        max_completion_length=POLICIES[spec.policy].max_completion_length,
+        max_completion_length=policy.start_model().max_completion_length,
         optim=OPTIMIZERS[spec.optimizer],
         learning_rate=spec.learning_rate,
         lr_scheduler_type="constant",
@@ -231,34 +155,39 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, model
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=spec.num_steps,
-        **method.options,
+        **options,
     )
     trainer = trainer_class(
-        model=model,
-        reward_funcs=reward_of(spec.policy),
+        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        reward_funcs=policy.reward_function(),
         args=args,
-        train_dataset=_prompts(spec.policy, spec.seed, train_size, spec.test_size)["train"],
-        processing_class=tokenizer,
+        train_dataset=train_dataset,
+        processing_class=AutoTokenizer.from_pretrained(directory),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def finished_run(directory: str, spec: RunSpec) -> dict[str, Any]:
+    """The run of a specification, read from `directory` if it has been made before."""
+    digest = hashlib.sha256(repr(spec.settings).encode()).hexdigest()[:16]
+    return kept(Path(directory) / f"{spec.policy}-{spec.method}-{digest}.pt", spec.settings, lambda: run(spec))
+
+
 def run(spec: RunSpec) -> dict[str, Any]:
     """
-    Train as `spec` says and return the curve. A run whose weights or activations become infinite counts as wrong on every
-    held-out prompt from there on, with the message as `failure`.
+    Train as `spec` says and return the curve. A run whose weights or activations become infinite counts as wrong
+    on every held-out prompt from there on, with the message as `failure`.
     """
     prepare_process()
-    directory = policy_directory(spec.policy)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    held_out = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)["test"]
-    callback = CurveCallback(spec, HeldOut(held_out, tokenizer))
+    prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)
+    tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
+    test = prompts["test"]
+    callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
     failure = None
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = _make_trainer(spec, output_dir, callback, model, tokenizer)
+        trainer = _make_trainer(spec, output_dir, callback, prompts["train"])
         try:
             trainer.train()
         except (ValueError, RuntimeError) as error:
@@ -267,15 +196,10 @@ def run(spec: RunSpec) -> dict[str, Any]:
                 raise
             failure = str(error)
             callback.fill()
-    logged = next((row for row in reversed(trainer.state.log_history) if "reward" in row), {})
     return {
-        "key": spec.key,
         "spec": asdict(spec),
-        "steps": callback.steps,
         "accuracies": callback.accuracies,
-        "wall_seconds": [round(seconds, 3) for seconds in callback.wall_seconds],
-        "cpu_seconds": [round(seconds, 3) for seconds in callback.cpu_seconds],
+        "cpu_seconds": callback.cpu_seconds,
         "multipliers": [round(rate / spec.learning_rate, 4) for rate in callback.learning_rates],
-        "logged": {name: logged[name] for name in LOGGED if name in logged},
         "failure": failure,
     }

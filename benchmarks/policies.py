@@ -1,21 +1,25 @@
-"""The policies of the studies: small Qwen3 models of several sizes, tasks and accuracies, each made from its own settings.
+"""The policies of the studies: small Qwen3 models of several sizes, tasks and accuracies.
 
     python -m benchmarks.policies
 
-makes those that are missing (each takes one to ten minutes). All are taught by supervised fine-tuning on answers of which a
+makes those that are missing (one to ten minutes each). All are trained by supervised fine-tuning on answers of which a
 part is wrong (`examples.tiny_qwen3`); that part decides how often the policy is right.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from datasets import disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_qwen3.start_model import StartModelArguments, make_start_model
+from oblr_trl.data.rewards import task_reward
 
-# What a task needs of the start model beside its name.
+# What a task needs of the start model in addition to its name.
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {},
     "decimal_chain_sum": {
@@ -28,9 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_decimal_places": 1,
         },
     },
-    "products": {
-        "task_params": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-    },
+    "products": {"task_params": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}},
     "spell_backward": {
         "task_params": {"min_word_len": 3, "max_word_len": 6},
         "letters_apart": True,
@@ -53,54 +55,39 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """
-    Settings of a policy.
+    """Settings of a policy."""
 
-    Args:
-        task (`str`): reasoning-gym task, a key of `TASKS`.
-        wrong_answers (`float`): Fraction of supervised answers that are off.
-        reward (`str`, *optional*, defaults to `"binary"`): `"binary"` (1 for the full score, else 0) or `"graded"` (the task's
-            own score).
-        hidden_size (`int`, *optional*, defaults to `128`): Width.
-        num_hidden_layers (`int`, *optional*, defaults to `2`): Depth.
-        max_steps (`int`, *optional*, defaults to `500`): Supervised steps.
-        learning_rate (`float`, *optional*, defaults to `1e-3`): Supervised peak rate.
-    """
-
-    task: str
-    wrong_answers: float
-    reward: str = "binary"
+    task: str  # reasoning-gym task, a key of `TASKS`
+    wrong_answers: float  # fraction of supervised answers that are off
+    reward: str = "binary"  # 1 for the full score, else 0; or "graded", the task's own score
     hidden_size: int = 128
     num_hidden_layers: int = 2
-    max_steps: int = 500
-    learning_rate: float = 1e-3
+    max_steps: int = 500  # of supervised fine-tuning
+
+    def start_model(self, output_dir: str = "") -> StartModelArguments:
+        """Arguments that make the policy in `output_dir`."""
+        settings = {name: value for name, value in asdict(self).items() if name != "reward"}
+        return StartModelArguments(
+            output_dir=output_dir, min_accuracy=0.0, max_accuracy=1.0, **settings, **TASKS[self.task]
+        )
 
     @property
     def task_params(self) -> dict[str, Any]:
         """Parameters of the task."""
-        params = self.start_model("").task_params
+        params = self.start_model().task_params
         assert isinstance(params, dict)
         return params
 
-    @property
-    def max_completion_length(self) -> int:
-        """Tokens sampled at most."""
-        return self.start_model("").max_completion_length
+    def reward_function(self) -> Callable[..., list[float | None]]:
+        """The task's scorer, for binary rewards 1 where it gives its full score and 0 elsewhere."""
+        score = task_reward(self.task, self.task_params)
+        if self.reward == "graded":
+            return score
 
-    def start_model(self, output_dir: str) -> StartModelArguments:
-        """Arguments that make the policy in `output_dir`."""
-        return StartModelArguments(
-            output_dir=output_dir,
-            task=self.task,
-            wrong_answers=self.wrong_answers,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            max_steps=self.max_steps,
-            learning_rate=self.learning_rate,
-            min_accuracy=0.0,
-            max_accuracy=1.0,
-            **TASKS[self.task],
-        )
+        def reward(**kwargs: Any) -> list[float | None]:
+            return [float(value is not None and value >= 1) for value in score(**kwargs)]
+
+        return reward
 
 
 # The first three are those of the learning study.
@@ -115,27 +102,42 @@ POLICIES = {
     "products-3M-easy": Policy("products", 0.05, hidden_size=256, num_hidden_layers=4),
     "chain_sum-9M": Policy("chain_sum", 0.3, hidden_size=384, num_hidden_layers=5, max_steps=250),
 }
+_ROOT = Path(".cache/policies")
 
 
-def policy_directory(name: str, root: str = ".cache/policies") -> Path:
-    """
-    Directory of a policy and its tokenizer; makes it if it is missing.
+class LoadedPolicy(NamedTuple):
+    """A policy in memory: its settings, its model (float32, evaluation mode) and its tokenizer."""
 
-    Raises:
-        `ValueError`: If there is no policy of that name.
-    """
-    if name not in POLICIES:
-        raise ValueError(f"There is no policy {name!r}. Choose one of: {', '.join(POLICIES)}.")
-    directory = Path(root) / name
-    make_start_model(POLICIES[name].start_model(str(directory)))
-    return directory
+    settings: Policy
+    model: Any
+    tokenizer: Any
+
+
+def check_policies(field_name: str, names: list[str]) -> None:
+    """Raise a `ValueError` that names the field where there is no policy of a name."""
+    for name in names:
+        if name not in POLICIES:
+            raise ValueError(f"`{field_name}` has {name!r}, which does not exist. Choose from: {', '.join(POLICIES)}.")
+
+
+def policy_directory(name: str) -> Path:
+    """Directory of a policy and its tokenizer; makes it if it is missing."""
+    make_start_model(POLICIES[name].start_model(str(_ROOT / name)))
+    return _ROOT / name
+
+
+def load_policy(name: str) -> LoadedPolicy:
+    """Load a policy; make it if it is missing."""
+    directory = policy_directory(name)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return LoadedPolicy(POLICIES[name], model, AutoTokenizer.from_pretrained(directory))
 
 
 def main() -> None:
     """Make every policy and say what it can do."""
     disable_progress_bars()
     for name, policy in POLICIES.items():
-        record = make_start_model(policy.start_model(str(Path(".cache/policies") / name)))
+        record = make_start_model(policy.start_model(str(_ROOT / name)))
         sys.stdout.write(f"{name}: {record['num_parameters']:,} parameters, {record['accuracy']:.3f} right\n")
 
 

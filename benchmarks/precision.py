@@ -1,10 +1,11 @@
-"""Squared score norms and rho in the precision people train in, against float64, on policies of ever lower entropy.
+"""Squared score norms and rho in training precision against float64, on policies of ever lower entropy.
 
     python -m benchmarks.precision
 
-One tiny Qwen3 learns to count in sevens, its last norm is scaled until 1 - p is as small as is asked for, and every completion
-is the likeliest one. Numbers are relative to a float64 model with the same (rounded) weights and the same seed: the median of
-the squared norms over completions, and rho where every completion is to become likelier. About 20 s on a CPU.
+One tiny Qwen3 learns to count in sevens, its last norm is scaled until 1 - p reaches each of `OTHER_PROBS`, and every
+completion is the likeliest one. Numbers are relative to a float64 model with the same (rounded) weights and the same
+seed: the median of the squared norms over completions, and rho where every completion is to become likelier. About 20
+s on a CPU.
 """
 
 import copy
@@ -18,6 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import TrlParser
 
 from benchmarks.record import machine, write_record
+from benchmarks.sections.precision import markdown
 from oblr_trl.gradient_snr import gradient_moments, rho
 from oblr_trl.scores import ScorePass
 
@@ -37,13 +39,7 @@ _VOCAB_SIZE, _NUM_PROMPT_TOKENS, _NUM_TOKENS, _BATCH_SIZE = 97, 4, 16, 32
 
 @dataclass
 class PrecisionArguments:
-    """
-    Settings of the benchmark.
-
-    Args:
-        seed (`int`, *optional*, defaults to `0`): Seed of weights and training.
-        output (`str`, *optional*, defaults to `"benchmarks/results/precision.json"`): Where the numbers go.
-    """
+    """Settings of the benchmark; fields are documented by their `help`."""
 
     seed: int = field(default=0, metadata={"help": "Seed of weights and training."})
     output: str = field(default="benchmarks/results/precision.json", metadata={"help": "Where the numbers go."})
@@ -121,11 +117,9 @@ def main(args: PrecisionArguments) -> None:
     """Measure, print and write."""
     started = machine()
     rows = measure(args.seed)
-    print(f"{'mean 1 - p':<42}" + "".join(f"{other_prob:>10.1e}" for other_prob in OTHER_PROBS))
-    for row in rows:
-        label = f"{row['precision']}, {row['scope']}, {row['quantity']}"
-        print(f"{label:<42}" + "".join(f"{ratio:>10.3f}" for ratio in row["ratios"]))
-    write_record(args.output, args, started, {"other_probs": OTHER_PROBS, "rows": rows})
+    record = {"other_probs": OTHER_PROBS, "rows": rows}
+    print(markdown(record | {"settings": vars(args)}))
+    write_record(args.output, args, started, record)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""What every benchmark's JSON says about where it was measured, without a host name or a path."""
+"""The JSON record of a benchmark: settings, machine and results, without a host name or a path."""
 
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 
 _PACKAGES = ("oblr_trl", "torch", "transformers", "trl")
 # Only the last part of a path is recorded: the rest describes this machine.
-_PATH_SETTINGS = ("model", "output")
+_PATH_SETTINGS = ("model", "output", "run_dir", "kept", "runs")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load and versions; `load_average` above 1 before the start tells a busy machine from an idle one."""
+    """Processor, cores, load and versions; `load_average` above 1 before the start tells a busy machine."""
     return {
         "cpu": _cpu_model(),
         "num_cores": os.cpu_count(),
@@ -37,7 +39,26 @@ def write_record(path: str, arguments: Any, machine_at_start: dict[str, Any], re
     settings |= {name: Path(settings[name]).name for name in _PATH_SETTINGS if name in settings}
     record = {"settings": settings, "machine": machine_at_start, **results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(record, indent=2) + "\n")
+    Path(path).write_text(to_json(record) + "\n")
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation, `None` for one value."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def to_json(value: Any, indent: str = "") -> str:
+    """JSON with every innermost list or object on a line of its own."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(child, dict | list | tuple) for child in children):
+        return json.dumps(value)
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(str(name))}: {to_json(child, inner)}" for name, child in value.items()]
+    else:
+        items = [to_json(child, inner) for child in value]
+    brackets = "{}" if isinstance(value, dict) else "[]"
+    return f"{brackets[0]}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{brackets[1]}"
 
 
 def _cpu_model() -> str:

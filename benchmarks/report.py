@@ -1,155 +1,147 @@
-"""The results in README.md and docs/results.md, written from `benchmarks/results/` and never by hand.
+"""Tables and figures of the docs from `benchmarks/results/`, and a check of the numbers in the sentences about them.
 
-    python -m benchmarks.report            # rewrites both and the figures in docs/figures
-    python -m benchmarks.report --check    # fails where one of them does not belong to the results
+    python -m benchmarks.report            # rewrites the tables in docs/results.md and the figures in docs/figures
+    python -m benchmarks.report --check    # fails where one of them does not belong to the records
 
-Every module of `benchmarks.sections` that `SECTIONS` names turns one record into Markdown and, if it has a `figure`, into a
-picture. docs/results.md holds all of `markdown`; the README holds `summary` where a module has one. A picture carries the digest
-of the record and of the code that it was drawn from, so that a stale one is found without comparing pixels.
+A module of `benchmarks.sections` turns each record into Markdown, which stands in docs/results.md between two
+comments; all other text there, and the results section of README.md, is written by hand, and each of its decimal
+numbers must stand in one of the tables. A figure carries the digest of the record and of the code that it was drawn
+from, so that a stale one is found without comparing pixels.
 """
 
 import argparse
 import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("learning", "variance", "fidelity", "snr", "cost", "cost_vllm", "score_pass", "score_memory", "precision")
-BEGIN = "<!-- results: begin; written by `make report`, do not edit -->\n"
-END = "<!-- results: end -->\n"
-PREFACE = "# Results\n\nWritten from `benchmarks/results/` by `make report`; do not edit. `make results` measures everything again.\n"
+FIGURES = ("learning", "variance", "cost")
+_README_SECTION = re.compile(r"<!-- results: begin.*?-->\n(.*?)<!-- results: end -->", flags=re.DOTALL)
 _DIGEST = "Record"
 _DOTS_PER_INCH = 120
 
 
-def load_sections(root: Path = ROOT) -> dict[str, tuple[ModuleType, dict[str, Any]]]:
-    """
-    The sections in order, each with its record.
+class Section(NamedTuple):
+    """A module of `benchmarks.sections` and its record."""
 
-    Raises:
-        `ValueError`: If a record is missing or is no JSON.
-    """
+    module: ModuleType
+    record: dict[str, Any]
+
+
+def load_sections(root: Path = ROOT) -> dict[str, Section]:
+    """The sections in order, each with its record; a `ValueError` names a record that is missing or is no JSON."""
     sections = {}
     for name in SECTIONS:
         module = importlib.import_module(f"benchmarks.sections.{name}")
-        path = root / "benchmarks" / "results" / module.RESULT
         try:
-            sections[name] = (module, json.loads(path.read_text()))
+            record = json.loads((root / "benchmarks" / "results" / module.RESULT).read_text())
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"The section {name!r} needs {module.RESULT} ({error}). Run the command that its module names."
             ) from error
+        sections[name] = Section(module, record)
     return sections
 
 
-def render_readme(root: Path = ROOT) -> str:
-    """The README's section, from its begin to its end marker."""
-    parts = [BEGIN]
-    for name, (module, record) in load_sections(root).items():
-        parts.append(f"### {module.TITLE}\n")
-        if hasattr(module, "figure"):
-            parts.append(f"![{module.TITLE}](docs/figures/{name}.png)\n")
-        text = module.summary(record) if hasattr(module, "summary") else module.markdown(record)
-        parts.append(text.strip() + "\n")
-    return "\n".join(parts) + END
+def render(name: str, section: Section) -> str:
+    """A section's block in docs/results.md: figure, tables and origin, with the comments around them."""
+    module, record = section
+    parts = [f"![{module.TITLE}](figures/{name}.png)"] if name in FIGURES else []
+    return "\n\n".join(
+        [f"<!-- {name}: begin -->", *parts, module.markdown(record), _origin(section), f"<!-- {name}: end -->"]
+    )
 
 
-def render_results(root: Path = ROOT) -> str:
-    """The text of docs/results.md."""
-    parts = [PREFACE]
-    for name, (module, record) in load_sections(root).items():
-        parts.append(f"## {module.TITLE}\n")
-        if hasattr(module, "figure"):
-            parts.append(f"![{module.TITLE}](figures/{name}.png)\n")
-        parts.append(module.markdown(record).strip() + "\n")
-        parts.append(_origin(module, record) + "\n")
-    return "\n".join(parts)
-
-
-def _origin(module: ModuleType, record: dict[str, Any]) -> str:
-    """One line that says where the numbers come from."""
-    machine = record["machine"]
-    versions = machine["versions"]
+def _origin(section: Section) -> str:
+    """One line on the source of the numbers."""
+    machine = section.record["machine"]
+    revision, versions = machine["git_revision"], machine["versions"]
+    short = "unknown" if revision is None else revision[:7] + "-dirty" * revision.endswith("-dirty")
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers", "trl"))
     return (
-        f"<sub>`benchmarks/results/{module.RESULT}`, revision {_revision(machine['git_revision'])}, {machine['cpu']}, "
+        f"<sub>`benchmarks/results/{section.module.RESULT}`, measured at commit {short} on {machine['cpu']}, "
         f"{machine['num_cores']} cores, {packages}.</sub>"
     )
 
 
-def _revision(revision: str | None) -> str:
-    """The first digits of a revision, and whether the sources had been changed since."""
-    if revision is None:
-        return "unknown"
-    return revision[:7] + ("-dirty" if revision.endswith("-dirty") else "")
+def _block(name: str) -> re.Pattern[str]:
+    return re.compile(f"<!-- {name}: begin -->.*?<!-- {name}: end -->", flags=re.DOTALL)
 
 
-def replace_section(text: str, section: str) -> str:
-    """
-    `text` with everything between the markers replaced.
+def replace_blocks(text: str, sections: dict[str, Section]) -> str:
+    """`text` with every block replaced by its section's; a `ValueError` names a block whose comments are missing."""
+    for name, section in sections.items():
+        blocks = _block(name).findall(text)
+        if len(blocks) != 1:
+            raise ValueError(
+                f"docs/results.md must have `<!-- {name}: begin -->` and `<!-- {name}: end -->` once: put them back."
+            )
+        text = text.replace(blocks[0], render(name, section))
+    return text
 
-    Raises:
-        `ValueError`: If the markers are missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md has lost its markers {BEGIN.strip()!r} and {END.strip()!r}: put them back.")
-    return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
+
+def unsupported_numbers(written: str, tables: str) -> list[str]:
+    """Decimal numbers of hand-written text, links aside, that stand in no table."""
+    numbers = dict.fromkeys(re.findall(r"\d+\.\d+", re.sub(r"https?://\S+", "", written)))
+    return [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", tables)]
 
 
-def digest(module: ModuleType, record: dict[str, Any]) -> str:
-    """What a figure was drawn from: its record and the text of its module."""
-    assert module.__file__ is not None
-    content = json.dumps(record, sort_keys=True) + Path(module.__file__).read_text()
+def hand_written(root: Path = ROOT) -> dict[str, str]:
+    """The sentences about the results by file: docs/results.md without its blocks, the README's section."""
+    text = (root / "docs" / "results.md").read_text()
+    for name in SECTIONS:
+        text = _block(name).sub("", text)
+    found = _README_SECTION.search((root / "README.md").read_text())
+    if found is None:
+        raise ValueError(
+            "README.md has lost its markers `<!-- results: begin ... -->` and `<!-- results: end -->`: put them back."
+        )
+    return {"docs/results.md": text, "README.md": found.group(1)}
+
+
+def digest(section: Section) -> str:
+    """Digest of the source of a figure: its record and the text of its module."""
+    content = json.dumps(section.record, sort_keys=True) + Path(str(section.module.__file__)).read_text()
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrite the README's section and draw the figures whose record or code has changed."""
-    readme = root / "README.md"
-    text = replace_section(readme.read_text(), render_readme(root))
-    results = render_results(root)
-    for name, (module, record) in load_sections(root).items():
-        if hasattr(module, "figure") and _figure_digest(root, name) != digest(module, record):
-            _figure_path(root, name).parent.mkdir(parents=True, exist_ok=True)
-            module.figure(record).savefig(
-                _figure_path(root, name),
-                dpi=_DOTS_PER_INCH,
-                bbox_inches="tight",
-                metadata={_DIGEST: digest(module, record)},
-            )
-    readme.write_text(text)
-    _results_path(root).write_text(results)
+    """Rewrite the tables and draw the figures whose record or code has changed."""
+    sections, results = load_sections(root), root / "docs" / "results.md"
+    results.write_text(replace_blocks(results.read_text(), sections))
+    for path, section in _stale_figures(root, sections).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {_DIGEST: digest(section)}
+        section.module.figure(section.record).savefig(path, dpi=_DOTS_PER_INCH, bbox_inches="tight", metadata=metadata)
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """What does not belong to the results, in words; empty if everything does."""
-    text = (root / "README.md").read_text()
-    found = [] if replace_section(text, render_readme(root)) == text else ["README.md"]
-    if not _results_path(root).is_file() or _results_path(root).read_text() != render_results(root):
-        found.append("docs/results.md")
-    for name, (module, record) in load_sections(root).items():
-        if hasattr(module, "figure") and _figure_digest(root, name) != digest(module, record):
-            found.append(f"docs/figures/{name}.png")
+    """Everything that does not belong to the records, in words; empty if everything does."""
+    sections = load_sections(root)
+    text = (root / "docs" / "results.md").read_text()
+    found = [] if replace_blocks(text, sections) == text else ["docs/results.md"]
+    found += [str(path.relative_to(root)) for path in _stale_figures(root, sections)]
+    tables = "\n".join(render(name, section) for name, section in sections.items())
+    for name, written in hand_written(root).items():
+        found += [f"{number} in {name} (in no table)" for number in unsupported_numbers(written, tables)]
     return found
 
 
-def _results_path(root: Path) -> Path:
-    return root / "docs" / "results.md"
+def _stale_figures(root: Path, sections: dict[str, Section]) -> dict[Path, Section]:
+    paths = {root / "docs" / "figures" / f"{name}.png": sections[name] for name in FIGURES}
+    return {path: section for path, section in paths.items() if _figure_digest(path) != digest(section)}
 
 
-def _figure_path(root: Path, name: str) -> Path:
-    return root / "docs" / "figures" / f"{name}.png"
-
-
-def _figure_digest(root: Path, name: str) -> str | None:
-    path = _figure_path(root, name)
+def _figure_digest(path: Path) -> str | None:
     if not path.is_file():
         return None
     with Image.open(path) as image:
@@ -159,15 +151,14 @@ def _figure_digest(root: Path, name: str) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write, or with `--check` compare; the exit status is 1 where something is stale."""
     parser = argparse.ArgumentParser(
-        description="Write the results of README and docs from benchmarks/results.", allow_abbrev=False
+        description="Write tables and figures from benchmarks/results.", allow_abbrev=False
     )
-    parser.add_argument("--check", action="store_true", help="fail where README or figures are stale")
+    parser.add_argument("--check", action="store_true", help="fail where tables, figures or sentences are stale")
     if not parser.parse_args(argv).check:
         write()
-        return 0
     found = stale()
     if found:
-        sys.stdout.write(f"Stale: {', '.join(found)}. Run `make report` and commit what it writes.\n")
+        sys.stdout.write(f"Stale: {', '.join(found)}. Run `make report`, correct the sentences, and commit both.\n")
     return 1 if found else 0
 
 

@@ -1,173 +1,136 @@
-r"""What a training run would have estimated: signal, noise and rho batch by batch, an interval, moving averages.
+"""Signal, noise and rho as a training run would have estimated them, and their errors.
 
-Everything is the package's own code on the package's own sketches, but for two things under test: an interval, which the
-package does not give, and [`PooledGradientSNR`], which uses the inner products of *different* batches too.
+Everything is the package's own code on the package's own sketches. Errors are relative to the true rho of the same
+batch size. *Bias* is the error of the mean over batches, *typical* the median of the absolute errors: an estimate
+without bias can still be far off every time.
 
 Shapes: P prompts, N prompts per batch, G completions per prompt, k numbers of a sketch.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from benchmarks.snr_rollouts import Rollouts
-from benchmarks.snr_truth import jackknife_error
-from oblr_trl.baselines import BaselineEstimator, GroupedBatch
+from benchmarks.completion_pool import Completions
+from benchmarks.gradient_variance import advantages_in_turn
+from oblr_trl.baselines import GroupedBatch
 from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments, per_prompt_gradients, rho
 
-# Two-sided 95 % of the normal distribution.
-_NORMAL_QUANTILE = 1.96
-INTERVALS = ("log", "plain")
 # A moving average counts once the weights of its batches, before correction, add up to this.
 _WARM = 0.9
+# The trainer's default.
+DECAY = 0.9
+# A path is interpolated in logarithms; a step whose rewards are all equal has no noise.
+_FLOOR = 1e-30
 
 
-@dataclass(frozen=True)
-class BatchEstimate:
-    """
-    One batch.
+class Rollouts(NamedTuple):
+    """Completions of a policy, their rewards `(P, G)` and their score sketches `(P, G, k)`."""
 
-    Args:
-        moments (`GradientMoments`): The package's signal and noise.
-        mean_gradient (`torch.Tensor` of shape `(k,)`): Sketch of the batch's mean gradient.
-        intervals (`dict[str, tuple[float, float]]`): 95 % interval of rho by its name in `INTERVALS`.
-    """
-
-    moments: GradientMoments
-    mean_gradient: Tensor
-    intervals: dict[str, tuple[float, float]]
-
-
-class SNREstimate(Protocol):
-    """A smoothed estimate of rho, fed with one batch at a time."""
-
-    def add(self, batch: BatchEstimate, num_prompts: int) -> float:
-        """Take in a batch and return rho."""
-
-
-class SeparateGradientSNR:
-    """The package's [`GradientSNR`], without the holding back at the start: signal from the pairs within each batch, averaged."""
-
-    def __init__(self, decay: float) -> None:
-        self._snr = GradientSNR(decay=decay)
-
-    def add(self, batch: BatchEstimate, num_prompts: int) -> float:
-        """Take in a batch and return rho."""
-        self._snr.update(batch.moments)
-        return rho(self._snr.signal, self._snr.noise, num_prompts)
-
-
-class PooledGradientSNR:
-    r"""
-    Signal from the pairs of *all* remembered prompts: the moving average is taken of the mean gradient itself.
-
-    With normalised weights \\( a_t \\) of the batches, \\( \|\sum_t a_t \hat g_t\|^2 \\) has the expectation
-    \\( \|\nabla J\|^2 + \sum_t a_t^2\, \mathrm{tr}(H) / N_t \\) as long as the gradient does not turn; the second term is
-    subtracted. A decay of 0 is [`GradientSNR`].
-    """
-
-    def __init__(self, decay: float) -> None:
-        self._snr = GradientSNR(decay=decay)
-        self._mean: Tensor | float = 0.0
-        self._weight = 0.0
-        self._noise_weight = 0.0
-
-    def add(self, batch: BatchEstimate, num_prompts: int) -> float:
-        """Take in a batch and return rho."""
-        decay = self._snr.decay
-        self._snr.update(batch.moments)
-        self._mean = decay * self._mean + (1 - decay) * batch.mean_gradient.double()
-        self._weight = decay * self._weight + (1 - decay)
-        self._noise_weight = decay**2 * self._noise_weight + (1 - decay) ** 2 / num_prompts
-        square = self._mean.square().sum().item()
-        self.signal = (square - self._noise_weight * self._snr.noise) / self._weight**2
-        return rho(self.signal, self._snr.noise, num_prompts)
-
-
-ESTIMATORS: dict[str, type[SeparateGradientSNR] | type[PooledGradientSNR]] = {
-    "separate": SeparateGradientSNR,
-    "pooled": PooledGradientSNR,
-}
+    completions: Completions
+    rewards: Tensor
+    sketches: Tensor
 
 
 def stream_advantages(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """
-    Advantages of the trainer's default baseline, batch by batch; the automatic prior strength comes from earlier batches.
-
-    Args:
-        rollouts ([`Rollouts`]): The rollouts.
-        prompts (`torch.Tensor` of shape `(P,)`): Order of the prompts.
-        num_prompts (`int`): Prompts per batch; prompts that fill no batch are left out.
-
-    Yields:
-        Prompts of the batch `(N,)` and their advantages `(N, G)`.
-    """
-    norms = rollouts.sketches.square().sum(dim=1)
-    lengths = rollouts.completion_mask.sum(dim=1)
-    estimator = BaselineEstimator("gradient_weighted", leave_one_out=True, prior_strength=None)
-    for batch in prompts.split(num_prompts):
-        if batch.numel() == num_prompts:
-            sequences = rollouts.sequences[batch]
-            rewards = rollouts.rewards[batch]
-            grouped = GroupedBatch(rewards, lengths[sequences], norms[sequences])
-            yield batch, rewards - estimator(grouped)
-            estimator.update(grouped)
+    """Batches of prompts `(N,)` and their advantages `(N, G)` under the trainer's default baseline, in the order of
+    `prompts`; prompts that fill no batch are left out."""
+    batches = [batch for batch in prompts.split(num_prompts) if batch.numel() == num_prompts]
+    norms = rollouts.sketches.square().sum(dim=2)
+    lengths = rollouts.completions.completion_mask.sum(dim=1).view_as(norms)
+    grouped = [GroupedBatch(rollouts.rewards[batch], lengths[batch], norms[batch]) for batch in batches]
+    return zip(batches, advantages_in_turn(grouped), strict=True)
 
 
-def batch_estimates(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> list[BatchEstimate]:
-    """Estimates of the batches of `num_prompts` prompts that `prompts` (P,) divides into; arguments as above."""
+def batch_moments(rollouts: Rollouts, prompts: Tensor, num_prompts: int) -> list[GradientMoments]:
+    """The package's signal and noise of the batches of [`stream_advantages`]."""
     return [
-        estimate_batch(per_prompt_gradients(rollouts.sketches[rollouts.sequences[batch]], advantages))
+        gradient_moments(per_prompt_gradients(rollouts.sketches[batch], advantages))
         for batch, advantages in stream_advantages(rollouts, prompts, num_prompts)
     ]
 
 
-def estimate_batch(gradients: Tensor) -> BatchEstimate:
-    """Moments and intervals from the per-prompt gradients `(N, k)` of one batch."""
-    return BatchEstimate(gradient_moments(gradients), gradients.mean(dim=0), ratio_intervals(gradients))
+def mean_moments(batches: Sequence[GradientMoments]) -> GradientMoments:
+    """Mean signal and mean noise of many batches."""
+    return GradientMoments(*(mean(values) for values in zip(*batches, strict=True)))
 
 
-def ratio_intervals(gradients: Tensor) -> dict[str, tuple[float, float]]:
-    r"""
-    95 % intervals of rho from one batch, by the jackknife over its prompts.
-
-    `plain` is the normal interval of rho itself. `log` is that of log F with
-    \\( F = \|\hat g\|^2 / (\text{noise} / N) = 1 / (1 - \rho) \\), estimated as 1 + N signal / noise: unlike rho, F has no
-    upper bound that its spread would have to shrink before. Both are cut to [0, 1]; `nan` for fewer than three prompts.
-    """
-    num_prompts = gradients.size(0)
-    if num_prompts < 3:
-        return dict.fromkeys(INTERVALS, (math.nan, math.nan))
-    grams = gradients.double() @ gradients.double().T
-    squares, dots, total = grams.diagonal(), grams.sum(dim=1), grams.sum()
-
-    def statistic(total: Tensor, squares: Tensor, count: int) -> Tensor:
-        """F of a step of N prompts, from the `count` prompts that are left."""
-        mean_square = total / count**2
-        noise = (squares / count - mean_square) * count / (count - 1)
-        return 1 + num_prompts * (mean_square - noise / count) / noise
-
-    whole = statistic(total, squares.sum(), num_prompts)
-    without = statistic(total - 2 * dots + squares, squares.sum() - squares, num_prompts - 1)
-    rho = 1 - 1 / whole
-    # F is a ratio of two positive numbers for the whole batch; without a prompt it may leave the range of the logarithm.
-    log_error, plain_error = (jackknife_error(values) for values in (without.clamp(min=1e-3).log(), 1 - 1 / without))
-    log_ends = [1 - 1 / (whole * math.exp(side * _NORMAL_QUANTILE * log_error)) for side in (-1, 1)]
-    plain_ends = [rho + side * _NORMAL_QUANTILE * plain_error for side in (-1, 1)]
-    ends = {"log": log_ends, "plain": plain_ends}
-    return {name: (_clip(low), _clip(high)) for name, (low, high) in ends.items()}
+def smoothed_rhos(batches: Sequence[GradientMoments], decay: float, num_prompts: int) -> list[float]:
+    """Rho after each batch by [`GradientSNR`], without the holding back at the start."""
+    snr = GradientSNR(decay=decay)
+    rhos = []
+    for moments in batches:
+        snr.update(moments)
+        rhos.append(rho(snr.signal, snr.noise, num_prompts))
+    return rhos
 
 
-def _clip(end: Tensor) -> float:
-    return min(max(end.item(), 0.0), 1.0)
-
-
-def smoothed_ratios(batches: Sequence[BatchEstimate], estimator: str, decay: float, num_prompts: int) -> list[float]:
-    """rho after each batch of a stream at which the moving average has filled up; empty if it never does."""
-    smoothed = ESTIMATORS[estimator](decay)
-    ratios = [smoothed.add(batch, num_prompts) for batch in batches]
+def warm_rhos(batches: Sequence[GradientMoments], decay: float, num_prompts: int) -> list[float]:
+    """[`smoothed_rhos`] from where the moving average has filled up; empty if it never does."""
     warm_up = 0 if decay == 0 else math.ceil(math.log(1 - _WARM) / math.log(decay)) - 1
-    return ratios[warm_up:]
+    return smoothed_rhos(batches, decay, num_prompts)[warm_up:]
+
+
+def error_summary(rhos: Sequence[float], true: float) -> dict[str, float] | None:
+    """Bias and spread of estimates of one true rho; `None` without estimates or without a positive true rho."""
+    values = torch.tensor([value for value in rhos if not math.isnan(value)], dtype=torch.float64)
+    if not values.numel() or not true > 0:
+        return None
+    errors = values / true - 1
+    return {
+        "num_estimates": values.numel(),
+        "bias": errors.mean().item(),
+        "typical_error": errors.abs().median().item(),
+    }
+
+
+def summarise_size(streams: Sequence[Sequence[GradientMoments]], true_rho: float, num_prompts: int) -> dict[str, Any]:
+    """Errors of the estimates at one batch size; `streams` are the batches in several orders of the prompts."""
+    batches = [batch for stream in streams for batch in stream]
+    smoothed = [value for stream in streams for value in warm_rhos(stream, DECAY, num_prompts)]
+    return {
+        "num_prompts": num_prompts,
+        "true_rho": true_rho,
+        "error_of_mean_moments": rho(*mean_moments(batches), num_prompts) / true_rho - 1,
+        "negative_signal": mean(signal < 0 for signal, _ in batches),
+        "single_batch": error_summary([rho(*moments, num_prompts) for moments in batches], true_rho),
+        "moving_average": error_summary(smoothed, true_rho),
+    }
+
+
+def interpolated(path: Mapping[int, GradientMoments]) -> list[GradientMoments]:
+    """Moments at every step from the first to the last step of `path`, interpolated in their logarithms."""
+    logarithms = {step: [math.log(max(value, _FLOOR)) for value in path[step]] for step in sorted(path)}
+    result = []
+    for start, end in pairwise(logarithms):
+        for step in range(start, end):
+            share = (step - start) / (end - start)
+            pairs = zip(logarithms[start], logarithms[end], strict=True)
+            result.append(GradientMoments(*(math.exp((1 - share) * a + share * b) for a, b in pairs)))
+    return [*result, path[max(path)]]
+
+
+def run_errors(step_gradients: Tensor, path: Mapping[int, GradientMoments], decays: Sequence[float]) -> dict[str, Any]:
+    """
+    Error of rho along a run, of lag and of sampling, in units of rho (it is near 0 at some steps), by decay.
+
+    Args:
+        step_gradients (`torch.Tensor` of shape `(num_steps, num_prompts, k)`): Those of the trainer; batch t
+            is drawn from the policy after t steps.
+        path (`Mapping[int, GradientMoments]`): True moments by number of steps.
+        decays (`Sequence[float]`): Decays to compare.
+    """
+    num_prompts = step_gradients.size(1)
+    true = torch.tensor([rho(*moments, num_prompts) for moments in interpolated(path)][: len(step_gradients)])
+    batches = [gradient_moments(gradients) for gradients in step_gradients]
+    errors = {}
+    for decay in decays:
+        error = torch.tensor(smoothed_rhos(batches, decay, num_prompts)) - true
+        errors[str(decay)] = {"mean": error.nanmean().item(), "rms": error.square().nanmean().sqrt().item()}
+    # The spread of the true rho is the error of a constant equal to its mean: what tracking has to beat.
+    return {"mean_true_rho": true.mean().item(), "constant_rms": true.std(correction=0).item(), "errors": errors}

@@ -1,70 +1,54 @@
-"""Variance and bias of the policy gradient under every baseline, relative to RLOO's, on every policy of the studies.
+"""Variance of the policy gradient under every baseline, relative to RLOO's, on every policy of the studies.
 
     python -m benchmarks.policies
     python -m benchmarks.variance
 
-Every seed draws its own held-out prompts and completions. Gradients are those of all parameters; the baselines see what the
-trainer would see. How variance and bias are estimated is said in `benchmarks/gradient_variance.py`. What is finished is kept
-below `runs/variance`, so an interrupted study goes on where it stopped.
+Every seed draws its own held-out prompts and completions. Gradients are those of all parameters; the baselines see
+what the trainer would see. `benchmarks/gradient_variance.py` has the estimator. Finished pools are kept below
+`runs/variance`, from where an interrupted study resumes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from trl import TrlParser
 
-from benchmarks.completion_pool import build_pool, oracle_difference
-from benchmarks.gradient_variance import RLOO, Measurement, Method, Pool, describe_weights, measure_methods
-from benchmarks.policies import POLICIES
-from benchmarks.policy_pools import LoadedPolicy, kept, load_policy, policy_identity, sample_with_rewards
-from benchmarks.record import machine, write_record
-from benchmarks.variance_summary import summarise, table
+from benchmarks.completion_pool import build_pool, kept, sample_with_rewards
+from benchmarks.gradient_variance import RLOO, Method, Pool, measure_methods, right_over_wrong
+from benchmarks.policies import POLICIES, LoadedPolicy, check_policies, load_policy
+from benchmarks.record import machine, spread, write_record
+from benchmarks.sections.variance import markdown
 
 DEFAULT = "gradient-weighted, all, prior automatic"
-_PRIORS = {"0": 0.0, "4": 4.0, "16": 16.0, "automatic": None}
 METHODS = (
     RLOO,
     Method("none", "none"),
     Method("group mean (GRPO)", "group_mean", unbiased=False),
-    Method("group mean x G/(G-1)", "rescaled_group_mean"),
     Method("length-weighted (OPO)", "length_weighted"),
-    Method("logit-energy-weighted, prior 0", "gradient_weighted", "logit_energy"),
-    Method("logit-energy-weighted, prior automatic", "gradient_weighted", "logit_energy", None),
     Method("mean, prior automatic", "gradient_weighted", "equal", None),
-    *(
-        Method(f"gradient-weighted, {weights}, prior {name}", "gradient_weighted", weights, strength)
-        for weights in ("exact", "all", "last_k", "lm_head")
-        for name, strength in _PRIORS.items()
-    ),
+    Method("gradient-weighted, exact, prior automatic", "gradient_weighted", "exact", None),
+    Method("gradient-weighted, all, prior 0", "gradient_weighted", "all", 0.0),
+    Method("gradient-weighted, all, prior 4", "gradient_weighted", "all", 4.0),
+    Method("gradient-weighted, all, prior 16", "gradient_weighted", "all", 16.0),
+    Method(DEFAULT, "gradient_weighted", "all", None),
+    Method("gradient-weighted, last_k, prior automatic", "gradient_weighted", "last_k", None),
+    Method("gradient-weighted, lm_head, prior automatic", "gradient_weighted", "lm_head", None),
     Method("oracle b* (whole pool)", "oracle", "exact", unbiased=False),
 )
 # Above it fewer prompts are drawn: the time of a pool grows with the parameters.
 _LARGE = 5_000_000
-# Completions of every pool whose gradients are compared with the oracle's.
-_NUM_CHECKED = 8
+# Figures of one pool that are plain numbers.
+_DESCRIPTION = ("num_parameters", "mean_reward", "mean_length", "right_over_wrong")
 
 
 @dataclass
 class VarianceArguments:
-    """
-    Settings of the study.
-
-    Args:
-        policies (`list[str]`, *optional*): Names of policies; all of them if not given.
-        num_seeds (`int`, *optional*, defaults to `3`): Independent draws of prompts, completions and projections.
-        num_prompts (`int`, *optional*, defaults to `32`): Prompts of a pool.
-        num_prompts_large (`int`, *optional*, defaults to `16`): The same for policies of more than 5 million parameters.
-        num_completions (`int`, *optional*, defaults to `32`): Completions of every prompt.
-        prompts_per_batch (`int`, *optional*, defaults to `16`): Prompts that a batch, and so a prior, is made of.
-        num_generations (`list[int]`, *optional*, defaults to `[2, 4, 8, 16]`): Group sizes G, ascending.
-        groups_per_prompt (`int`, *optional*, defaults to `16`): Groups of every prompt, over all partitions.
-        sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch, the trainer's default.
-        kept (`str`, *optional*, defaults to `"runs/variance"`): Where pools and measurements are kept.
-        output (`str`, *optional*, defaults to `"benchmarks/results/variance.json"`): Where the numbers go.
-    """
+    """Settings of the study; fields are documented by their `help`."""
 
     policies: list[str] = field(
         default_factory=lambda: list(POLICIES), metadata={"help": "Names of policies; all of them if not given."}
@@ -76,29 +60,20 @@ class VarianceArguments:
     )
     num_completions: int = field(default=32, metadata={"help": "Completions of every prompt."})
     prompts_per_batch: int = field(default=16, metadata={"help": "Prompts that a batch, and so a prior, is made of."})
-    num_generations: list[int] = field(
-        default_factory=lambda: [2, 4, 8, 16], metadata={"help": "Group sizes, ascending."}
-    )
+    num_generations: list[int] = field(default_factory=lambda: [2, 4, 8, 16], metadata={"help": "Group sizes G."})
     groups_per_prompt: int = field(default=16, metadata={"help": "Groups of every prompt, over all partitions."})
-    sketch_dim: int = field(default=4096, metadata={"help": "Length of a sketch."})
-    kept: str = field(default="runs/variance", metadata={"help": "Where pools and measurements are kept."})
+    sketch_dim: int = field(default=4096, metadata={"help": "Length of a sketch, the trainer's default."})
+    kept: str = field(default="runs/variance", metadata={"help": "Where pools are kept."})
     output: str = field(default="benchmarks/results/variance.json", metadata={"help": "Where the numbers go."})
 
     def __post_init__(self) -> None:
-        for name in self.policies:
-            if name not in POLICIES:
-                raise ValueError(f"`policies` has {name!r}, which there is not. Choose from: {', '.join(POLICIES)}.")
-        for field_name in ("num_prompts", "num_prompts_large"):
-            if getattr(self, field_name) % self.prompts_per_batch:
+        check_policies("policies", self.policies)
+        for name, value in (("num_prompts", self.num_prompts), ("num_prompts_large", self.num_prompts_large)):
+            if value % self.prompts_per_batch:
                 raise ValueError(
-                    f"`{field_name}` is {getattr(self, field_name)}, which is not a multiple of `prompts_per_batch` "
-                    f"{self.prompts_per_batch}: a prompt would be left over. Change one of them."
+                    f"`{name}` is {value}, which is not a multiple of `prompts_per_batch` {self.prompts_per_batch}: "
+                    "a prompt would be left over. Change one of them."
                 )
-        if len(self.num_generations) < 2 or sorted(set(self.num_generations)) != self.num_generations:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}: give at least two group sizes, ascending, because RLOO's "
-                "variance is interpolated between them."
-            )
         for group_size in self.num_generations:
             if self.num_completions % group_size or self.num_completions < 2 * group_size:
                 raise ValueError(
@@ -108,44 +83,33 @@ class VarianceArguments:
 
 
 def measure_policy(args: VarianceArguments, name: str, seed: int) -> dict[str, Any]:
-    """Draw one pool of a policy and measure every method on it, or read what is kept of both."""
+    """Draw one pool of a policy or read the one that is kept, and measure every method on it."""
     policy = load_policy(name)
-    num_prompts = args.num_prompts_large if policy.num_parameters > _LARGE else args.num_prompts
-    settings: dict[str, Any] = {"policy": policy_identity(name), "seed": seed, "num_prompts": num_prompts}
+    num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    num_prompts = args.num_prompts_large if num_parameters > _LARGE else args.num_prompts
+    settings: dict[str, Any] = {"policy": asdict(POLICIES[name]), "seed": seed, "num_prompts": num_prompts}
     settings |= {"num_completions": args.num_completions, "sketch_dim": args.sketch_dim}
-    pool, difference = kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
-    settings = settings | {"methods": [asdict(method) for method in METHODS], "groups": args.groups_per_prompt}
-    settings |= {"prompts_per_batch": args.prompts_per_batch, "num_generations": args.num_generations}
-    measured = kept(Path(args.kept) / f"{name}-{seed}.measured.pt", settings, lambda: _measure_pool(args, pool, seed))
+    pool = kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
     return {
-        "policy": name,
-        "seed": seed,
-        "task": policy.settings.task,
-        "reward": policy.settings.reward,
-        "num_parameters": policy.num_parameters,
-        "num_prompts": num_prompts,
+        "num_parameters": num_parameters,
         "mean_reward": pool.rewards.mean().item(),
-        "accuracy": (pool.rewards >= 1).double().mean().item(),
-        "fraction_of_prompts_with_equal_rewards": (pool.rewards.std(dim=1) == 0).double().mean().item(),
         "mean_length": pool.lengths.mean().item(),
-        "difference_from_oracle": difference,
-        "weights": describe_weights(pool),
-        "measured": measured,
+        "right_over_wrong": right_over_wrong(pool),
+        "measured": _measure_pool(args, pool, seed),
     }
 
 
-def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> tuple[Pool, float]:
+def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> Pool:
     counts = {key: settings[key] for key in ("num_prompts", "num_completions", "seed")}
     completions, rewards = sample_with_rewards(policy, **counts)
-    pool = build_pool(policy.model, completions, rewards, sketch_dim=settings["sketch_dim"], seed=settings["seed"])
-    return pool, oracle_difference(policy.model, completions, _NUM_CHECKED)
+    return build_pool(policy.model, completions, rewards, sketch_dim=settings["sketch_dim"], seed=settings["seed"])
 
 
-def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every method's figures as plain numbers, by group size and label."""
+def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, float]]:
+    """Mean variance over prompts, by group size and label."""
     measured = {}
     for group_size in args.num_generations:
-        measurements = measure_methods(
+        variances = measure_methods(
             pool,
             METHODS,
             num_generations=group_size,
@@ -153,40 +117,43 @@ def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, d
             num_partitions=max(args.groups_per_prompt * group_size // args.num_completions, 1),
             generator=torch.Generator().manual_seed(seed),
         )
-        measured[str(group_size)] = {label: _plain(measurement) for label, measurement in measurements.items()}
+        measured[str(group_size)] = {label: variance.mean().item() for label, variance in variances.items()}
     return measured
 
 
-def _plain(measurement: Measurement) -> dict[str, Any]:
-    return {
-        "variance": measurement.variance.mean().item(),
-        "squared_signal": measurement.squared_signal.mean().item(),
-        "squared_bias": measurement.squared_bias.tolist(),
-        "objective": measurement.objective,
-    }
-
-
-def make_parser() -> TrlParser:
-    """Parser of the command line; a misspelt key fails."""
-    return TrlParser([VarianceArguments])
+def summarise_policy(reward: str, pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one policy over its pools, one per seed: its description, and the variance relative to RLOO's of
+    every method by group size. Ratios are formed within a seed and then averaged."""
+    by_seed = [pool["measured"] for pool in pools]
+    summary: dict[str, Any] = {"reward": reward, **{name: mean(pool[name] for pool in pools) for name in _DESCRIPTION}}
+    summary["methods"] = {method.label: {} for method in METHODS}
+    for label, by_size in summary["methods"].items():
+        for size in by_seed[0]:
+            by_size[size] = spread([seed[size][label] / seed[size][RLOO.label] for seed in by_seed])
+    if {"4", "8"} <= set(by_seed[0]):
+        summary["default_at_4_over_rloo_at_8"] = mean(seed["4"][DEFAULT] / seed["8"][RLOO.label] for seed in by_seed)
+    return summary
 
 
 def main(args: VarianceArguments) -> None:
     """Measure, print and write."""
     started = machine()
-    results = []
+    policies = {}
     with tqdm(total=len(args.policies) * args.num_seeds, desc="pools measured") as progress:
         for name in args.policies:
+            pools = []
             for seed in range(args.num_seeds):
                 progress.set_postfix_str(f"{name}, seed {seed}")
-                results.append(measure_policy(args, name, seed))
+                pools.append(measure_policy(args, name, seed))
                 progress.update()
-    summary = summarise(results, METHODS, default=DEFAULT)
-    print(table(summary))
-    write_record(args.output, args, started, summary)
+            policies[name] = summarise_policy(POLICIES[name].reward, pools)
+    biased = [method.label for method in METHODS if not method.unbiased]
+    record = {"default": DEFAULT, "reference": RLOO.label, "biased": biased, "policies": policies}
+    print(markdown(record | {"settings": asdict(args)}))
+    write_record(args.output, args, started, record)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # tiny matrices: more threads only contend
-    (arguments,) = make_parser().parse_args_and_config()
+    (arguments,) = TrlParser([VarianceArguments]).parse_args_and_config()
     main(arguments)

@@ -1,54 +1,45 @@
-"""The README's results belong to the records, and a stale README or figure is found."""
+"""Tables, figures and sentences about the results belong to the records, and a stale one is found."""
 
 import json
-import re
 import shutil
-from pathlib import Path
+from statistics import median
 
 import pytest
 
 from benchmarks import report
 
-README = report.ROOT / "README.md"
-
 
 @pytest.fixture
 def copy(tmp_path):
-    """README, records and figures alone, where they can be changed."""
-    shutil.copy(README, tmp_path / "README.md")
-    shutil.copytree(report.ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    shutil.copytree(report.ROOT / "docs" / "figures", tmp_path / "docs" / "figures")
+    """README, docs and records alone, where they can be changed."""
+    shutil.copy(report.ROOT / "README.md", tmp_path / "README.md")
+    for folder in ("benchmarks/results", "docs/figures"):
+        shutil.copytree(report.ROOT / folder, tmp_path / folder)
     shutil.copy(report.ROOT / "docs" / "results.md", tmp_path / "docs" / "results.md")
     return tmp_path
 
 
-def change(path: Path, old: str, new: str) -> None:
+def change(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
 
 
-def test_readme_and_figures_belong_to_the_records():
-    assert report.stale() == [], "run `make report` and commit what it writes"
+def test_tables_figures_and_sentences_belong_to_the_records():
+    assert report.stale() == [], "run `make report`, correct the sentences, and commit both"
 
 
-def short_version() -> str:
-    return README.read_text().split("In short, and said plainly:")[1].split(report.BEGIN)[0]
+def test_the_results_section_of_the_readme_is_short():
+    section = report.hand_written()["README.md"]
+    assert len(section.splitlines()) <= 20
+    assert "docs/figures/learning.png" in section
 
 
-def test_every_number_of_the_short_version_stands_in_the_results():
-    results = (report.ROOT / "docs" / "results.md").read_text()
-    numbers = re.findall(r"\d+\.\d+", short_version())
-
-    assert len(numbers) >= 12
-    for number in numbers:
-        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", results), number
-
-
-def test_what_the_short_version_says_of_effective_rates_and_collapse_is_so():
-    record = json.loads((report.ROOT / "benchmarks" / "results" / "learning.json").read_text())
+def test_what_the_page_says_of_effective_rates_and_collapse_is_so():
+    record = report.load_sections()["learning"].record
+    runs = [dict(zip(record["run_columns"], row, strict=True)) for row in record["runs"]]
     effective, collapsing = [], []
-    for run in record["runs"]:
+    for run in runs:
         if (run["stage"], run["optimizer"]) != ("tuning", "adamw"):
             continue
         accuracies = [float(number) for number in run["accuracies"].split()]
@@ -58,41 +49,82 @@ def test_what_the_short_version_says_of_effective_rates_and_collapse_is_so():
         elif run["method"] != "snr_only" and accuracies[-1] < 0.5 * accuracies[0]:
             collapsing.append(run["learning_rate"])
 
-    assert "every other method collapsed at higher effective rates than any of its runs had" in " ".join(
-        short_version().split()
-    )
+    written = " ".join(report.hand_written()["docs/results.md"].split())
+    assert "every other method collapsed at higher effective rates than any of its runs had" in written
     assert max(effective) < min(collapsing)
 
 
-def test_the_command_says_what_is_stale_and_fails(monkeypatch, copy, capsys):
+def test_the_claims_of_the_readme_are_those_of_the_records():
+    records = {name: section.record for name, section in report.load_sections().items()}
+    readme = " ".join(report.hand_written()["README.md"].split())
+
+    variance = records["variance"]
+    ratios = [policy["methods"][variance["default"]]["4"]["mean"] for policy in variance["policies"].values()]
+    assert (
+        f"has {median(ratios):.2f} of the variance that it has under RLOO's (median of {len(ratios)} policies)"
+        in readme
+    )
+
+    parts = records["learning"]["summary"]["adamw"]
+    baselines = ("grpo", "dr_grpo", "rloo")
+    above = [name for name in parts if all(parts[name]["ours_minus"][other]["area"]["low"] > 0 for other in baselines)]
+    assert above == ["chain_sum", "decimal_chain_sum"]
+    areas = {name: parts["chain_sum"]["evaluation"][name]["area"]["mean"] for name in baselines}
+    difference = parts["chain_sum"]["ours_minus"][max(areas, key=areas.get)]["area"]
+    interval = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
+    assert f"{interval} above the strongest of GRPO, Dr. GRPO and RLOO on chain_sum" in readme
+    assert "on two of three tasks" in readme
+
+    random, demo = (
+        records["cost"]["comparisons"][name]["ratios"]["all"]["median"] for name in ("transformers", "demo")
+    )
+    vllm = records["cost_vllm"]["comparisons"]["vllm"]["ratios"]["all"]["median"]
+    assert (
+        f"{random:.2f} to {demo:.2f} times GRPO's with generation by transformers on a CPU, {vllm:.2f} times" in readme
+    )
+
+
+def test_the_command_says_what_is_stale_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(report, "stale", lambda: ["README.md"])
 
     assert report.main(["--check"]) == 1
     assert "Stale: README.md. Run `make report`" in capsys.readouterr().out
 
 
-def test_a_changed_number_in_the_readme_is_found_and_written_again(copy):
-    change(copy / "README.md", "policies, 3 seeds each", "policies, 4 seeds each")
+def test_a_changed_number_in_a_table_is_found_and_written_again(copy):
+    change(copy / "docs" / "results.md", "| OBLR-PO | 0.001 | 0.15 |", "| OBLR-PO | 0.001 | 0.16 |")
 
-    assert report.stale(copy) == ["README.md"]
+    assert report.stale(copy) == ["docs/results.md"]
     report.write(copy)
     assert report.stale(copy) == []
-    assert (copy / "README.md").read_text() == README.read_text()
+    assert (copy / "docs" / "results.md").read_text() == (report.ROOT / "docs" / "results.md").read_text()
 
 
-def test_a_changed_record_makes_the_readme_and_its_figure_stale(copy):
-    path = copy / "benchmarks" / "results" / "snr.json"
+@pytest.mark.parametrize(
+    ("file", "sentence", "number"),
+    [("docs/results.md", "(area {} against", "0.480"), ("README.md", "baseline has {} of", "0.27")],
+)
+def test_a_number_in_a_sentence_that_stands_in_no_table_is_found_and_kept(copy, file, sentence, number):
+    change(copy / file, sentence.format(number), sentence.format(f"{number}7"))
+
+    assert report.stale(copy) == [f"{number}7 in {file} (in no table)"]
+    report.write(copy)  # sentences are not written by the command
+    assert report.stale(copy) == [f"{number}7 in {file} (in no table)"]
+
+
+def test_a_number_must_stand_in_a_table_as_a_whole():
+    assert report.unsupported_numbers("0.12, 3.45 and 0.12; https://x.org/1.23", "| 10.12 | 0.123 | 3.45% |") == [
+        "0.12"
+    ]
+
+
+def test_a_changed_record_makes_its_table_and_its_figure_stale(copy):
+    path = copy / "benchmarks" / "results" / "variance.json"
     record = json.loads(path.read_text())
     record["settings"]["num_seeds"] += 1
     path.write_text(json.dumps(record))
 
-    assert report.stale(copy) == ["README.md", "docs/results.md", "docs/figures/snr.png"]
-
-
-def test_a_missing_page_of_results_is_found(copy):
-    (copy / "docs" / "results.md").unlink()
-
-    assert report.stale(copy) == ["docs/results.md"]
+    assert report.stale(copy) == ["docs/results.md", "docs/figures/variance.png"]
 
 
 def test_a_missing_figure_is_found(copy):
@@ -108,20 +140,20 @@ def test_a_missing_record_is_named(copy):
         report.stale(copy)
 
 
-def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="lost its markers"):
-        report.replace_section("no markers here", "")
+def test_missing_markers_are_named(copy):
+    change(copy / "docs" / "results.md", "<!-- snr: end -->", "")
+    with pytest.raises(ValueError, match="`<!-- snr: begin -->` and `<!-- snr: end -->` once"):
+        report.write(copy)
+    change(copy / "README.md", "<!-- results: end -->", "")
+    with pytest.raises(ValueError, match=r"README\.md has lost its markers"):
+        report.hand_written(copy)
 
 
-def test_nothing_outside_the_markers_is_touched():
-    text = f"before\n{report.BEGIN}old\n{report.END}after\n"
+def test_every_record_has_machine_versions_and_revision_is_small_and_is_shown():
+    results = report.ROOT / "benchmarks" / "results"
+    shown = {section.module.RESULT: section.record for section in report.load_sections().values()}
 
-    assert report.replace_section(text, "NEW\n") == "before\nNEW\nafter\n"
-
-
-def test_every_record_has_machine_versions_and_revision_and_is_shown():
-    shown = {module.RESULT for module, _ in report.load_sections().values()}
-
-    assert shown == {path.name for path in (report.ROOT / "benchmarks" / "results").glob("*.json")} - {"gpu.json"}
-    for module, record in report.load_sections().values():
-        assert {"cpu", "versions", "git_revision"} <= set(record["machine"]), module.RESULT
+    assert set(shown) == {path.name for path in results.glob("*.json")} - {"gpu.json"}
+    for name, record in shown.items():
+        assert {"cpu", "versions", "git_revision"} <= set(record["machine"]), name
+        assert (results / name).stat().st_size < 100 * 1024, name

@@ -1,1 +1,2 @@
-"""How each record under `benchmarks/results` reads in the README: one module per record, used by `benchmarks.report`."""
+"""Records under `benchmarks/results` as Markdown tables and figures: one module per record, used by
+`benchmarks.report`."""
