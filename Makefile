@@ -80,9 +80,9 @@ notebooks-write: install  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
-results: study bench bench-vllm bench-memory bench-precision bench-variance bench-snr report  ## Measure everything that the README shows (hours)
+results: study bench bench-vllm bench-memory bench-precision bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
 
-report: install  ## Write the README's results and figures from benchmarks/results
+report: install  ## Write tables and figures of docs/results.md from benchmarks/results
 	$(BIN)/python -m benchmarks.report
 
 study: install  ## The learning study: methods x learning rates x seeds x tasks (hours)

@@ -222,9 +222,14 @@ def _cpu(path: Path) -> list[Row]:
 def _gpu(path: Path) -> list[Row]:
     """The passes that `benchmarks.gpu` times."""
     cases = json.loads(path.read_text())["cases"] if path.is_file() else []
-    cases = [case for case in cases if case["checkpointing"] and not case["lora"] and not case["zero3"]]
+    cases = [case for case in cases if case["checkpointing"] and not case["lora"]]
     found = {(case["shape"], case["sequence_length"]): case["ratios"] for case in cases}
-    keys = {"`all`": "all", "`last_k` = 2": "last_k", "`lm_head`": "lm_head", "`lm_head` reusing it": "lm_head_riding"}
+    keys = {
+        "`all`": "all",
+        "`last_k` = 2": "last_k",
+        "`lm_head`": "lm_head",
+        "`lm_head` reusing it": "lm_head_reusing_forward",
+    }
     rows = []
     for name, length in ((name, length) for name in ("Qwen3-4B", "Qwen3-8B") for length in (1024, 4096)):
         ratios = found.get((name, length), {})

@@ -60,7 +60,7 @@ def test_the_scale_document_tells_what_was_not_measured(tmp_path):
 
 
 def test_the_scale_document_takes_up_a_measured_gpu(tmp_path):
-    case = {"shape": "Qwen3-4B", "sequence_length": 1024, "lora": False, "checkpointing": True, "zero3": False}
+    case = {"shape": "Qwen3-4B", "sequence_length": 1024, "lora": False, "checkpointing": True}
     case["ratios"] = {"all": {"time": 0.71, "peak": 0.9}}
     (tmp_path / "gpu.json").write_text(json.dumps({"cases": [case]}))
     row = next(line for line in scale_document(tmp_path).splitlines() if line.startswith("| Qwen3-4B | 8 x 1024"))

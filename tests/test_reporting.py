@@ -18,7 +18,7 @@ from trl import GRPOConfig
 
 from oblr_trl import OBLRPOConfig
 from oblr_trl.metrics import METRICS
-from tests.test_trainer import Recording
+from tests.recording import Recording
 from tests.tiny_models import train
 
 ROOT = Path(__file__).parent.parent

@@ -148,6 +148,15 @@ def test_reentrant_checkpointing_is_set_aside_for_the_pass():
     assert all(block.gradient_checkpointing for block in blocks)
 
 
+@pytest.mark.parametrize("setting", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}], ids=str)
+def test_an_embedding_whose_gradient_depends_on_the_batch_is_refused(setting):
+    model = tiny_model()
+    for name, value in setting.items():
+        setattr(model.get_input_embeddings(), name, value)
+    with pytest.raises(ValueError, match="no per-sequence gradient"):
+        score_sketches(model, *random_batch())
+
+
 def test_an_unknown_layer_is_named_and_a_rule_can_be_registered():
     model = tiny_model("llama").double().eval()
     model.model.norm = nn.Sequential(model.model.norm, Scale(64)).double()

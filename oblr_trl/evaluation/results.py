@@ -9,6 +9,7 @@ from typing import Any
 from oblr_trl.evaluation.benchmarks import ProblemSet
 from oblr_trl.evaluation.estimators import estimate, paired_differences, pass_at_k
 from oblr_trl.evaluation.records import SETTINGS_FILE, read_records
+from oblr_trl.runs.tables import markdown_table
 
 RESULTS_JSON = "results.json"
 AVERAGE = "avg"
@@ -174,14 +175,3 @@ def _format(entry: Mapping[str, Any] | None, sign: str = "") -> str:
         return ""
     value, low, high = (f"{100 * entry[name]:{sign}.1f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The first column is aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    text = ""
-    for first, *others in (rows[0], rule, *rows[1:]):
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        text += f"| {' | '.join(cells)} |\n"
-    return text

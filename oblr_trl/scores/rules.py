@@ -59,6 +59,11 @@ def conv1d_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradi
 def embedding_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`nn.Embedding`: \\( \nabla W = \sum_t e_{x_t} \delta_t^\top \\), without the row of `padding_idx`."""
     assert isinstance(module, nn.Embedding)
+    if module.scale_grad_by_freq or module.max_norm is not None:
+        raise ValueError(
+            "Embeddings with `scale_grad_by_freq` or `max_norm` have no per-sequence gradient: their gradient depends on the "
+            "other sequences of the batch. Build the embedding without them, or freeze it."
+        )
     if module.padding_idx is not None:
         grad_output = grad_output.masked_fill((inputs == module.padding_idx).unsqueeze(-1), 0.0)
     return {"weight": OuterProduct(IndexRows(inputs.flatten(1)), grad_output.flatten(1, -2))}
