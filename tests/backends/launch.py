@@ -106,22 +106,30 @@ def record_everything(path):
         if os.environ.get("BACKENDS_PAUSE") == f"{line['kind']} {line.get('step')}":
             time.sleep(3600)
 
-    set_advantages = OBLRPOTrainer._set_advantages
+    generate_and_score, group = OBLRPOTrainer._generate_and_score_completions, OBLRPOTrainer._grouped_batch
     train = OBLRPOTrainer.train
 
-    def recorded_advantages(self, output, loss_mask, scores):
-        set_advantages(self, output, loss_mask, scores)
+    def recorded_group(self, *args):
+        running["batch"] = group(self, *args)
+        return running["batch"]
+
+    def recorded_batch(self, inputs):
+        output = generate_and_score(self, inputs)
+        batch = running.pop("batch", None)
+        if batch is None:
+            return output
         write(
             kind="batch",
             step=self.state.global_step,
             completions=gather_object([row[mask].tolist() for row, mask in rows_of_completions(output)]),
             advantages=self.accelerator.gather(output["advantages"]).tolist(),
-            weights=None if scores is None else scores.sketches.square().sum(dim=1).tolist(),
+            weights=None if batch.sketches is None else batch.sketches.square().sum(dim=2).flatten().tolist(),
             signal=self._gradient_snr.averages.signal,
             noise=self._gradient_snr.averages.noise,
             rho=self._metrics["train"].get("gradient_snr/rho", [None])[-1],
             prior_strength=self._metrics["train"].get("baseline/prior_strength", [None])[-1],
         )
+        return output
 
     def recorded_train(self, *args, **kwargs):
         running["trainer"] = self
@@ -143,7 +151,8 @@ def record_everything(path):
             lrs = [float(group["lr"]) for group in optimizer.param_groups]
             write(kind="step", step=trainer.state.global_step, lrs=lrs, **memory(trainer))
 
-    OBLRPOTrainer._set_advantages = recorded_advantages
+    OBLRPOTrainer._generate_and_score_completions = recorded_batch
+    OBLRPOTrainer._grouped_batch = recorded_group
     OBLRPOTrainer.train = recorded_train
     register_optimizer_step_pre_hook(recorded_step)
 
