@@ -173,7 +173,7 @@ class AutomaticPriorStrength:
     Chooses the prior strength \\( \kappa \\) of [`gradient_weighted_baseline`] from *earlier* batches.
 
     Keeps, for every \\( \kappa \\) of a small grid, an exponential moving average of [`gradient_variance`] (divided by the
-    batch's mean weight, so that batches count alike while score norms drift) and returns the grid point with the minimum.
+    batch's mean weight, so that batches count alike while score norms drift) and returns the grid point of minimum variance.
     Call [`update`][AutomaticPriorStrength.update] *after* the batch's baseline was taken: a strength chosen on the batch it
     is applied to would depend on every completion and bias the gradient.
 
@@ -220,7 +220,7 @@ class AutomaticPriorStrength:
             variances.append(gradient_variance(rewards, weights, baselines) / scale)
         if any(math.isnan(variance) for variance in variances):
             return
-        # All grid points share their history, so the bias of starting at zero cannot change where the minimum is.
+        # All grid points share their history, so the bias of starting at zero cannot change which grid point is best.
         self._variances = [
             self.decay * old + (1 - self.decay) * new for old, new in zip(self._variances, variances, strict=True)
         ]
@@ -304,7 +304,8 @@ class BaselineEstimator:
 
     def update(self, batch: GroupedBatch) -> None:
         """Let the automatic prior strength learn from a batch whose baseline has been taken."""
-        if self.automatic is not None and batch.weights is not None:
+        if self.baseline == "gradient_weighted" and self.automatic is not None:
+            assert batch.weights is not None
             self.automatic.update(batch.rewards, batch.weights)
 
 

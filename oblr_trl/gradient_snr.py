@@ -85,7 +85,8 @@ class GradientSNR:
     Smooths signal and noise separately and forms the ratio afterwards.
 
     The signal of a single batch is often negative, so a mean of ratios would be biased; a ratio of means is not clamped
-    before it is smoothed. Averages are bias-corrected: after t batches the weights of all batches sum to one.
+    before it is smoothed. `signal` and `noise` are bias-corrected: after t batches the weights of all
+    batches sum to one. rho uses the signal without that correction, see `uncorrected_signal`.
 
     Args:
         decay (`float`, *optional*, defaults to `0.0`):
@@ -146,7 +147,7 @@ class StepGradientSNR:
     [`GradientSNR.update`].
 
     Args:
-        averages ([`GradientSNR`]): Moving averages of the steps before.
+        averages ([`GradientSNR`]): Moving averages of the steps before; the attribute includes the step at hand.
     """
 
     def __init__(self, averages: GradientSNR) -> None:

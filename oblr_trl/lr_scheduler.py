@@ -56,9 +56,9 @@ class SNRScheduler(LRScheduler):
         """Initial rates of the wrapped schedule, for callbacks that read them."""
         return self.scheduler.base_lrs
 
-    def set_rho(self, ratio: float) -> float:
+    def set_rho(self, rho: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
-        self.multiplier = min(max(ratio, self.min_multiplier), self.max_multiplier)
+        self.multiplier = min(max(rho, self.min_multiplier), self.max_multiplier)
         self.multiply()
         return self.multiplier
 

@@ -27,7 +27,7 @@ from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, Scoring
 
 logger = logging.getLogger(__name__)
 
-# TRL's epsilon in addition to a standard deviation of rewards; it keeps groups of equal rewards from dividing by zero.
+# Added to a standard deviation of rewards, as in TRL; it keeps groups of equal rewards from dividing by zero.
 _SCALE_EPSILON = 1e-4
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo")
@@ -54,10 +54,11 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     by \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\). Both come from one scoring pass over the generated batch, before
     any training step on it.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate (and that a failing reward
-    function stops all processes, see [`~checks.reward_functions`], and runs resume exactly, see [`~checkpoints`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is
-    [`~trl.GRPOTrainer`], bit for bit. The constructor is the same; `args` is an [`OBLRPOConfig`], which without `args` accumulates
-    gradients over 16 micro-batches: TRL's own batch defaults are one prompt per process, and the SNR needs several.
+    The only changes with respect to [`~trl.GRPOTrainer`] are the advantages and the learning rate. In addition, a reward function
+    that fails or returns an infinite reward stops all processes (see [`~checks.reward_functions`]), and runs resume exactly (see
+    [`~checkpoints`]). With `baseline="group_mean"` and `lr_adaptation="none"` it is [`~trl.GRPOTrainer`], bit for bit. The constructor
+    is the same; `args` is an [`OBLRPOConfig`], which without `args` accumulates gradients over 16 micro-batches: TRL's own batch
+    defaults are one prompt per process, and the SNR needs several.
 
     Differences from the paper, each with the setting that restores it:
 

@@ -13,6 +13,7 @@ from oblr_trl import metrics
 from oblr_trl.runs.figure import smoothing_window
 from oblr_trl.runs.logs import RunLog, read_methods
 from oblr_trl.runs.summary import seed_curve, smooth
+from oblr_trl.runs.tables import markdown_table
 from oblr_trl.scripts.compare import compare, format_table, main
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -429,3 +430,8 @@ def test_the_module_runs_as_a_script_and_writes_where_it_was_called(tmp_path, mo
     runpy.run_module("oblr_trl.scripts.compare", run_name="__main__")
     assert capsys.readouterr().out.endswith("figure: compare.png\n")
     assert (tmp_path / "compare.png").is_file()
+
+
+def test_a_column_of_single_characters_is_still_a_table():
+    """A delimiter needs a hyphen: without one the whole table is not rendered."""
+    assert markdown_table([["benchmark", "k"], ["gsm8k", "1"]]).splitlines()[1] == "| --------- | -: |"

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+from oblr_trl.data.sources import load_rows
 from oblr_trl.data.tasks import decode_entry, encode_entry, make_task, task_entries
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 distinct questions
@@ -275,3 +276,10 @@ def test_a_training_set_of_test_prompts_alone_is_refused(write):
 
     with pytest.raises(ValueError, match=r"Every training prompt is also a test prompt"):
         load_prompts(DataArguments(dataset_name=path, dataset_test_name=path))
+
+
+def test_a_slice_of_a_split_is_taken_of_a_file_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(5)))
+    assert load_rows(str(path), field_name="dataset_name", config=None, split="test[:2]")["prompt"] == ["0", "1"]
+    assert len(load_rows(str(path), field_name="dataset_name", config=None, split="test")) == 5

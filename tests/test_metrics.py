@@ -46,3 +46,13 @@ def test_an_automatic_prior_is_judged_leave_one_out_also_where_the_baseline_is_n
             estimator.update(GroupedBatch(rewards, torch.ones(24, 4), weights))
         strengths[leave_one_out] = estimator.prior_strength
     assert strengths[False] == strengths[True] >= 8
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "length_weighted"])
+def test_a_baseline_without_prior_learns_no_strength(baseline):
+    estimator = BaselineEstimator(baseline, leave_one_out=True, prior_strength=None)
+    before = estimator.automatic.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    rewards, weights = torch.rand(8, 4, generator=generator), torch.rand(8, 4, generator=generator)
+    estimator.update(GroupedBatch(rewards, torch.ones(8, 4), weights))
+    assert estimator.automatic.state_dict() == before

@@ -137,3 +137,13 @@ def test_a_reward_without_its_column_is_refused(name, column, remedy):
         ValueError, match=rf"'{name}', which reads the column '{column}', but .* only prompt: {remedy}"
     ):
         load(name, task=task, columns=("prompt",))
+
+
+def test_a_reward_that_a_package_imports_on_demand_is_found(tmp_path, monkeypatch):
+    (tmp_path / "lazy_rewards.py").write_text(
+        "def __getattr__(name):\n    if name == 'zero':\n        return lambda completions, **kwargs: [0.0]\n"
+        "    raise AttributeError(name)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (zero,) = load("lazy_rewards.zero")
+    assert zero(["x"]) == [0.0]

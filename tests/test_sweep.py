@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oblr_trl.scripts.sweep import main, plan, read_sweep
+from oblr_trl.scripts.sweep import main, plan, read_sweep, tabulate
 from tests import recipe_stand_ins
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,17 @@ def test_every_grid_spans_its_own_combinations_of_values_and_their_options(tmp_p
         assert recipe.get("score_last_k") == (2 if recipe["score_scope"] == "last_k" else None)
         assert recipe.get("baseline_prior_strength") == (4 if directory.parent.name.endswith("4") else None)
         assert recipe["num_generations"] == 8  # from the recipe that every run starts from
+
+
+def test_combinations_that_end_in_the_same_directory_name_are_tabulated_apart(tmp_path):
+    """A hub id has a slash, so that its combinations lie a directory deeper."""
+    runs = [tmp_path / name / "Qwen" / "Qwen3-0.6B" / "seed-0" for name in ("group_mean-", "leave_one_out-")]
+    for directory, reward in zip(runs, (0.25, 0.75), strict=True):
+        directory.mkdir(parents=True)
+        state = {"global_step": 1, "log_history": [{"step": 1, "reward": reward}]}
+        (directory / "trainer_state.json").write_text(json.dumps(state))
+    methods = tabulate(runs, tmp_path)["methods"]
+    assert [entry["final_reward"]["values"] for entry in methods.values()] == [[0.25], [0.75]]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

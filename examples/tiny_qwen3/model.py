@@ -44,7 +44,7 @@ def build_tokenizer(
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_hidden_layers: int = 4
 ) -> Qwen3ForCausalLM:
-    """A Qwen3, by default of less than a million parameters; heads of 32, the minimum of vLLM's attention."""
+    """A Qwen3, by default of less than a million parameters; heads of 32, the minimum that vLLM's attention supports."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

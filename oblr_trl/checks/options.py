@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -161,7 +162,7 @@ _REFUSALS = (
             _adapts(args)
             and _straddle(args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps)
         ),
-        "a batch lasts for steps_per_generation x num_iterations micro-batches, so that optimizer steps of "
+        "a batch lasts for {args.steps_per_generation} x {args.num_iterations} micro-batches, so that optimizer steps of "
         "{args.gradient_accumulation_steps} would straddle two of them",
         "make one of steps_per_generation x num_iterations and gradient_accumulation_steps a multiple of the other",
     ),
@@ -225,14 +226,24 @@ def check_backend(trainer: Any) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Raise a `ValueError` for a tokenizer with token ids that the model has no embedding for: the look-up of one is an unclear
-    error on a CPU and the end of the process on a GPU."""
-    size = model.config.get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= size:
+    """Raise a `ValueError` for a tokenizer that makes token ids of text which the model has no embedding for: the look-up of one is
+    an unclear error on a CPU and the end of the process on a GPU. Special tokens, which text need not contain, are warned of."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, nn.Embedding):
+        return
+    size = embeddings.num_embeddings
+    surplus = {index: token for token, index in tokenizer.get_vocab().items() if index >= size}
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if refused := sorted(set(surplus) - special):
         raise ValueError(
-            f"The tokenizer has token id {highest}, but the model's vocabulary has {size} entries. Use the tokenizer the model "
-            "was trained with, or call `model.resize_token_embeddings(len(tokenizer))`."
+            f"The tokenizer has token id {refused[-1]}, but the model's vocabulary has {size} entries. Use the tokenizer the "
+            "model was trained with, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+    if surplus:
+        warnings.warn(
+            f"The tokenizer has special tokens that the model has no embedding for: {', '.join(surplus.values())}. A prompt with "
+            "one of them would end the run."
         )
 
 

@@ -88,7 +88,7 @@ class RewardFunctions:
 
 
 class _OutOfTime(Exception):
-    """Our own limit, not a timeout that the reward function raised itself."""
+    """The limit of `reward_timeout`, not a timeout that the reward function raised itself."""
 
 
 class _Interruption(BaseException):

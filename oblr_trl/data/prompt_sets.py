@@ -92,7 +92,7 @@ class DataArguments:
                 f"dataset_name={self.dataset_name!r}: set one of them and leave the other out."
             )
         for name, owner in OWNERS.items():
-            if getattr(self, name) and getattr(self, owner) is None:
+            if getattr(self, name) not in (None, {}) and getattr(self, owner) is None:
                 what = "answers" if owner == "answer_column" else "prompts"
                 raise ValueError(
                     f"`{name}` is for the {what} of `{owner}`, which is not set: remove it or set `{owner}`."
@@ -220,7 +220,7 @@ def _format_answers(cells: Iterable[Any], args: DataArguments, source: str) -> l
 
 def _replace_column(rows: Dataset, name: str, values: list[Any]) -> Dataset:
     """The new column comes before the old one goes: a dataset without any column has no rows."""
-    return rows.add_column("replacement", values).remove_columns(name).rename_column("replacement", name)
+    return rows.add_column("__new", values).remove_columns(name).rename_column("__new", name)
 
 
 def _without_test_prompts(train: Dataset, test: Dataset) -> Dataset:

@@ -100,18 +100,20 @@ def _import_reward(path: str) -> Reward:
     if str(Path.cwd()) not in sys.path:  # as TRL's scripts do: a reward may lie in the directory of the launch
         sys.path.insert(0, str(Path.cwd()))
     try:
-        names = vars(importlib.import_module(module_name))
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
             f"`reward_funcs` names {path!r}, but {module_name!r} cannot be imported ({error}): install it, or launch from "
             "the directory that holds it."
         ) from error
-    if not callable(names.get(attribute)):
+    reward_func = getattr(module, attribute, None)  # not `vars`: a package may import its parts on demand
+    if not callable(reward_func):
+        names = [name for name in vars(module) if not name.startswith("_")]
         raise ValueError(
             f"`reward_funcs` names {path!r}, but {module_name!r} has no callable {attribute!r}"
-            f"{nearest(attribute, [name for name in names if not name.startswith('_')])}."
+            f"{nearest(attribute, names)}."
         )
-    return names[attribute]
+    return reward_func
 
 
 def _check_columns(name: str, reward_func: Reward, columns: list[str]) -> None:

@@ -21,7 +21,7 @@ def is_file(name: str) -> bool:
 def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> Dataset:
     """
     Load one split of a hub dataset or of a local directory laid out like one, or a `.json`, `.jsonl` or `.parquet` file, which
-    has neither configuration nor split. `field_name` is the field that gave the name, for errors.
+    has neither configuration nor split; a slice as in `test[:100]` is taken of its rows. `field_name` is the field that gave the name, for errors.
     """
     path = Path(name)
     try:
@@ -31,7 +31,8 @@ def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> 
             raise ValueError(f"files with the suffix {path.suffix!r} cannot be read, only {', '.join(FILE_BUILDERS)}")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path} (looked for from {Path.cwd()})")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=name, split="train")
+        part = split[split.find("[") :] if "[" in split else ""  # the slice of `test[:100]`
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=name, split=f"train{part}")
     except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:  # StopIteration: a file without rows
         raise ValueError(
             f"`{field_name}` is {name!r}, which could not be loaded (configuration {config!r}, split {split!r}): "
@@ -54,7 +55,10 @@ def check_model(name: str | None, *, revision: str | None = None) -> str:
         f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory)"
     )
     if name.startswith((".", "/")):
-        remedy = f"correct the path. `python -m examples.tiny_qwen3 --output_dir {name}` makes the model of the tiny recipes"
+        remedy = (
+            f"correct the path. In a clone of the repository `python -m examples.tiny_qwen3 --output_dir {name}` makes the "
+            "model of the tiny recipes"
+        )
         raise ValueError(f"{problem}: {remedy}.")
     try:
         PreTrainedConfig.get_config_dict(name, revision=revision)

@@ -41,8 +41,9 @@ def model_answers(args: EvaluationArguments, backend: str, problem_sets: Sequenc
     problems = [problem for problem_set in problem_sets for problem in problem_set.problems]
     prompt_ids = {(p["benchmark"], p["index"]): encode_prompt(tokenizer, p["prompt"], args) for p in problems}
     longest = max(map(len, prompt_ids.values()))
-    config = AutoConfig.from_pretrained(base, revision=revision).get_text_config().to_dict()
-    context = config.get("max_position_embeddings")  # which models without position embeddings lack
+    config = AutoConfig.from_pretrained(base, revision=revision).get_text_config()
+    # Some call it otherwise (GPT-2, by `attribute_map`), and models without position embeddings have none.
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and longest + args.max_new_tokens > context:
         raise ValueError(
             f"`max_new_tokens` is {args.max_new_tokens}, but the model's context is {context} tokens and the longest "
@@ -86,7 +87,7 @@ def encode_prompt(tokenizer: Any, prompt: Any, args: EvaluationArguments) -> lis
             "evaluate a model whose tokenizer has one."
         )
     kwargs: Any = args.chat_template_kwargs or {}
-    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **kwargs}
+    kwargs = {**kwargs, "add_generation_prompt": True, "tokenize": True, "return_dict": True}
     return tokenizer.apply_chat_template(prompt, **kwargs)["input_ids"]
 
 

@@ -83,7 +83,7 @@ def recorded_answers(path: Path, problem_sets: Sequence[ProblemSet]) -> tuple[An
     for problem_set in problem_sets:
         for problem in problem_set.problems:
             name, index, wanted = problem_set.name, problem["index"], problem_set.num_completions
-            found = len(rows[name, index]["completions"]) if (name, index) in rows else 0
+            found = len(rows[name, index]["completions"] or []) if (name, index) in rows else 0
             if found != wanted:
                 raise ValueError(
                     f"`completions_file` {str(path)!r} has {found} completions for row {index} of {name!r}, but "

@@ -104,6 +104,8 @@ def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> di
     values: dict[str, dict[str, dict[str, list[Fraction]]]] = {label: {} for label in evaluations}
     for name in shared:
         for label, path in evaluations.items():
+            if f"benchmarks.{name}.problems" not in settings[label]:
+                raise ValueError(f"{path}: {SETTINGS_FILE} was written by an earlier version: evaluate again.")
             if settings[label][f"benchmarks.{name}.problems"] != settings[reference][f"benchmarks.{name}.problems"]:
                 raise ValueError(
                     f"Benchmark {name!r} has other prompts or answers in {label!r} than in {reference!r}, so that "

@@ -78,6 +78,12 @@ def benchmark_datasets(
     settings = read_recipe_file(recipe, flag="recipe")
     check_keys(settings, {field.name for field in dataclasses.fields(EvaluationArguments)})
     settings |= {"only": only, "files": files}
+    for generation in (
+        "temperature",
+        "num_completions",
+        "pass_at",
+    ):  # of evaluations, whose completions are the trainer's here
+        settings.pop(generation, None)
     if like is not None:
         settings |= training_prompt_settings(like)
     datasets = {}

@@ -1,4 +1,4 @@
-"""Curves of chosen metrics in a notebook, redrawn while the run goes on, in addition to the trainer's table of numbers."""
+"""Curves of chosen metrics in a notebook, redrawn during the run, in addition to the trainer's table of numbers."""
 
 from collections.abc import Sequence
 from io import BytesIO

@@ -171,7 +171,8 @@ class _MicroBatch:
             settings.model(**model_inputs, use_cache=False)
             self._warn_of_uncalled(calls)
             self._uses.update(scoped.num_uses(calls))
-            ((hidden, head),) = head_calls
+            assert len(head_calls) == 1, "the model did not call its output projection once"
+            hidden, head = head_calls[0]
             # Autocast is for the model: the products of scores keep the precision that they come in.
             stack.enter_context(_no_autocast(hidden))
             with torch.no_grad():

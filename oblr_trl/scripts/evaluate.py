@@ -29,6 +29,15 @@ RESULTS_MARKDOWN = "results.md"
 # What a continued evaluation may change: keys that are recorded by their effect, and keys without effect on a record.
 FREE = {"benchmarks", "only", "files", "num_completions", "pass_at", "like", "backend", "completions_file"}
 FREE |= {"output_dir", "vllm_gpu_memory_utilization", "disable_tqdm"}
+# All that counts where completions are read from a file.
+GRADING = {
+    "prompt_template",
+    "conversational",
+    "system_prompt",
+    "chat_template_kwargs",
+    "unparsable_answers",
+    "answer_format",
+}
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
@@ -36,7 +45,8 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     problem_sets = load_benchmarks(args)
     name = _check_source(args)
     output_dir = Path(args.output_dir or Path("runs/evaluation") / Path(name).name)
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    recorded = GRADING if args.completions_file is not None else set(vars(args)) - FREE
+    settings = {key: value for key, value in vars(args).items() if key in recorded}
     for problem_set in problem_sets:
         settings[f"benchmarks.{problem_set.name}.num_completions"] = problem_set.num_completions
         settings[f"benchmarks.{problem_set.name}.problems"] = problem_set.fingerprint

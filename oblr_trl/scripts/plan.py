@@ -87,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
-    has_no_prior = bool(warned) and rollouts["prompts_per_batch"] < 2
+    scoring = setup.scoring
+    wants_prior = (
+        scoring is not None and scoring.baseline == "gradient_weighted" and scoring.baseline_prior_strength != 0
+    )
+    has_no_prior = wants_prior and rollouts["prompts_per_batch"] < 2
     return 1 if arguments.strict and (problems or has_no_prior) else 0
 
 

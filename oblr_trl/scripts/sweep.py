@@ -117,7 +117,7 @@ def tabulate(runs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
     """Write `results.json` and `results.md`, a combination a row: mean ± standard deviation over seeds, blank where unknown."""
     methods: dict[str, list[RunLog]] = {}
     for directory in runs:
-        methods.setdefault(directory.parent.name, []).append(read_run(directory))
+        methods.setdefault(str(directory.parent.relative_to(output_dir)), []).append(read_run(directory))
     results = compare(methods)
     evaluation = (results["evaluation_metric"] or "accuracy").removeprefix("eval_")
     rows = [["combination", "seeds", *(name.format(evaluation=evaluation) for name, _ in TABLE_ROWS.values())]]

@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from oblr_trl.evaluation.records import read_records, weights_fingerprint
 from oblr_trl.scripts.evaluate import parse
@@ -376,6 +376,10 @@ def test_a_wrong_key_of_a_recipe_is_refused_by_name(tmp_path):
 def test_a_backend_a_context_and_a_template_that_are_not_there_are_refused(tiny, monkeypatch):
     with pytest.raises(ValueError, match=r"`max_new_tokens` is 512, but the model's context is 256 .* at most 1\d\d"):
         evaluate(*tiny, "--max_new_tokens", "512")
+    with monkeypatch.context() as patch:  # GPT-2 calls its context otherwise
+        patch.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **kwargs: GPT2Config(n_positions=100))
+        with pytest.raises(ValueError, match="the model's context is 100 tokens"):
+            evaluate(*tiny, "--max_new_tokens", "99")
     with pytest.raises(ValueError, match=r"the tokenizer has no chat template: set `conversational: false`"):
         evaluate(*tiny, "--conversational", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
