@@ -6,6 +6,7 @@ makes those that are missing (one to ten minutes each). All are trained by super
 part is wrong (`examples.tiny_qwen3`); that part decides how often the policy is right.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -142,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # for `--help`
     main()

@@ -5,6 +5,7 @@
 Rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->`; the sentences around it are written by hand.
 """
 
+import argparse
 import json
 import math
 import re
@@ -240,4 +241,5 @@ def _gpu(path: Path) -> list[Row]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # for `--help`
     main()
