@@ -108,6 +108,6 @@ def test_a_disk_that_is_full_costs_the_checkpoint_at_hand_and_no_other(whole, mo
 
     failed = runs.run(folder, model, expect_failure=True, **SETTINGS)
 
-    assert "No space left on device" in failed.log
+    assert max(line["step"] for line in failed.lines("step")) == 2  # it ended where it could not write
     full.unlink()
     assert_resumes(failed, whole, model, tmp_path / "resumed", 2, env={"BACKENDS_FIRST_CALL": "2"})
