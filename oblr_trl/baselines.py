@@ -255,12 +255,14 @@ class GroupedBatch:
         lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
         weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
         sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
+        token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
     """
 
     rewards: Tensor
     lengths: Tensor
     weights: Tensor | None = None
     sketches: Tensor | None = None
+    token_weights: Tensor | None = None
 
 
 class BaselineEstimator:

@@ -174,7 +174,7 @@ def add_method_settings(args: OBLRPOConfig, prior_strength: float, lrs: Sequence
     unused = []
     if args.baseline != "gradient_weighted":
         unused.append("the baseline")
-    if args.lr_adaptation != "snr":
+    if args.lr_adaptation == "none":
         unused.append("the learning rate")
     sentence = "Trained with `oblr_trl`, which is not the authors' code."
     if unused:

@@ -86,17 +86,20 @@ class GradientSNR:
 
     The signal of a single batch is often negative, so a mean of ratios would be biased; a ratio of means is not clamped
     before it is smoothed. `signal` and `noise` are bias-corrected: after t batches the weights of all
-    batches sum to one. rho uses the signal without that correction, see `uncorrected_signal`.
+    batches sum to one. rho uses the signal without that correction unless `holds_back` is off, see `uncorrected_signal`.
 
     Args:
         decay (`float`, *optional*, defaults to `0.0`):
             Decay of both moving averages, in [0, 1). `0.0` uses the current batch alone, as the paper does.
+        holds_back (`bool`, *optional*, defaults to `True`):
+            Whether rho uses [`uncorrected_signal`][GradientSNR.uncorrected_signal], which is small while batches are few.
     """
 
-    def __init__(self, *, decay: float = 0.0) -> None:
+    def __init__(self, *, decay: float = 0.0, holds_back: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
         self.decay = decay
+        self.holds_back = holds_back
         self._signal = 0.0
         self._noise = 0.0
         self._weight = 0.0
@@ -118,8 +121,8 @@ class GradientSNR:
         return self._signal
 
     def rho(self, num_prompts: float) -> float:
-        """[`rho`] of uncorrected signal and noise; `nan` before the first batch."""
-        return rho(self.uncorrected_signal, self.noise, num_prompts)
+        """[`rho`] of signal, corrected or not, and noise; `nan` before the first batch."""
+        return rho(self.uncorrected_signal if self.holds_back else self.signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are

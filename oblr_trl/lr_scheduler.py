@@ -58,9 +58,19 @@ class SNRScheduler(LRScheduler):
 
     def set_rho(self, rho: float) -> float:
         """Set \\( \\rho \\) of the coming optimizer step, write the learning rates, and return the multiplier in use."""
-        self.multiplier = min(max(rho, self.min_multiplier), self.max_multiplier)
-        self.multiply()
+        self.set_multiplier(min(max(rho, self.min_multiplier), self.max_multiplier))
         return self.multiplier
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Set the multiplier of the coming optimizer step, whatever computed it, and write the learning rates."""
+        self.multiplier = multiplier
+        self.multiply()
+
+    @property
+    def position(self) -> float:
+        """Where the wrapped schedule stands, as a part of its initial rate: the largest of all parameter groups."""
+        pairs = zip(self._scheduled_lrs, initial_lrs(self.scheduler), strict=True)
+        return max((lr / initial for lr, initial in pairs if initial > 0), default=0.0)
 
     def multiply(self) -> None:
         """Multiply the rates that somebody else has written since, if any: once per step that has no new \\( \\rho \\)."""

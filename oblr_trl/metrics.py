@@ -36,6 +36,10 @@ NOISE = "gradient_snr/noise"
 RHO = "gradient_snr/rho"
 NUM_PROMPTS = "gradient_snr/num_prompts"
 LR_MULTIPLIER = "lr_multiplier"
+KL = "trust_region/kl"
+KL_TARGET = "trust_region/kl_target"
+CURVATURE = "trust_region/curvature"
+PREDICTED_GAIN = "trust_region/predicted_gain"
 VARIANCE_VS_GROUP_MEAN = "variance_ratio/group_mean"
 VARIANCE_VS_LEAVE_ONE_OUT = "variance_ratio/leave_one_out"
 VARIANCE_VS_LENGTH_WEIGHTED = "variance_ratio/length_weighted"
@@ -53,6 +57,10 @@ METRICS = (
     RHO,
     NUM_PROMPTS,
     LR_MULTIPLIER,
+    KL,
+    KL_TARGET,
+    CURVATURE,
+    PREDICTED_GAIN,
     VARIANCE_VS_GROUP_MEAN,
     VARIANCE_VS_LEAVE_ONE_OUT,
     VARIANCE_VS_LENGTH_WEIGHTED,

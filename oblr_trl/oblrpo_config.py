@@ -45,9 +45,13 @@ class OBLRPOConfig(GRPOConfig):
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         lr_adaptation (`str`, *optional*, defaults to `"snr"`):
-            `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
+            `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
+            training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
+            [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
+        trust_region_kl (`float`, *optional*, defaults to `0.012`):
+            Movement of the policy at rho = 1, in nats per completion, for a schedule at its initial rate.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
@@ -125,9 +129,14 @@ class OBLRPOConfig(GRPOConfig):
     lr_adaptation: str = field(
         default="snr",
         metadata={
-            "help": "'snr': learning rate = schedule x clamp(N SNR / (1 + N SNR)). 'none': the schedule alone.",
+            "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
+            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR).",
             "choices": LR_ADAPTATIONS,
         },
+    )
+    trust_region_kl: float = field(
+        default=0.012,
+        metadata={"help": "Movement of the policy per generation batch at rho = 1, in nats per completion."},
     )
     snr_ema_decay: float = field(
         default=0.9, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
@@ -154,7 +163,7 @@ class OBLRPOConfig(GRPOConfig):
     @property
     def needs_scores(self) -> bool:
         """Whether training runs the scoring pass."""
-        return self.baseline == "gradient_weighted" or self.lr_adaptation == "snr"
+        return self.baseline == "gradient_weighted" or self.lr_adaptation != "none"
 
     @property
     def prompts_per_step(self) -> float:

@@ -21,9 +21,11 @@ from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
+from oblr_trl.scores.parameters import local_parameter_sketch
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel
+from oblr_trl.trust_region import TrustRegion
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +125,13 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         self._baseline_estimator = BaselineEstimator(
             args.baseline, leave_one_out=args.baseline_leave_one_out, prior_strength=args.baseline_prior_strength
         )
-        self._gradient_snr = StepGradientSNR(GradientSNR(decay=args.snr_ema_decay))
+        # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
+        averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
+        self._gradient_snr = StepGradientSNR(averages)
         self._rho = math.nan  # of the batch at hand
+        self._trust_region = TrustRegion(
+            args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
+        )
         self._initial_lrs: list[float] = []
         self._rewards_per_func: Tensor | None = None
         self._score_pass: ScorePass | None = None
@@ -136,7 +143,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         check_vocabulary(self.model, self._tokenizer)
         if args.needs_scores:
             # Unknown layers fail before any work is done.
-            resolve_scope(self.model, args.score_scope, args.score_last_k)
+            scoped = resolve_scope(self.model, args.score_scope, args.score_last_k)
+            self._num_parameters = scoped.num_parameters
             self._score_pass = ScorePass(
                 self.model,
                 scope=args.score_scope,
@@ -166,7 +174,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         baselines = self._baseline_estimator(batch)
         advantages = self._advantages(output, batch.rewards, baselines)
         if batch.sketches is not None:
-            self._adapt_learning_rate(batch.sketches, advantages, output["num_items_in_batch"])
+            self._adapt_learning_rate(batch, advantages, output["num_items_in_batch"])
         self._log_train_metrics(
             {metrics.PRIOR_STRENGTH: self._baseline_estimator.prior_strength}
             | metrics.baseline_metrics(batch, baselines)
@@ -208,6 +216,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             scores = self._score_completions(output, loss_mask, old_logps_forward)
             assert scores.sketches is not None  # the first of the methods
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
+            token_weights = loss_token_weights(self.args.loss_type, loss_mask).sum(dim=1)
+            batch.token_weights = self.accelerator.gather(token_weights).view_as(rewards) / batch.lengths
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         return batch
@@ -279,9 +289,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             logged.pop()
         logged.extend(advantages.tolist())
 
-    def _adapt_learning_rate(self, sketches: Tensor, advantages: Tensor, num_tokens: Any) -> None:
+    def _adapt_learning_rate(self, batch: GroupedBatch, advantages: Tensor, num_tokens: Any) -> None:
         """Signal, noise and rho of the optimizer step at hand, and its learning rate."""
         assert self.args.steps_per_generation is not None  # set by the configuration
+        sketches = batch.sketches
+        assert sketches is not None  # or there is no learning rate to adapt
+        movement = self._measure_movement(batch, advantages) if self.args.lr_adaptation == "trust_region" else {}
         if self.args.loss_type in _DIVIDED_BY_TOKENS:
             advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
         # Optimizer steps that share the batch, where above 1.
@@ -303,13 +316,39 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             metrics.RHO: self._rho,
             metrics.NUM_PROMPTS: snr.num_prompts,
         }
+        if snr.num_batches == 1:  # of several batches of one step the first one tells how far the step before went
+            values |= movement
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
-            if not math.isnan(self._rho):
+            if self.args.lr_adaptation == "trust_region":
+                schedule.set_multiplier(self._trust_region.next_multiplier(self._rho, schedule.position))
+                values[metrics.KL_TARGET] = self._trust_region.target(self._rho) * schedule.position**2
+            elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
             values[metrics.LR_MULTIPLIER] = schedule.multiplier
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(values, replace=snr.num_batches > 1)
+
+    def _measure_movement(self, batch: GroupedBatch, advantages: Tensor) -> dict[str, float]:
+        """How far the policy has moved since the last generation batch, from this one's completions."""
+        assert self._score_pass is not None
+        assert batch.sketches is not None
+        assert batch.token_weights is not None
+        scores = (batch.sketches / batch.token_weights.unsqueeze(2)).nan_to_num(
+            nan=0.0
+        )  # without tokens there is no weight
+        if math.isnan(self._trust_region.multiplier):
+            squared_norm = scores.square().sum(dim=2).mean().item()
+            self._trust_region.start(squared_norm, self._num_parameters, max(self._initial_lrs))
+        movement = self._trust_region.observe(
+            scores,
+            advantages,
+            self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum"),
+            step=self.state.global_step,
+            is_exact=self._num_parameters <= self.args.score_sketch_dim,
+        )
+        values = {metrics.KL: movement.kl, metrics.CURVATURE: movement.curvature}
+        return values | {metrics.PREDICTED_GAIN: movement.predicted_gain}
 
     def _log_train_metrics(self, values: dict[str, float], *, replace: bool = False) -> None:
         for name, value in values.items():
@@ -327,17 +366,25 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
-        adapts = self.args.lr_adaptation == "snr"
+        last_multiplier = self._trust_region.multiplier
+        self._trust_region.restart()
+        adapts = self.args.lr_adaptation != "none"
         optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
         if adapts:
             check_steerable(optimizer_in_use)
         super().create_scheduler(num_training_steps, optimizer)
         if adapts and not isinstance(self._schedule, SNRScheduler):
             check_wrappable(self.lr_scheduler)
-            low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
-            self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
-            if not math.isnan(self._rho):  # of rollouts that an earlier `train` has not used up
-                self.lr_scheduler.set_rho(self._rho)
+            # What is set here is of rollouts that an earlier `train` has not used up.
+            if self.args.lr_adaptation == "trust_region":
+                self.lr_scheduler = SNRScheduler(self.lr_scheduler)  # no step before the first batch
+                if not math.isnan(last_multiplier):
+                    self.lr_scheduler.set_multiplier(last_multiplier)
+            else:
+                low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
+                self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
+                if not math.isnan(self._rho):
+                    self.lr_scheduler.set_rho(self._rho)
         lrs = initial_lrs(self._schedule)
         if lrs != self._initial_lrs:
             # In place: for a DeepSpeed file with an optimizer of its own transformers calls this first on a copy of the trainer.
@@ -360,6 +407,11 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         line += f"{args.baseline!r}; learning rate: the schedule (from {rates})"
         if args.lr_adaptation == "none":
             return line + " alone, as in GRPOTrainer."
+        if args.lr_adaptation == "trust_region":
+            return (
+                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x rho nats "
+                "per generation batch, whatever `learning_rate` is; `learning_rate` is logged as applied."
+            )
         low, high = args.snr_min_multiplier, args.snr_max_multiplier
         return (
             f"{line} x rho, {low:g} to {high:g} times it and {low:g} while rho is unknown. A rate that was tuned without this "
@@ -379,15 +431,17 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
             "gradient_snr": self._gradient_snr.averages.state_dict(),
+            "trust_region": self._trust_region.state_dict(),
             "prior_strength": None if automatic is None else automatic.state_dict(),
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         args, automatic = self.args, self._baseline_estimator.automatic
-        averages = args.lr_adaptation == "snr" or (args.baseline == "gradient_weighted" and automatic is not None)
+        averages = args.lr_adaptation != "none" or (args.baseline == "gradient_weighted" and automatic is not None)
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
+        self._trust_region.load_state_dict(state["trust_region"])
         if automatic is not None and state["prior_strength"] is not None:
             automatic.load_state_dict(state["prior_strength"])
 

@@ -14,7 +14,7 @@ from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
-LR_ADAPTATIONS = ("snr", "none")
+LR_ADAPTATIONS = ("trust_region", "snr", "none")
 
 
 class _Refusal(NamedTuple):
@@ -33,7 +33,7 @@ def _unknown(name: str, choices: tuple[str, ...]) -> _Refusal:
 
 
 def _adapts(args: Any) -> bool:
-    return args.lr_adaptation == "snr"
+    return args.lr_adaptation != "none"
 
 
 def _straddle(first: Any, second: Any) -> bool:
@@ -86,6 +86,18 @@ _REFUSALS = (
         "use at least 1",
     ),
     _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 1, "it is a length", "use at least 1"),
+    _Refusal(
+        "trust_region_kl",
+        lambda args: not args.trust_region_kl > 0,
+        "it is a distance in nats",
+        "use a positive number",
+    ),
+    _Refusal(
+        "score_scope",
+        lambda args: args.lr_adaptation == "trust_region" and args.score_scope != "all",
+        "the trust region measures how far all trainable parameters move the policy",
+        "use 'all', or lr_adaptation='snr' or 'none'",
+    ),
     _Refusal("snr_ema_decay", lambda args: not 0 <= args.snr_ema_decay < 1, "it is a decay", "use a number in [0, 1)"),
     _Refusal(
         "snr_min_multiplier",
@@ -179,7 +191,7 @@ def check_options(args: Any) -> None:
 def check_prompts(args: Any) -> None:
     """Refuse or warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch."""
     per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
-    adapts = args.lr_adaptation == "snr"
+    adapts = args.lr_adaptation != "none"
     has_prior = args.baseline == "gradient_weighted" and args.baseline_prior_strength != 0
     batch = (
         f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} completions "
@@ -190,7 +202,7 @@ def check_prompts(args: Any) -> None:
     if adapts and max(per_step, per_batch) < 2:
         _refuse(
             "lr_adaptation",
-            "snr",
+            args.lr_adaptation,
             f"{batch}, and the noise of a gradient shows only between prompts",
             f"{remedy}, or set lr_adaptation='none'",
         )
@@ -213,7 +225,7 @@ def check_backend(trainer: Any) -> None:
     """Raise a `ValueError` for what the trainer's backend does that OBLR-PO cannot work with."""
     args, state = trainer.args, trainer.accelerator.state
     deepspeed = state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    if args.lr_adaptation == "snr" and deepspeed is not None and "scheduler" in deepspeed.deepspeed_config:
+    if args.lr_adaptation != "none" and deepspeed is not None and "scheduler" in deepspeed.deepspeed_config:
         raise ValueError(
             "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
             "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."

@@ -93,6 +93,14 @@ class _Side:
         values = values.to(self.draws.dtype)
         return values if self.sign_key is None else values * self.draws.signs(self.sign_key, self.dim)
 
+    def project_some(self, values: Tensor, first: int) -> Tensor:
+        """`P[first : first + R].T @ values` of R rows, `(R, C)`."""
+        if self.width != self.dim:
+            return self.matrix()[first : first + values.size(0)].T @ values
+        full = values.new_zeros(self.dim, values.size(1))
+        full[first : first + values.size(0)] = values
+        return full if self.sign_key is None else full * self.draws.signs(self.sign_key, self.dim).unsqueeze(1)
+
     def look_up(self, indices: Tensor) -> Tensor:
         """Rows of P, the projections of unit vectors."""
         if self.width == self.dim:
@@ -207,6 +215,16 @@ class Projections:
         values = values.to(total.dtype).view(-1, rows.dim, columns.dim)
         # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
         self.add_matrix(total, name, columns.project(rows.project(values.mT).mT))
+
+    def add_entries(self, total: Tensor, name: str, values: Tensor, start: int) -> None:
+        """Add `(n,)` consecutive entries of a flattened matrix, from entry `start` on, to `total` (1, 2 k), in place."""
+        rows, columns = self._parameters[name].rows, self._parameters[name].columns
+        first, last = start // columns.dim, (start + values.numel() - 1) // columns.dim + 1
+        block = values.new_zeros((last - first) * columns.dim)
+        block[start - first * columns.dim :][: values.numel()] = values
+        self.add_matrix(
+            total, name, rows.project_some(columns.project(block.view(-1, columns.dim)), first).unsqueeze(0)
+        )
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""

@@ -4,6 +4,7 @@ One name per parameter, however often it is used: tied embeddings are one matrix
 are the adapter's and its copies of whole modules; a method that does not use them by calling a layer is refused.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -65,6 +66,11 @@ class ScopedParameters:
     first_block: nn.Module | None = None
     # Names of parameters with a row for every token: of embeddings and of the output projection.
     tables: set[str] = field(default_factory=set)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of entries of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def num_uses(self, calls: Counter[nn.Module]) -> Counter[str]:
         """How often each parameter is used in a pass in which the layers were called `calls` times."""

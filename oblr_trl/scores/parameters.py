@@ -1,0 +1,97 @@
+"""Sketch of the parameters themselves: the difference of two is the sketch of what the optimizer did in between.
+
+Sketches are linear, so `sketch(theta_new) - sketch(theta_old) = sketch(theta_new - theta_old)`, and its inner product with the
+sketch of a score estimates \\( \\langle \\nabla \\log \\pi(o), \\Delta\\theta \\rangle \\), the change of a completion's
+log-probability to first order. Nothing is copied and nothing is run: every process projects the float32 entries that it holds,
+and sketches add up.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from oblr_trl.scores.scopes import resolve_scope
+from oblr_trl.scores.score_pass import ScorePass
+
+
+class LocalEntries(NamedTuple):
+    """The entries of one parameter that this process holds, in the precision that the optimizer steps in."""
+
+    values: Tensor  # (n,), consecutive entries of the flattened parameter
+    start: int  # of the first one
+    num_copies: int  # processes that hold these entries
+
+
+def local_entries(parameter: nn.Parameter) -> LocalEntries:
+    """
+    What this process holds of a parameter: all of it (one process, DDP), or its shard of DeepSpeed's float32 master copy or of
+    FSDP 2's parameter.
+
+    Raises:
+        `ValueError`: If the parameter is sharded in another way than along its first axis.
+    """
+    engine_parameter: Any = parameter
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: a flat shard, padded at the end
+        shard = engine_parameter._z3_optimizer.get_local_fp32_param(parameter).flatten()
+        start = dist.get_rank(engine_parameter.ds_process_group) * engine_parameter.ds_tensor.ds_numel
+        return LocalEntries(shard[: max(engine_parameter.ds_numel - start, 0)], start, 1)
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1, ZeRO-2: a fragment of the flattened group, or nothing
+        mapping = engine_parameter._hp_mapping
+        if mapping is None:
+            return LocalEntries(torch.empty(0, device=parameter.device), 0, 1)
+        return LocalEntries(mapping.get_hp_fragment().flatten(), mapping.lp_fragment_address.start, 1)
+    if isinstance(engine_parameter, DTensor):
+        return _of_dtensor(engine_parameter)
+    copies = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return LocalEntries(parameter.detach().flatten(), 0, copies)
+
+
+def _of_dtensor(parameter: DTensor) -> LocalEntries:
+    """FSDP 2 gives process i of n the i-th of `torch.chunk`'s blocks of rows."""
+    start, copies = 0, 1
+    for axis, placement in enumerate(parameter.placements):
+        size = parameter.device_mesh.size(axis)
+        if placement.is_replicate():
+            copies *= size
+        elif type(placement) is Shard and placement.dim == 0 and not start:
+            rows = -(-parameter.size(0) // size)
+            start = parameter.device_mesh.get_local_rank(axis) * rows * (parameter.numel() // parameter.size(0))
+        else:
+            raise ValueError(
+                f"The trust region cannot read a parameter that is sharded as {parameter.placements}, only along its first "
+                "axis, as FSDP 2 does. Use lr_adaptation='snr' or 'none'."
+            )
+    return LocalEntries(parameter.to_local().detach().flatten(), start, copies)
+
+
+@torch.no_grad()
+def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
+    """
+    This process's part of the sketch of the parameters in scope; the sum over processes is the sketch.
+
+    The products are taken in full float32, also where TF32 is allowed: an update is 1e-5 of the parameters.
+
+    Args:
+        score_pass ([`~scores.score_pass.ScorePass`]): The pass whose projections are used.
+
+    Returns:
+        `torch.Tensor` of shape `(k,)`: In float64.
+    """
+    scoped = resolve_scope(score_pass.model, score_pass.scope, score_pass.last_k)
+    parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
+    head = next(scoped.head.parameters(recurse=False))
+    projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
+    total = projections.empty_sum(1)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for name in scoped.shapes:
+            values, start, num_copies = local_entries(parameters[name])
+            if values.numel():
+                projections.add_entries(total, name, values.to(total) / num_copies, start)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return projections.sketch(total)[0].double()

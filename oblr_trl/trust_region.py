@@ -1,0 +1,187 @@
+r"""The learning rate that moves the policy by KL = delta x rho per generation batch, whatever the optimizer and its rate.
+
+rho alone has no scale: the learning rate of [OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, is rho / L with a
+smoothness L that nobody knows. Here it is measured: the step that was made, \\( \Delta\theta = \eta d \\), moved the policy by
+
+$$
+\mathrm{KL} = \tfrac12\, \eta^2\, d^\top F d, \qquad F = E[s s^\top]
+$$
+
+so that the rate which moves it by any other KL is known. Progress, \\( \eta a - \lambda \mathrm{KL}(\eta) \\) with gain
+\\( a = \langle \nabla J, d \rangle \\), is largest at \\( \eta = a / (\lambda d^\top F d) \\): for plain SGD Theorem 4 with \\( L = \lambda f \\),
+where f is the curvature \\( d^\top F d / \|d\|^2 \\).
+
+Everything here is plain arithmetic on numbers and score sketches. Shapes: N prompts, G completions, n = N G, k sketch length.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What the rate may change by from one generation batch to the next.
+_MAX_GROWTH = 10.0
+_MAX_SHRINKAGE = 5.0
+# Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
+_DECAY = 0.8
+_TINY = 1e-300  # keeps a bound finite where scores or rates vanish
+_STATE = ("multiplier", "_taken", "_position", "_curvature", "_weight", "_step")
+
+
+def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) -> float:
+    r"""
+    How far an update moved the policy, from completions that it has not been computed from:
+
+    $$
+    \mathrm{KL} = \tfrac12\, E\big[(\log\pi_\text{new}(o) - \log\pi_\text{old}(o))^2\big]
+                \approx \tfrac1{2n} \sum_i \langle s_i, \Delta\theta \rangle^2
+    $$
+
+    to second order in the update, in nats per completion. The completions must be those of the batch *after* the update, sampled from
+    the policy that it made: on the batch that it was computed from, every completion's own push is in the sum, which is up to
+    a hundred times the movement of others. With sketches, the square of an inner product also contains the variance of its
+    coordinates' sum, about \\( \|s\|^2 \|\Delta\theta\|^2 / k \\), as large as the KL itself: products of a coordinate with itself are
+    left out, \\( \tfrac{k}{k-1} \sum_{a \ne b} x_a x_b \\) with \\( x = z \odot u \\), which is unbiased and may be negative.
+
+    Args:
+        sketches (`torch.Tensor` of shape `(n, k)`): Score sketches of the completions, of the plain sum over tokens.
+        update (`torch.Tensor` of shape `(k,)`): Sketch of the parameter update.
+        is_exact (`bool`, *optional*, defaults to `False`): Whether sketches are as long as the parameters, and inner products exact.
+
+    Returns:
+        `float`: `nan` without completions.
+    """
+    products = sketches.double() * update.double()
+    squares = products.sum(dim=1).square()
+    if not is_exact:
+        k = update.numel()
+        squares = (squares - products.square().sum(dim=1)) * (k / (k - 1))
+    return 0.5 * squares.mean().item()
+
+
+class Movement(NamedTuple):
+    r"""
+    What the steps since the last generation batch did.
+
+    Args:
+        kl (`float`): [`kl_of_update`], in nats per completion.
+        curvature (`float`): Curvature of the policy along the update, \\( 2\, \mathrm{KL} / \|\Delta\theta\|^2 \\).
+        predicted_gain (`float`): First-order change of the mean reward, \\( \langle \hat g, \Delta\theta \rangle \\), with the gradient of the
+            batch after the steps; in units of advantages.
+    """
+
+    kl: float = math.nan
+    curvature: float = math.nan
+    predicted_gain: float = math.nan
+
+
+class TrustRegion:
+    r"""
+    Finds the multiplier of the scheduled learning rates that moves the policy by \\( \delta \rho \\).
+
+    The state is a moving average of the curvature \\( c = \mathrm{KL} / (m a)^2 \\), m being the multiplier that a step was taken with
+    and a where the schedule stood, as a part of its initial rate. The next multiplier is \\( \sqrt{\delta \rho / c} \\), at most 10
+    times and at least a fifth of the last: a schedule of constant rate moves the policy by \\( \delta \rho \\), any other one by
+    \\( \delta \rho a^2 \\). Without information (nothing moved, a KL that is not finite, no rho) the multiplier stays.
+
+    Args:
+        kl (`float`): delta, in nats per completion at rho = 1.
+        min_rho (`float`, *optional*, defaults to `0.0`): Minimum of rho.
+        max_rho (`float`, *optional*, defaults to `1.0`): Maximum of rho.
+    """
+
+    def __init__(self, kl: float, *, min_rho: float = 0.0, max_rho: float = 1.0) -> None:
+        self.kl = kl
+        self.min_rho = min_rho
+        self.max_rho = max_rho
+        self.restart()
+
+    def restart(self) -> None:
+        """Search anew, with another optimizer state or another schedule."""
+        self.multiplier = math.nan  # of the step at hand; unknown before the first batch
+        self._taken = math.nan  # of the last step that moved the policy, or the one to start with
+        self._position = math.nan  # of the schedule, at the step at hand
+        self._curvature = 0.0
+        self._weight = 0.0
+        # Of the last batch: the sketch of the parameters that generated it, and the step that it was for.
+        self._parameters: Tensor | None = None
+        self._step = -1
+
+    def start(self, squared_norm: float, num_parameters: int, learning_rate: float) -> None:
+        r"""
+        Begin where no first step can move the policy by more than delta: the entries of an update are at most the rate (Adam, Lion,
+        Muon, SGD with clipped gradients), so that by Cauchy and Schwarz \\( \langle s, \Delta\theta \rangle^2 \le \eta^2 P \|s\|^2 \\).
+        The rate that the user chose has no part in it.
+
+        Args:
+            squared_norm (`float`): Mean squared norm of a score.
+            num_parameters (`int`): P.
+            learning_rate (`float`): Largest rate that the schedule starts from, which the multiplier is to be applied to.
+        """
+        bound = math.sqrt(2 * self.kl / max(num_parameters * squared_norm, _TINY))
+        self.multiplier = self._taken = bound / max(learning_rate, _TINY)
+
+    def target(self, rho: float) -> float:
+        """KL of a step at the initial rate of the schedule, in nats per completion."""
+        return self.kl * min(max(rho, self.min_rho), self.max_rho)
+
+    def observe(
+        self, sketches: Tensor, advantages: Tensor, parameters: Tensor, *, step: int, is_exact: bool = False
+    ) -> Movement:
+        """
+        Take in a generation batch: how far the parameters have moved the policy since the batch of an earlier step.
+
+        Args:
+            sketches (`torch.Tensor` of shape `(N, G, k)`): Score sketches, of the plain sum over tokens.
+            advantages (`torch.Tensor` of shape `(N, G)`): Advantages; `nan` where a completion was not scored.
+            parameters (`torch.Tensor` of shape `(k,)`): Sketch of the parameters that generated the batch.
+            step (`int`): Number of the optimizer step that the batch is for; several batches may be for one.
+            is_exact (`bool`, *optional*, defaults to `False`): As for [`kl_of_update`].
+
+        Returns:
+            [`Movement`]: All `nan` for the first batch, and for a second one of a step.
+        """
+        before, self._parameters = self._parameters, parameters
+        moved, self._step = step != self._step, step
+        if before is None or not moved:
+            return Movement()
+        update = parameters - before.to(parameters.device)
+        kl = kl_of_update(sketches.flatten(0, 1), update, is_exact=is_exact)
+        gains = advantages * (sketches.double() @ update)
+        rate = self.multiplier * self._position
+        # A step that was skipped moved nothing and says nothing.
+        if bool(update.any()) and math.isfinite(kl) and rate > 0:
+            self._taken = self.multiplier
+            self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
+            self._weight = _DECAY * self._weight + (1 - _DECAY)
+        return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gains.nanmean().item())
+
+    def next_multiplier(self, rho: float, position: float) -> float:
+        """
+        Multiplier of the coming step, the same for any number of calls before it is taken.
+
+        Args:
+            rho (`float`): Of the batch that the step is made from; `nan` if unknown.
+            position (`float`): Where the schedule stands, as a part of its initial rate.
+        """
+        self._position = position
+        if math.isnan(rho) or not self._weight:
+            return self.multiplier
+        low, high = self._taken / _MAX_SHRINKAGE, self._taken * _MAX_GROWTH
+        curvature = self._curvature / self._weight
+        # So little movement that its estimate is noise around zero: a longer step will tell.
+        self.multiplier = min(max(math.sqrt(self.target(rho) / curvature), low), high) if curvature > 0 else high
+        return self.multiplier
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as plain numbers."""
+        sketch = None if self._parameters is None else self._parameters.tolist()
+        return {name: getattr(self, name) for name in _STATE} | {"parameters": sketch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of [`state_dict`][TrustRegion.state_dict]."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        sketch = state["parameters"]
+        self._parameters = None if sketch is None else torch.tensor(sketch, dtype=torch.float64)

@@ -1,0 +1,278 @@
+"""The trust region: KL of an update against the exact one, the search for the rate, and what the trainer does with them."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.scores.parameters import local_entries, local_parameter_sketch
+from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.score_pass import ScorePass
+from oblr_trl.scores.sketching import score_sketches
+from oblr_trl.trust_region import TrustRegion, kl_of_update
+from tests.recording import Recording, RecordingSGD, oracle_scores
+from tests.tiny_models import digit_reward, logged, random_batch, tiny_model, train
+
+TRUST = {"lr_adaptation": "trust_region", "lr_scheduler_type": "constant"}
+# Two generation batches of 4 prompts in every optimizer step, and two optimizer steps on every batch of 4 prompts.
+POOLED = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+SHARED = {"per_device_train_batch_size": 16, "steps_per_generation": 2}
+
+
+def moved(model, size, seed=1):
+    """Move the model by a random step of length `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    step = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    norm = math.sqrt(sum(part.square().sum().item() for part in step.values()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(step[name].to(parameter.dtype), alpha=size / norm)
+
+
+def log_probs(model, input_ids, attention_mask, completion_mask):
+    num_tokens = completion_mask.size(1)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -num_tokens - 1 : -1]
+    logps = logits.log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
+    return (logps * completion_mask).sum(dim=1)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_untied", "gpt2"])
+def test_inner_products_with_the_update_are_changes_of_log_probabilities(architecture):
+    """Tied and untied tables, norms and biases: with a sketch as long as the parameters every product is exact."""
+    batch = random_batch()
+    model = tiny_model(architecture, hidden_size=32, num_layers=1).double()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    score_pass = ScorePass(model, sketch_dim=num_parameters)
+    scores = score_sketches(model, *batch, sketch_dim=num_parameters)
+    old = local_parameter_sketch(score_pass)
+    with torch.no_grad():  # central differences: transformers' norms and rotations are in float32 even here
+        moved(model, 1e-3)
+        change, update = log_probs(model, *batch), local_parameter_sketch(score_pass) - old
+        moved(model, -2e-3)
+        change = (change - log_probs(model, *batch)) / 2
+    assert update.norm().item() == pytest.approx(1e-3, rel=1e-6)
+    torch.testing.assert_close(scores @ update, change, rtol=2e-3, atol=1e-7)
+    exact = 0.5 * change.square().mean().item()
+    assert kl_of_update(scores, update, is_exact=True) == pytest.approx(exact, rel=2e-3)
+
+
+def test_the_kl_is_unbiased_over_sketches_where_the_plain_square_is_not():
+    batch = random_batch(batch_size=16)
+    model = tiny_model(num_layers=2).double()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    debiased, plain = [], []
+    for seed in range(60):
+        model.load_state_dict(start)
+        score_pass = ScorePass(model, sketch_dim=256, seed=seed)
+        scores, old = score_sketches(model, *batch, sketch_dim=256, seed=seed), local_parameter_sketch(score_pass)
+        with torch.no_grad():
+            old_logps = log_probs(model, *batch)
+            moved(model, 1e-4)
+            exact = 0.5 * (log_probs(model, *batch) - old_logps).square().mean().item()
+        update = local_parameter_sketch(score_pass) - old
+        debiased.append(kl_of_update(scores, update) / exact)
+        plain.append(kl_of_update(scores, update, is_exact=True) / exact)
+    debiased, plain = torch.tensor(debiased), torch.tensor(plain)
+    error = debiased.std() / math.sqrt(len(debiased))
+    assert abs(debiased.mean() - 1) < 3 * error
+    assert plain.mean() - 1 > 6 * error
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
+    """However the flattened parameters are cut: a matrix that is projected, a table, a small matrix, a vector, a scalar."""
+    shapes = {"matrix": (96, 80), "table": (600, 24), "small": (6, 5), "vector": (70,), "scalar": ()}
+    sketch_dim = data.draw(st.sampled_from([64, 256, 200_000]))
+    projections = Projections(
+        shapes, tables={"table"}, sketch_dim=sketch_dim, seed=3, dtype=torch.float64, device=torch.device("cpu")
+    )
+    whole, shards = projections.empty_sum(1), projections.empty_sum(1)
+    for i, (name, shape) in enumerate(shapes.items()):
+        values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        projections.add_dense(whole, name, values.unsqueeze(0))
+        cut = data.draw(st.integers(0, values.numel()))
+        for start, part in ((0, values[:cut]), (cut, values[cut:])):
+            if part.numel():
+                projections.add_entries(shards, name, part, start)
+    torch.testing.assert_close(projections.sketch(shards), projections.sketch(whole))
+
+
+def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():
+    parameter = nn.Parameter(torch.arange(12.0).view(3, 4))
+    assert local_entries(parameter).values.tolist() == list(range(12))
+    mapping = SimpleNamespace(
+        get_hp_fragment=lambda: torch.tensor([5.5, 6.5]), lp_fragment_address=SimpleNamespace(start=5)
+    )
+    parameter._hp_mapping = mapping
+    entries = local_entries(parameter)
+    assert (entries.values.tolist(), entries.start, entries.num_copies) == ([5.5, 6.5], 5, 1)
+    parameter._hp_mapping = None  # another process holds it
+    assert local_entries(parameter).values.numel() == 0
+
+
+def policy(curvature):
+    """A region and a policy whose KL is `curvature` x rate^2: one score, one coordinate."""
+
+    def step(region, index, rate, rho=0.5, position=1.0):
+        position_now = rate * 1.0
+        sketches, parameters = torch.full((2, 2, 1), math.sqrt(2 * curvature)), torch.tensor([position_now])
+        return region.observe(
+            sketches.double(), torch.zeros(2, 2), parameters.double(), step=index, is_exact=True
+        ), region.next_multiplier(rho, position)
+
+    return step
+
+
+@pytest.mark.parametrize("learning_rate", [1e-7, 1e-2])
+@pytest.mark.parametrize("curvature", [1e-2, 1e6])
+def test_the_search_ends_at_the_target_whatever_it_starts_from(learning_rate, curvature):
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2 * curvature, num_parameters=10**6, learning_rate=learning_rate)
+    step, total, rates = policy(curvature), 0.0, []
+    for index in range(30):
+        _, multiplier = step(region, index, total)
+        rates.append(multiplier * learning_rate)
+        total += rates[-1]
+    # KL = c rate^2 = 0.02 x 0.5, so rate = sqrt(0.01 / c).
+    assert rates[-1] == pytest.approx(math.sqrt(0.01 / curvature), rel=1e-6)
+    # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta.
+    assert rates[0] == pytest.approx(math.sqrt(0.02 / curvature) / 1000)
+    growth = torch.tensor(rates[1:]) / torch.tensor(rates[:-1])
+    assert growth.max() <= 10 * (1 + 1e-6)
+
+
+def test_the_rate_is_held_where_a_batch_says_nothing():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=4, learning_rate=1.0)
+    step = policy(1.0)
+    total = 0.0
+    for index in range(10):
+        _, multiplier = step(region, index, total)
+        total += multiplier
+    state = region.state_dict()
+    assert step(region, 10, total, rho=math.nan)[1] == multiplier  # no rho
+    region.load_state_dict(state)
+    assert step(region, 10, total - multiplier)[1] == pytest.approx(multiplier)  # a step that was skipped
+    region.load_state_dict(state)
+    assert step(region, 10, math.inf)[1] == pytest.approx(multiplier)  # a KL that is not finite
+    region.load_state_dict(state)
+    assert step(region, 10, total)[1] == pytest.approx(multiplier)
+    region.load_state_dict(json.loads(json.dumps(state)))
+    assert step(region, 10, 1e6)[1] == pytest.approx(multiplier / 5)  # far too far: the bound of a change
+
+
+def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=4, learning_rate=1.0)
+    step, total = policy(1.0), 0.0
+    for index in range(12):
+        movement, multiplier = step(region, index, total, position=0.5)
+        again, same = step(region, index, total, position=0.5)
+        assert math.isnan(again.kl)
+        assert same == multiplier
+        total += 0.5 * multiplier
+    # The multiplier is that of the full rate, so half of it moves by a quarter of delta rho.
+    assert multiplier == pytest.approx(0.1, rel=1e-6)
+    assert movement.kl == pytest.approx(0.01 / 4, rel=1e-3)
+
+
+def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
+    options = {**TRUST, "max_steps": 2, "learning_rate": 1.0, "trust_region_kl": 0.05}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
+    first, second = trainer.batches
+    model = tiny_model(num_layers=2)
+    model.load_state_dict(first["state"])
+    inputs = [torch.cat([first[f"prompt_{key}"], first[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
+    with torch.no_grad():
+        before = log_probs(model, *inputs, first["completion_mask"])
+        model.load_state_dict(second["state"])
+        change = log_probs(model, *inputs, first["completion_mask"]) - before
+    assert 0 < 0.5 * change.square().mean() < 0.05
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim):
+    """The measured KL against exact log-ratios of the same completions under both weights."""
+    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.05, "optim": optim, "snr_min_multiplier": 0.2}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
+    measured, target = (torch.tensor(logged(trainer, f"trust_region/{name}")[-8:]) for name in ("kl", "kl_target"))
+    model, exact = tiny_model(num_layers=2), []
+    for before, batch in zip(trainer.batches[-9:-1], trainer.batches[-8:], strict=True):
+        inputs = [torch.cat([batch[f"prompt_{key}"], batch[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
+        with torch.no_grad():
+            model.load_state_dict(batch["state"])
+            logps = log_probs(model, *inputs, batch["completion_mask"])
+            model.load_state_dict(before["state"])
+            exact.append(0.5 * (logps - log_probs(model, *inputs, batch["completion_mask"])).square().mean().item())
+    assert measured.mean().item() == pytest.approx(sum(exact) / len(exact), rel=0.25)
+    assert 0.3 < measured.mean() / target.mean() < 3
+
+
+@pytest.mark.parametrize("options", [{}, POOLED, SHARED])
+def test_the_start_and_the_unit_of_rewards_do_not_matter(tmp_path, options):
+    def tenfold(completions, **kwargs):
+        return [10 * reward for reward in digit_reward(completions)]
+
+    def rates(name, **changes):
+        trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / name, **(TRUST | {"max_steps": 6} | options | changes))
+        return torch.tensor(logged(trainer, "learning_rate"))
+
+    reference = rates("reference")
+    assert len(set(reference.tolist())) >= 3
+    torch.testing.assert_close(rates("low", learning_rate=1e-7), reference, rtol=1e-3, atol=0)
+    torch.testing.assert_close(rates("high", learning_rate=1e-2), reference, rtol=1e-3, atol=0)
+    torch.testing.assert_close(rates("rewards", reward=tenfold), reference, rtol=1e-2, atol=0)
+
+
+def test_groups_of_parameters_keep_their_ratios(tmp_path):
+    model = tiny_model(num_layers=2)
+    (head, *others) = model.parameters()
+    optimizer = RecordingSGD([{"params": [head], "lr": 0.1}, {"params": others, "lr": 0.02}])
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, optimizers=(optimizer, None), **TRUST)
+    multipliers = logged(trainer, "lr_multiplier")
+    for (first, second), multiplier in zip(optimizer.used, multipliers, strict=True):
+        assert first == pytest.approx(0.1 * multiplier)
+        assert second == pytest.approx(0.02 * multiplier)
+
+
+@pytest.mark.parametrize("options", [{}, SHARED | {"save_steps": 3}], ids=["between batches", "on old rollouts"])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, options):
+    options = TRUST | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2} | options
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{options['save_steps']}")
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **options)
+    names = ("learning_rate", "trust_region/kl", "trust_region/kl_target", "lr_multiplier", "loss")
+    for name in names:
+        assert logged(resumed, name) == logged(whole, name)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
+    """The sketch of `grpo` is of the mean over tokens, the KL of the sum."""
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, **TRUST, loss_type="grpo", max_steps=2, score_sketch_dim=100_000
+    )
+    before, batch = trainer.batches
+    scores = oracle_scores(batch).flatten(0, 1)
+    model = tiny_model(num_layers=2)
+    model.load_state_dict(before["state"])
+    old = nn.utils.parameters_to_vector(model.parameters())
+    model.load_state_dict(batch["state"])
+    update = nn.utils.parameters_to_vector(model.parameters()) - old
+    expected = 0.5 * (scores.double() @ update.double()).square().mean().item()
+    assert logged(trainer, "trust_region/kl")[-1] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_scope_that_leaves_parameters_out_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="score_scope='lm_head': the trust region measures how far all trainable"):
+        OBLRPOConfig(
+            str(tmp_path), **TRUST, score_scope="lm_head", gradient_accumulation_steps=16, use_cpu=True, bf16=False
+        )
