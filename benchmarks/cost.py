@@ -45,12 +45,6 @@ class CostArguments(Case):
         default="", metadata={"help": "Where the numbers go; by default cost.json or, with vLLM, cost_vllm.json."}
     )
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"`rounds` must be at least 1, got {self.rounds}: a ratio needs a step of each trainer.")
-        if self.num_generations < 2:
-            raise ValueError("`num_generations` must be at least 2: the control compares completions.")
-
     def case(self) -> Case:
         """The random policy and its batch."""
         return Case(**{field.name: getattr(self, field.name) for field in fields(Case)})

@@ -53,7 +53,10 @@ class SNRArguments:
     )
     num_prompts: int = field(default=768, metadata={"help": "Prompts of a draw."})
     population_size: int = field(
-        default=40_000, metadata={"help": "Prompts that stand for the training distribution."}
+        default=40_000,
+        metadata={
+            "help": "Prompts that stand for the training distribution, or as many as are drawn if those are more."
+        },
     )
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt, as in the recipe."})
     batch_sizes: list[int] = field(
@@ -70,17 +73,6 @@ class SNRArguments:
                     "`truth_batch_size`) do not divide, or they have fewer than the two prompts that a noise needs: "
                     "change one of them."
                 )
-        needed = len(self.steps) * self.prompts_per_policy
-        if self.population_size < needed:
-            raise ValueError(
-                f"`population_size` is {self.population_size}, but the draws of all policies need {needed} prompts: "
-                "raise it, or lower `num_prompts` or `num_seeds`."
-            )
-
-    @property
-    def prompts_per_policy(self) -> int:
-        """Prompts of all draws."""
-        return self.num_seeds * self.num_prompts
 
 
 def snapshots(model: str, steps: list[int], directory: str) -> dict[int, str]:
@@ -153,12 +145,14 @@ def main(args: SNRArguments) -> None:
     """Train or read the policies, measure, print and write."""
     started = machine()
     policies = snapshots(args.model, args.steps, args.run_dir)
-    data = DataArguments(task=TASK, task_params=TASK_PARAMS, train_size=args.population_size, train_seed=_PROMPT_SEED)
+    per_policy = args.num_seeds * args.num_prompts
+    num_rows = max(args.population_size, len(policies) * per_policy)
+    data = DataArguments(task=TASK, task_params=TASK_PARAMS, train_size=num_rows, train_seed=_PROMPT_SEED)
     rows = cast(list[dict[str, str]], list(load_prompts(data)["train"]))
     problems = count_problems([row["prompt"] for row in rows], [row["solution"] for row in rows])
     results = []
     for number, (step, directory) in enumerate(tqdm(policies.items(), desc="policies")):
-        drawn = rows[number * args.prompts_per_policy :][: args.prompts_per_policy]
+        drawn = rows[number * per_policy : (number + 1) * per_policy]
         results.append(measure_policy(args, directory, drawn, problems, step))
     print(markdown({"policies": results, "settings": asdict(args)}))
     write_record(args.output, args, started, {"policies": results})

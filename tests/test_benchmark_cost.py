@@ -137,15 +137,6 @@ def test_the_cost_command_writes_a_complete_record_that_its_section_reads(tmp_pa
     assert "| vLLM: step / GRPO's | pass / GRPO's step |" in text
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [("--rounds 0", "`rounds`"), ("--num_generations 1", "`num_generations`"), ("--sed 1", "--sed")],
-)
-def test_settings_without_a_ratio_and_misspelt_ones_are_refused(argv, message):
-    with pytest.raises(ValueError, match=message):
-        parse(CostArguments, argv)
-
-
 def test_a_demo_model_that_is_missing_is_named(tmp_path, restored_threads):
     arguments = parse(CostArguments, f"--demo_model {tmp_path} --output {tmp_path / 'cost.json'}")
     with pytest.raises(ValueError, match=r"`demo_model`.*examples.tiny_qwen3"):

@@ -109,22 +109,12 @@ def test_a_batch_size_is_summarised_over_all_orders_of_the_prompts():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"num_prompts": 10, "batch_sizes": [4], "truth_batch_size": 5},
-            "`num_prompts` is 10, .*of 4 .*do not divide",
-        ),
-        ({"batch_sizes": [1]}, "fewer than the two prompts"),
-        (
-            {"num_prompts": 8, "batch_sizes": [4], "truth_batch_size": 4, "population_size": 10},
-            "`population_size` is 10, but .* need 96 prompts",
-        ),
-    ],
+    ("batch_sizes", "message"),
+    [([4], "`num_prompts` is 10, .*of 4 .*do not divide"), ([1], "fewer than the two prompts")],
 )
-def test_settings_that_do_not_fit_name_the_field_and_the_remedy(options, message):
+def test_batches_that_do_not_fit_name_the_field_and_the_remedy(batch_sizes, message):
     with pytest.raises(ValueError, match=message):
-        snr.SNRArguments(**options)
+        snr.SNRArguments(num_prompts=10, batch_sizes=batch_sizes, truth_batch_size=5)
 
 
 @pytest.mark.slow

@@ -134,13 +134,6 @@ def test_a_missing_figure_is_found(copy):
     assert report.stale(copy) == ["docs/figures/variance.png"]
 
 
-def test_a_missing_record_is_named(copy):
-    (copy / "benchmarks" / "results" / "cost.json").unlink()
-
-    with pytest.raises(ValueError, match=r"'cost' needs cost.json"):
-        report.stale(copy)
-
-
 def test_missing_markers_are_named(copy):
     change(copy / "docs" / "results.md", "<!-- snr: end -->", "")
     with pytest.raises(ValueError, match="`<!-- snr: begin -->` and `<!-- snr: end -->` once"):
