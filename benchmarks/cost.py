@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,15 @@ class CostArguments(Case):
         default="", metadata={"help": "Where the numbers go; by default cost.json or, with vLLM, cost_vllm.json."}
     )
 
-    def case(self) -> Case:
-        """The random policy and its batch."""
-        return Case(**{field.name: getattr(self, field.name) for field in fields(Case)})
-
 
 def measure_random(args: CostArguments) -> dict[str, Any]:
     """All methods on the random policy."""
-    case, methods = args.case(), VLLM_METHODS if args.vllm else list(METHODS)
+    methods = VLLM_METHODS if args.vllm else list(METHODS)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = random_trainers(case, methods, Path(folder), rounds=args.rounds, seed=args.seed, use_vllm=args.vllm)
+        trainers = random_trainers(args, methods, Path(folder), rounds=args.rounds, seed=args.seed, use_vllm=args.vllm)
         measured = interleave(trainers, args.rounds)
     trainers[CONTROL].accelerator.end_training()
-    return {"case": asdict(case), **summarise(measured)}
+    return summarise(measured)
 
 
 def measure_demo(args: CostArguments) -> dict[str, Any]:

@@ -88,11 +88,6 @@ def _sketch_flops(num_rows: int, num_columns: int, sketch_dim: int) -> int:
     return rows + columns + 2 * row_width * column_width
 
 
-def main() -> None:
-    """Rewrite the document's tables."""
-    DOCUMENT.write_text(scale_document())
-
-
 def scale_document(gpu_record: Path = GPU_RECORD) -> str:
     """The document with fresh tables; what has no record is called not measured."""
     tables = {
@@ -152,4 +147,4 @@ def _gpu(path: Path) -> list[Row]:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()  # for `--help`
-    main()
+    DOCUMENT.write_text(scale_document())

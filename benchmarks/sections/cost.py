@@ -24,17 +24,17 @@ def table(record: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def _conditions(record: dict[str, Any], name: str) -> str:
+def _conditions(record: dict[str, Any]) -> str:
     """The random policy, its batch, rounds, seed, and the seconds of the control's step."""
-    case, settings = record["comparisons"][name]["case"], record["settings"]
+    settings = record["settings"]
     times = ", ".join(
         f"{median(comparison['seconds']['grpo']):.2f} s ({_COLUMNS[name]})"
         for name, comparison in record["comparisons"].items()
     )
     return (
-        f"The random policy is a Qwen3 (hidden {case['hidden_size']}, {case['num_layers']} layers, vocabulary "
-        f"{case['vocab_size']}, float32), {case['num_prompts']} prompts x {case['num_generations']} completions of "
-        f"{case['prompt_length']} + {case['completion_length']} tokens per step; median [quartiles] over {settings['rounds']} rounds, "
+        f"The random policy is a Qwen3 (hidden {settings['hidden_size']}, {settings['num_layers']} layers, vocabulary "
+        f"{settings['vocab_size']}, float32), {settings['num_prompts']} prompts x {settings['num_generations']} completions of "
+        f"{settings['prompt_length']} + {settings['completion_length']} tokens per step; median [quartiles] over {settings['rounds']} rounds, "
         f"seed {settings['seed']}. A GRPO step takes {times}."
     )
 
@@ -46,9 +46,9 @@ def markdown(record: dict[str, Any]) -> str:
             f"`make bench-vllm`: as above, but completions come from vLLM {record['machine']['versions']['vllm']} in colocate mode on "
             "the CPU. All trainers take turns with one engine and load their weights into it in each step. TRL itself computes old "
             "log-probabilities in a forward pass then, whose place the scoring pass takes where the importance ratio allows it: the "
-            f"pass may cost more than the step grows. {_conditions(record, 'vllm')}\n\n{table(record)}"
+            f"pass may cost more than the step grows. {_conditions(record)}\n\n{table(record)}"
         )
     return (
         "`make bench`: real training steps (generation by transformers, rewards, scoring, backward, optimizer) of all trainers in "
-        f"turn in one process with {record['machine']['num_threads']} thread. {_conditions(record, 'transformers')}\n\n{table(record)}"
+        f"turn in one process with {record['machine']['num_threads']} thread. {_conditions(record)}\n\n{table(record)}"
     )
