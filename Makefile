@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 demo demo-seeds notebooks ablation study bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks notebooks-write results report study bench bench-vllm \
-	bench-memory bench-precision bench-gpu bench-variance bench-snr ablation clean
+	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -80,7 +80,7 @@ notebooks-write: install  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
-results: study bench bench-vllm bench-memory bench-precision bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
+results: study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
 
 report: install  ## Write tables and figures of docs/results.md from benchmarks/results
 	$(BIN)/python -m benchmarks.report
@@ -89,10 +89,9 @@ study: install  ## The learning study: methods x learning rates x seeds x tasks 
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.learning
 
-bench: install  ## Measure the cost of whole training steps and of the scoring pass; wants an idle machine
+bench: install  ## Measure the cost of whole training steps; wants an idle machine
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m benchmarks.cost
-	$(BIN)/python -m benchmarks.score_pass
 
 bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps that generate with vLLM; wants an idle machine
 	$(VENV_VLLM)/bin/python -m benchmarks.cost --vllm
@@ -100,16 +99,12 @@ bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps
 bench-memory: install  ## Measure the peak memory of the scoring pass against training's
 	$(BIN)/python -m benchmarks.score_memory
 
-bench-precision: install  ## Measure score norms in bfloat16 and float16 against float64 on low-entropy policies
-	$(BIN)/python -m benchmarks.precision
-
 bench-gpu: install  ## Measure time and memory of the scoring pass at 4B and 8B; needs a GPU
 	$(BIN)/python -m benchmarks.gpu
 
-bench-variance: install  ## Measure the gradient's variance under each baseline, and how faithful sketches and scopes are
+bench-variance: install  ## Measure the gradient's variance under each baseline and score scope
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.variance
-	$(BIN)/python -m benchmarks.fidelity
 
 bench-snr: install  ## Measure how right rho is
 	$(BIN)/python -m examples.tiny_qwen3

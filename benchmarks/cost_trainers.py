@@ -1,6 +1,5 @@
 """The trainers that the cost study compares: TRL's control and OBLR-PO's scopes, equal in everything but the algorithm."""
 
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ class Case:
     vocab_size: int = field(default=2048, metadata={"help": "Vocabulary."})
     prompt_length: int = field(default=16, metadata={"help": "Tokens of every prompt."})
     completion_length: int = field(default=64, metadata={"help": "Tokens of every completion."})
-    num_prompts: int = field(default=4, metadata={"help": "Prompts per step and process."})
+    num_prompts: int = field(default=4, metadata={"help": "Prompts per step."})
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
 
 
@@ -128,8 +127,6 @@ def _build(
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": True,
-        # accelerate takes a backend as a wish for a process group, also where there is a single process.
-        "ddp_backend": "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
     }
     trainers = {}
     for method in methods:

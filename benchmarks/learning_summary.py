@@ -6,12 +6,13 @@ or over the seconds that the fastest method needs for all its steps (equal time)
 """
 
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.learning_runs import CONTROLS, METHODS
+from benchmarks.record import spread
 
 OURS = "oblrpo"
 # A run collapsed if it ends below this fraction of the accuracy that it started from.
@@ -117,7 +118,10 @@ def _tuning_cell(runs: Sequence[Run]) -> dict[str, Any]:
 def _evaluation_cell(runs: Sequence[Run], values: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "learning_rate": runs[0]["spec"]["learning_rate"],
-        **{name: _spread(of_seeds) for name, of_seeds in values.items()},
+        **{
+            name: {key: None if value is None else _rounded(value) for key, value in spread(of_seeds).items()}
+            for name, of_seeds in values.items()
+        },
         "collapsed": sum(map(collapsed, runs)),
         "mean_multiplier": _mean_multiplier(runs),
         "cpu_seconds": _rounded(mean(run["cpu_seconds"][-1] for run in runs)),
@@ -131,11 +135,6 @@ def _mean_multiplier(runs: Sequence[Run]) -> float:
 
 def _at_rate(runs: Sequence[Run], rate: float) -> list[Run]:
     return [run for run in runs if run["spec"]["learning_rate"] == rate]
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds, `None` for one seed."""
-    return {"mean": _rounded(mean(values)), "std": _rounded(stdev(values)) if len(values) > 1 else None}
 
 
 def _rounded(value: Any) -> float:

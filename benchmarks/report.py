@@ -1,9 +1,8 @@
 """Tables and figures of the docs from `benchmarks/results/`, and a check of the numbers in the sentences about them.
 
-    python -m benchmarks.report            # rewrites the tables in docs/results.md and the figures in docs/figures
-    python -m benchmarks.report --check    # fails where one of them does not belong to the records
+    python -m benchmarks.report
 
-A module of `benchmarks.sections` turns each record into Markdown, which stands in docs/results.md between two
+rewrites the tables in docs/results.md and the figures in docs/figures. A module of `benchmarks.sections` turns each record into Markdown, which stands in docs/results.md between two
 comments; all other text there, and the results section of README.md, is written by hand, and each of its decimal
 numbers must stand in one of the tables. A figure carries the digest of the record and of the code that it was drawn
 from, so that a stale one is found without comparing pixels.
@@ -11,20 +10,28 @@ from, so that a stale one is found without comparing pixels.
 
 import argparse
 import hashlib
-import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from benchmarks.sections import cost, learning, score_memory, snr, variance
+
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("learning", "variance", "fidelity", "snr", "cost", "cost_vllm", "score_pass", "score_memory", "precision")
-FIGURES = ("learning", "variance", "cost")
+# By the name of the record, `benchmarks/results/NAME.json`.
+SECTIONS = {
+    "learning": learning,
+    "variance": variance,
+    "snr": snr,
+    "cost": cost,
+    "cost_vllm": cost,
+    "score_memory": score_memory,
+}
+FIGURES = {"learning": "Learning speed and collapse", "variance": "Variance of the gradient"}
 _README_SECTION = re.compile(r"<!-- results: begin.*?-->\n(.*?)<!-- results: end -->", flags=re.DOTALL)
 _DIGEST = "Record"
 _DOTS_PER_INCH = 120
@@ -38,37 +45,30 @@ class Section(NamedTuple):
 
 
 def load_sections(root: Path = ROOT) -> dict[str, Section]:
-    """The sections in order, each with its record; a `ValueError` names a record that is missing or is no JSON."""
-    sections = {}
-    for name in SECTIONS:
-        module = importlib.import_module(f"benchmarks.sections.{name}")
-        try:
-            record = json.loads((root / "benchmarks" / "results" / module.RESULT).read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"The section {name!r} needs {module.RESULT} ({error}). Run the command that its module names."
-            ) from error
-        sections[name] = Section(module, record)
-    return sections
+    """The sections in order, each with its record."""
+    results = root / "benchmarks" / "results"
+    return {
+        name: Section(module, json.loads((results / f"{name}.json").read_text())) for name, module in SECTIONS.items()
+    }
 
 
 def render(name: str, section: Section) -> str:
     """A section's block in docs/results.md: figure, tables and origin, with the comments around them."""
     module, record = section
-    parts = [f"![{module.TITLE}](figures/{name}.png)"] if name in FIGURES else []
+    parts = [f"![{FIGURES[name]}](figures/{name}.png)"] if name in FIGURES else []
     return "\n\n".join(
-        [f"<!-- {name}: begin -->", *parts, module.markdown(record), _origin(section), f"<!-- {name}: end -->"]
+        [f"<!-- {name}: begin -->", *parts, module.markdown(record), _origin(name, record), f"<!-- {name}: end -->"]
     )
 
 
-def _origin(section: Section) -> str:
+def _origin(name: str, record: dict[str, Any]) -> str:
     """One line on the source of the numbers."""
-    machine = section.record["machine"]
+    machine = record["machine"]
     revision, versions = machine["git_revision"], machine["versions"]
     short = "unknown" if revision is None else revision[:7] + "-dirty" * revision.endswith("-dirty")
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers", "trl"))
     return (
-        f"<sub>`benchmarks/results/{section.module.RESULT}`, measured at commit {short} on {machine['cpu']}, "
+        f"<sub>`benchmarks/results/{name}.json`, measured at commit {short} on {machine['cpu']}, "
         f"{machine['num_cores']} cores, {packages}.</sub>"
     )
 
@@ -148,19 +148,15 @@ def _figure_digest(path: Path) -> str | None:
         return image.info.get(_DIGEST)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write, or with `--check` compare; the exit status is 1 where something is stale."""
-    parser = argparse.ArgumentParser(
-        description="Write tables and figures from benchmarks/results.", allow_abbrev=False
-    )
-    parser.add_argument("--check", action="store_true", help="fail where tables, figures or sentences are stale")
-    if not parser.parse_args(argv).check:
-        write()
+def main() -> int:
+    """Write; the exit status is 1 where a sentence does not belong to the tables."""
+    write()
     found = stale()
     if found:
-        sys.stdout.write(f"Stale: {', '.join(found)}. Run `make report`, correct the sentences, and commit both.\n")
+        sys.stdout.write(f"Stale: {', '.join(found)}. Correct the sentences.\n")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # for `--help`
     sys.exit(main())

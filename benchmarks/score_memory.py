@@ -4,15 +4,13 @@
 
 Training is the forward and backward of TRL's loss up to the gradients of the parameters, with TRL's fused output projection.
 A peak is the kernel's high-water mark of resident memory, reset before the pass (`/proc/self/clear_refs`), so that neither
-imports nor the building of the model count; malloc is told to return every freed block at once. Four ratios:
+imports nor the building of the model count; malloc is told to return every freed block at once. Two ratios:
 
-- peak: the whole process, with interpreter, libraries and parameters on both sides;
 - increment: what the peak adds to the state before. Training starts without gradients and makes them, as after
   `zero_grad(set_to_none=True)`; a scoring pass makes its projections, as in the first step. Our goal is about this one;
-- activations: relative to training that starts with its gradients allocated, as in every micro-batch of gradient
-  accumulation but the first, so that the increment excludes model and gradients;
-- floor: the same with training's output projection in tiles of an eighth of the tokens. Without Triton, TRL's keeps about eight
-  arrays of tokens times vocabulary where its kernels keep one, which flatters the other three.
+- floor: relative to training that starts with its gradients allocated, and whose output projection works in tiles of an eighth
+  of the tokens. Without Triton, TRL's keeps about eight arrays of tokens times vocabulary where its kernels keep one, which
+  flatters the other ratio.
 """
 
 import gc
@@ -39,19 +37,13 @@ from benchmarks.record import machine, write_record
 from benchmarks.score_workload import CPU, Case, Workload, WorkloadArguments, qwen3_config, scopes
 from benchmarks.sections.score_memory import table
 
-# The trainer needs sketches in addition to exact norms, for the signal-to-noise ratio.
-_EXACT = {f"exact_{name}": {**settings, "methods": ("sketch", "exact")} for name, settings in scopes(last_k=1).items()}
-SCORES: dict[str, dict[str, Any]] = scopes(last_k=1) | _EXACT
+SCORES: dict[str, dict[str, Any]] = scopes(last_k=1)
 PASSES = {
     "train": "training: forward + backward of TRL's loss, starting without gradients",
-    "train_accumulating": "the same, starting with gradients of an earlier micro-batch",
-    "train_floor": "the same, with TRL's output projection in small tiles",
+    "train_floor": "the same, starting with gradients, with TRL's output projection in small tiles",
     "all": "scope all, sketches",
     "last_k": "scope last_k = 1, sketches",
     "lm_head": "scope lm_head, sketches",
-    "exact_all": "scope all, sketches and exact norms",
-    "exact_last_k": "scope last_k = 1, sketches and exact norms",
-    "exact_lm_head": "scope lm_head, sketches and exact norms",
 }
 # Arrays of a tile's size that TRL's output projection keeps without Triton, about.
 _TILE_COPIES = 8
@@ -85,11 +77,10 @@ class ScoreMemoryArguments(WorkloadArguments):
 
 
 class Memory(NamedTuple):
-    """Bytes of memory before an operation, at most while it runs, and after it; and the seconds that it takes."""
+    """Bytes of memory before an operation and at most while it runs, and the seconds that it takes."""
 
     before: int
     peak: int
-    after: int
     seconds: float = 0.0
 
 
@@ -109,9 +100,8 @@ def measure_memory(operation: Callable[[], object], device: torch.device) -> Mem
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
-    after = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
     del result
-    return Memory(before, peak, after, seconds)
+    return Memory(before, peak, seconds)
 
 
 def _resident(counter: str) -> int:
@@ -126,7 +116,8 @@ def warm_workload(args: ScoreMemoryArguments, case: Case) -> Workload:
     workload = Workload(args, config, case, SCORES)
     input_ids, workload.input_ids = workload.input_ids, workload.input_ids[:1, :8]
     for name in ("train", *SCORES):
-        workload.seconds(name)
+        workload.run(name)
+        workload.model.zero_grad(set_to_none=True)
     workload.forget_projections()
     workload.input_ids = input_ids
     return workload
@@ -137,11 +128,10 @@ def measure_pass(args: ScoreMemoryArguments, case: Case, name: str) -> Memory:
     warnings.simplefilter("ignore", FutureWarning)  # once per process, of transformers' renamed checkpointing
     torch.set_num_threads(args.num_threads)
     workload = warm_workload(args, case)
-    if name in ("train_accumulating", "train_floor"):
+    if name == "train_floor":
         for parameter in workload.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.full_like(parameter, 1e-3)  # in memory, which zeros might not be
-    if name == "train_floor":
         num_positions = min(workload.input_ids.numel(), chunked_logprob.TOKEN_CHUNK_SIZE)
         chunked_logprob.TOKEN_CHUNK_SIZE = max(num_positions // _TILE_COPIES, 1)
     return measure_memory(lambda: workload.run(name if name in SCORES else "train"), CPU)
@@ -156,23 +146,14 @@ def fresh_processes() -> ProcessPoolExecutor:
 
 
 def summarize(measured: dict[str, list[Memory]]) -> dict[str, dict[str, Any]]:
-    """Medians of every pass over its processes, in bytes, and ratios of medians to training's."""
+    """Median increment of every pass over its processes, in bytes, and ratios of medians to training's."""
     summary: dict[str, dict[str, Any]] = {}
     for name, memories in measured.items():
-        increments = [memory.peak - memory.before for memory in memories]
-        summary[name] = {
-            "before": median(memory.before for memory in memories),
-            "peak": median(memory.peak for memory in memories),
-            "increment": median(increments),
-            "increment_spread": max(increments) - min(increments),
-            "kept": median(memory.after - memory.before for memory in memories),
-        }
+        summary[name] = {"increment": median(memory.peak - memory.before for memory in memories)}
     for name in SCORES:
         increment = summary[name]["increment"]
         summary[name]["ratios"] = {
-            "peak": summary[name]["peak"] / summary["train"]["peak"],
             "increment": increment / summary["train"]["increment"],
-            "activations": increment / summary["train_accumulating"]["increment"],
             "floor": increment / summary["train_floor"]["increment"],
         }
     return summary

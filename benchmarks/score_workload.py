@@ -1,10 +1,9 @@
-"""The model, the micro-batch and the passes over it that `score_pass`, `score_memory` and `gpu` measure.
+"""The model, the micro-batch and the passes over it that `score_memory` and `gpu` measure.
 
 Models are random, float32 on a CPU and bfloat16 on a GPU. The micro-batch has no padding, and the last three quarters of every
 sequence are the completion.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from trl.trainer.utils import add_fused_lm_head
 
 from oblr_trl.scores import ScoreOutput, ScorePass
-from oblr_trl.scores.taps import frozen_parameters
 
 CPU = torch.device("cpu")
 # TRL's trainer always asks for the entropy too.
@@ -26,7 +24,7 @@ _TRAINER_OUTPUTS = ("log_probs", "entropy")
 
 @dataclass
 class WorkloadArguments:
-    """Settings that the three benchmarks share; fields are documented by their `help`."""
+    """Settings that both benchmarks share; fields are documented by their `help`."""
 
     batch_size: int = field(default=8, metadata={"help": "Sequences of the micro-batch."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter on all linear layers."})
@@ -108,22 +106,12 @@ class Workload:
         self._passes: dict[str, Callable[[], object]] = {
             "train": self.train,
             "old_logps": self.old_logps,
-            "no_taps": self.no_taps,
-            "no_taps_own_head": self.no_taps_own_head,
             "per_sequence": self.per_sequence,
         }
 
     def run(self, name: str) -> object:
         """The pass of that name; what the caller would keep is returned."""
         return self._passes[name]() if name in self._passes else self.score(name)
-
-    def seconds(self, name: str) -> float:
-        """Time that the pass takes; its gradients are dropped outside of the measurement."""
-        start = time.perf_counter()
-        self.run(name)
-        elapsed = time.perf_counter() - start
-        self.model.zero_grad(set_to_none=True)
-        return elapsed
 
     def score(self, name: str) -> ScoreOutput:
         """Our scoring pass with the settings of that name; its first run draws the projections."""
@@ -146,18 +134,6 @@ class Workload:
         """The old-log-prob forward, which a scoring pass may replace."""
         return self._objective(_TRAINER_OUTPUTS, self.input_ids)
 
-    def no_taps(self) -> None:
-        """The arithmetic that a scoring pass cannot avoid, by TRL's means: no entropy, no weight gradient."""
-        embedded = self.model.get_input_embeddings()(self.input_ids).detach().requires_grad_()
-        with frozen_parameters(self.model):
-            torch.autograd.grad(self._objective(("log_probs",), self.input_ids, inputs_embeds=embedded), embedded)
-
-    def no_taps_own_head(self) -> None:
-        """Our pass over a single norm at the very bottom, which goes all the way down and sketches next to nothing."""
-        with frozen_parameters(self.model):
-            self.model.get_submodule("model.layers.0.input_layernorm").weight.requires_grad_(True)
-            self.score("no_taps_own_head")
-
     def per_sequence(self) -> list[Tensor]:
         """Squared norms by one forward and backward per sequence."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -167,13 +143,12 @@ class Workload:
             norms.append(torch.stack([gradient.float().square().sum() for gradient in gradients]).sum())
         return norms
 
-    def _objective(self, outputs: tuple[str, ...], input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    def _objective(self, outputs: tuple[str, ...], input_ids: Tensor) -> Tensor:
         """Summed log-probability of the completions by TRL's fused output projection."""
         num_tokens = _num_completion_tokens(input_ids)
         labels = input_ids.clone()
         labels[:, :-num_tokens] = -100
-        inputs = inputs or {"input_ids": input_ids}
-        inputs |= {"attention_mask": torch.ones_like(input_ids), "labels": labels}
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
         with _fused_head(self._decoder, outputs):
             log_probs = self.model(**inputs, fused_lm_head=True, use_cache=False).log_probs
         return log_probs[:, -num_tokens:].sum()

@@ -8,8 +8,7 @@ Shapes: P prompts, N prompts per batch, G completions per prompt, k numbers of a
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ from oblr_trl.gradient_snr import GradientMoments, GradientSNR, gradient_moments
 _WARM = 0.9
 # The trainer's default.
 DECAY = 0.9
-# A path is interpolated in logarithms; a step whose rewards are all equal has no noise.
-_FLOOR = 1e-30
 
 
 class Rollouts(NamedTuple):
@@ -101,36 +98,3 @@ def summarise_size(streams: Sequence[Sequence[GradientMoments]], true_rho: float
         "single_batch": error_summary([rho(*moments, num_prompts) for moments in batches], true_rho),
         "moving_average": error_summary(smoothed, true_rho),
     }
-
-
-def interpolated(path: Mapping[int, GradientMoments]) -> list[GradientMoments]:
-    """Moments at every step from the first to the last step of `path`, interpolated in their logarithms."""
-    logarithms = {step: [math.log(max(value, _FLOOR)) for value in path[step]] for step in sorted(path)}
-    result = []
-    for start, end in pairwise(logarithms):
-        for step in range(start, end):
-            share = (step - start) / (end - start)
-            pairs = zip(logarithms[start], logarithms[end], strict=True)
-            result.append(GradientMoments(*(math.exp((1 - share) * a + share * b) for a, b in pairs)))
-    return [*result, path[max(path)]]
-
-
-def run_errors(step_gradients: Tensor, path: Mapping[int, GradientMoments], decays: Sequence[float]) -> dict[str, Any]:
-    """
-    Error of rho along a run, of lag and of sampling, in units of rho (it is near 0 at some steps), by decay.
-
-    Args:
-        step_gradients (`torch.Tensor` of shape `(num_steps, num_prompts, k)`): Those of the trainer; batch t
-            is drawn from the policy after t steps.
-        path (`Mapping[int, GradientMoments]`): True moments by number of steps.
-        decays (`Sequence[float]`): Decays to compare.
-    """
-    num_prompts = step_gradients.size(1)
-    true = torch.tensor([rho(*moments, num_prompts) for moments in interpolated(path)][: len(step_gradients)])
-    batches = [gradient_moments(gradients) for gradients in step_gradients]
-    errors = {}
-    for decay in decays:
-        error = torch.tensor(smoothed_rhos(batches, decay, num_prompts)) - true
-        errors[str(decay)] = {"mean": error.nanmean().item(), "rms": error.square().nanmean().sqrt().item()}
-    # The spread of the true rho is the error of a constant equal to its mean: what tracking has to beat.
-    return {"mean_true_rho": true.mean().item(), "constant_rms": true.std(correction=0).item(), "errors": errors}

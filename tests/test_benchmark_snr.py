@@ -2,19 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import snr, snr_run
+from benchmarks import snr
 from benchmarks.completion_pool import sample_completions
 from benchmarks.sections import snr as section
 from benchmarks.snr_estimates import (
     Rollouts,
     batch_moments,
     error_summary,
-    interpolated,
-    run_errors,
     smoothed_rhos,
     stream_advantages,
     summarise_size,
@@ -109,65 +108,27 @@ def test_a_batch_size_is_summarised_over_all_orders_of_the_prompts():
     assert summary["moving_average"] is None  # two batches do not fill it
 
 
-def test_a_path_is_interpolated_in_logarithms():
-    path = {0: GradientMoments(1.0, 8.0), 2: GradientMoments(4.0, 2.0)}
-    expected = [pytest.approx(pair) for pair in ((1, 8), (2, 4), (4, 2))]
-    assert [tuple(moments) for moments in interpolated(path)] == expected
-
-
-def test_the_run_is_compared_with_its_own_step_of_the_path():
-    gradients = 1 + torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moments = [gradient_moments(batch) for batch in gradients]
-    assert snr.noise_around(gradients, 2, half_width=1) == pytest.approx((moments[1].noise + moments[2].noise) / 2)
-    path = {step: GradientMoments(max(m.signal, 0.1), m.noise) for step, m in enumerate(moments)}
-    path[3] = GradientMoments(1.0, 1.0)  # after the last batch: no batch is compared with it
-    errors = run_errors(gradients, path, [0.0])
-    expected = [rho(*m, 4) - rho(*p, 4) for m, p in zip(moments, path.values(), strict=False)]
-    true = torch.tensor([rho(*p, 4) for p in list(path.values())[:3]])
-    assert errors["mean_true_rho"] == pytest.approx(true.mean().item())
-    assert errors["constant_rms"] == pytest.approx(true.std(correction=0).item())
-    assert errors["errors"]["0.0"]["mean"] == pytest.approx(sum(expected) / 3, abs=1e-6)
-    assert errors["errors"]["0.0"]["rms"] == pytest.approx(math.sqrt(sum(e * e for e in expected) / 3), abs=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"num_prompts": 10, "batch_sizes": [4], "truth_batch_size": 5},
-            "`num_prompts` is 10, .*of 4 .*do not divide",
-        ),
-        ({"batch_sizes": [1]}, "fewer than the two prompts"),
-        (
-            {"num_prompts": 8, "batch_sizes": [4], "truth_batch_size": 4, "population_size": 10},
-            "`population_size` is 10, but .* need 96 prompts",
-        ),
-        ({"snapshot_steps": [1, 2]}, r"`snapshot_steps` is \[1, 2\], which must hold 0"),
-    ],
+    ("batch_sizes", "message"),
+    [([4], "`num_prompts` is 10, .*of 4 .*do not divide"), ([1], "fewer than the two prompts")],
 )
-def test_settings_that_do_not_fit_name_the_field_and_the_remedy(options, message):
+def test_batches_that_do_not_fit_name_the_field_and_the_remedy(batch_sizes, message):
     with pytest.raises(ValueError, match=message):
-        snr.SNRArguments(**options)
-
-
-def test_a_missing_start_model_is_named_with_its_command(tmp_path):
-    with pytest.raises(ValueError, match=r"python -m examples\.tiny_qwen3"):
-        snr_run.load_policy(str(tmp_path))
+        snr.SNRArguments(num_prompts=10, batch_sizes=batch_sizes, truth_batch_size=5)
 
 
 @pytest.mark.slow
-def test_the_command_writes_truth_estimates_and_drift_and_resumes(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_truth_and_estimates_and_resumes(tmp_path, monkeypatch, capsys):
     save_tiny_policy(tmp_path / "model")
     # An untrained model never answers correctly, so its answers are rewarded for a property that they do have.
     monkeypatch.setattr(snr, "task_reward", lambda task, params: length_parity)
-    sizes = {"snapshot_steps": [0, 2], "path_steps": [1], "num_prompts": 12, "num_seeds": 2, "population_size": 64}
+    sizes = {"steps": [0, 2], "num_prompts": 12, "num_seeds": 2, "population_size": 64}
     arguments = snr.SNRArguments(
         model=str(tmp_path / "model"),
         run_dir=str(tmp_path / "run"),
         output=str(tmp_path / "snr.json"),
         batch_sizes=[4, 12],
         truth_batch_size=4,
-        decays=[0.0, 0.8],
         **sizes,
     )
     snr.main(arguments)
@@ -179,17 +140,13 @@ def test_the_command_writes_truth_estimates_and_drift_and_resumes(tmp_path, monk
         assert [entry["num_prompts"] for entry in policy["batches"]] == [4, 12]
         # Two draws and as many orders: 24 prompts make 6 batches of 4, twice.
         assert policy["batches"][0]["single_batch"]["num_estimates"] == 12
-    assert [point["step"] for point in record["drift"]["path"]] == [0, 1, 2]
-    assert len(record["drift"]["cosine_to_next"]) == 2
     printed = section.markdown(record)
     assert printed in capsys.readouterr().out
     table = printed.split("\n\n")[1].splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| 4", "| 12"]
 
-    # A second call of the same settings trains nothing; the run kept the gradients of 16 prompts in every step.
-    monkeypatch.setattr(snr_run, "_train", None)
-    policies, gradients = snr_run.training_run(arguments.recipe, arguments.model, [0, 1, 2], arguments.run_dir)
-    assert gradients.shape[:2] == (2, 16)
-    assert list(policies) == [0, 1, 2]
-    for directory in policies.values():
-        snr_run.load_policy(directory)
+    # A second call of the same settings trains nothing.
+    monkeypatch.setattr(snr, "_train", None)
+    policies = snr.snapshots(arguments.model, [2, 0], arguments.run_dir)
+    assert list(policies) == [0, 2]
+    assert all((Path(directory) / "config.json").is_file() for directory in policies.values())

@@ -183,12 +183,3 @@ def test_a_record_is_plain_json_with_innermost_lists_on_one_line():
     text = record.to_json(content)
     assert json.loads(text) == json.loads(json.dumps(content))
     assert '  "a": [1, 2.5, null],' in text.splitlines()
-
-
-def test_a_record_holds_no_path_of_the_machine(tmp_path):
-    arguments = variance.VarianceArguments(kept=str(tmp_path / "kept"), output=str(tmp_path / "deep" / "out.json"))
-    record.write_record(arguments.output, arguments, record.machine(), {"result": 1})
-    written = json.loads((tmp_path / "deep" / "out.json").read_text())
-    assert str(tmp_path) not in json.dumps(written)
-    assert written["result"] == 1
-    assert {"cpu", "num_cores", "load_average", "versions", "git_revision"} <= set(written["machine"])

@@ -84,11 +84,12 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
     )
 
 
-def test_the_command_says_what_is_stale_and_fails(monkeypatch, capsys):
-    monkeypatch.setattr(report, "stale", lambda: ["README.md"])
+def test_the_command_says_which_sentence_is_stale_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(report, "write", lambda: None)
+    monkeypatch.setattr(report, "stale", lambda: ["0.1 in README.md (in no table)"])
 
-    assert report.main(["--check"]) == 1
-    assert "Stale: README.md. Run `make report`" in capsys.readouterr().out
+    assert report.main() == 1
+    assert "Stale: 0.1 in README.md (in no table). Correct the sentences." in capsys.readouterr().out
 
 
 def test_a_changed_number_in_a_table_is_found_and_written_again(copy):
@@ -133,13 +134,6 @@ def test_a_missing_figure_is_found(copy):
     assert report.stale(copy) == ["docs/figures/variance.png"]
 
 
-def test_a_missing_record_is_named(copy):
-    (copy / "benchmarks" / "results" / "cost.json").unlink()
-
-    with pytest.raises(ValueError, match=r"'cost' needs cost.json"):
-        report.stale(copy)
-
-
 def test_missing_markers_are_named(copy):
     change(copy / "docs" / "results.md", "<!-- snr: end -->", "")
     with pytest.raises(ValueError, match="`<!-- snr: begin -->` and `<!-- snr: end -->` once"):
@@ -151,7 +145,7 @@ def test_missing_markers_are_named(copy):
 
 def test_every_record_has_machine_versions_and_revision_is_small_and_is_shown():
     results = report.ROOT / "benchmarks" / "results"
-    shown = {section.module.RESULT: section.record for section in report.load_sections().values()}
+    shown = {f"{name}.json": section.record for name, section in report.load_sections().items()}
 
     assert set(shown) == {path.name for path in results.glob("*.json")} - {"gpu.json"}
     for name, record in shown.items():

@@ -10,9 +10,9 @@ import functools
 import pytest
 import torch
 
-from benchmarks.precision import PRECISIONS, SCOPES, quantities, sequences, sharpened, trained_policy
 from oblr_trl.scores import ScorePass, score_sketches
 from oblr_trl.scores.head import head_pass
+from tests.low_entropy import PRECISIONS, SCOPES, quantities, sequences, sharpened, trained_policy
 from tests.tiny_models import random_batch, tiny_model
 
 TOKENS = sequences(32, torch.Generator().manual_seed(1))

@@ -1,2 +1,2 @@
-"""Records under `benchmarks/results` as Markdown tables and figures: one module per record, used by
+"""Records under `benchmarks/results` as Markdown tables and figures: a module per kind of record, used by
 `benchmarks.report`."""

@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.sections.tables import markdown_table, plus_minus
 
-RESULT = "learning.json"
-TITLE = "Learning speed and collapse"
 LABELS = {
     "oblrpo": "OBLR-PO",
     "baseline_only": "its baseline alone",

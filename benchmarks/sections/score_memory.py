@@ -2,9 +2,6 @@
 
 from typing import Any
 
-RESULT = "score_memory.json"
-TITLE = "The scoring pass alone: memory"
-
 
 def table(record: dict[str, Any]) -> str:
     """Increments relative to training's, one row per case, and the largest of all scoring passes."""
@@ -22,7 +19,7 @@ def table(record: dict[str, Any]) -> str:
         if "ratios" in result
     )
     goal = f"(goal: at most {record['target']:.2f})"
-    return "\n".join([*lines, "", f"Largest of all scopes, with exact norms too: {largest:.2f} of training's {goal}."])
+    return "\n".join([*lines, "", f"Largest of all scopes: {largest:.2f} of training's {goal}."])
 
 
 def markdown(record: dict[str, Any]) -> str:

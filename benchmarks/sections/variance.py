@@ -7,8 +7,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.sections.tables import markdown_table, plus_minus
 
-RESULT = "variance.json"
-TITLE = "Variance of the gradient"
 _LM_HEAD = "gradient-weighted, lm_head, prior automatic"
 _FIGURE_METHODS = {
     "mean, prior automatic": "mean + prior",
