@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
@@ -23,11 +24,12 @@ from benchmarks.policies import POLICIES, policy_directory
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "lion": "sgd"}  # lion is ours, below
 # Prompt i of a task uses seed + i: training prompts of two seeds must not overlap.
 SEED_DISTANCE = 1_000_000
 _TRAINERS = {"oblrpo": (OBLRPOConfig, OBLRPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
 _BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
+_FIXED_KL = {"lr_adaptation": "trust_region", "snr_min_multiplier": 1.0}
 # Trainer, and its options in addition to the study's common settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oblrpo": ("oblrpo", {}),
@@ -38,8 +40,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rloo": ("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "none"}),
     "opo": ("oblrpo", {"baseline": "length_weighted", "baseline_leave_one_out": False, "lr_adaptation": "none"}),
 }
+# Of the study of the trust region, with one baseline.
+TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "constant": ("oblrpo", _BASELINE_ONLY),
+    "linear": ("oblrpo", _BASELINE_ONLY | {"lr_scheduler_type": "linear"}),
+    "snr": ("oblrpo", {"lr_adaptation": "snr"}),
+    "trust_region": ("oblrpo", {"lr_adaptation": "trust_region"}),
+    # The same movement whatever rho is.
+    "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
+    "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
+}
 # The baseline of `oblrpo` under rates that do not follow the SNR.
 CONTROLS = {"constant_average": ("oblrpo", _BASELINE_ONLY), "shuffled_multiplier": ("oblrpo", _BASELINE_ONLY)}
+ALL_METHODS = METHODS | CONTROLS | TRUST_REGION_METHODS
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,13 @@ class RunSpec:
     eval_steps: int = 10
     test_size: int = 512
     multipliers: tuple[float, ...] | None = None  # of the learning rate, one per step
+    lora_rank: int = 0  # 0 trains all parameters
+    temperature: float = 1.0
 
     @property
     def settings(self) -> dict[str, Any]:
         """The specification as plain values, with the definitions of the names in it."""
-        return asdict(self) | {"definitions": [asdict(POLICIES[self.policy]), (METHODS | CONTROLS)[self.method]]}
+        return asdict(self) | {"definitions": [asdict(POLICIES[self.policy]), ALL_METHODS[self.method]]}
 
 
 @functools.cache
@@ -126,6 +141,25 @@ class CurveCallback(TrainerCallback):
             self._record(0.0)
 
 
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum ([Lion](https://huggingface.co/papers/2302.06675), Algorithm 2), which transformers has
+    for GPUs only."""
+
+    def __init__(self, parameters: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                first, second = group["betas"]
+                parameter.add_(momentum.lerp(parameter.grad, 1 - first).sign(), alpha=-group["lr"])
+                momentum.lerp_(parameter.grad, 1 - second)
+
+
 def prepare_process() -> None:
     """Settings of a process that trains: one thread (a second one only contends in models of this size), silence."""
     torch.set_num_threads(1)
@@ -136,7 +170,7 @@ def prepare_process() -> None:
 
 def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train_dataset: Dataset) -> GRPOTrainer:
     policy, directory = POLICIES[spec.policy], policy_directory(spec.policy)
-    trainer_name, options = (METHODS | CONTROLS)[spec.method]
+    trainer_name, options = ALL_METHODS[spec.method]
     config_class, trainer_class = _TRAINERS[trainer_name]
     args = config_class(
         output_dir=output_dir,
@@ -146,7 +180,7 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
         max_completion_length=policy.start_model().max_completion_length,
         optim=OPTIMIZERS[spec.optimizer],
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="constant",
+        temperature=spec.temperature,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -155,18 +189,32 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=spec.num_steps,
-        **options,
+        **({"lr_scheduler_type": "constant"} | options),
     )
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if spec.lora_rank:
+        lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        model=model,
         reward_funcs=policy.reward_function(),
         args=args,
         train_dataset=train_dataset,
         processing_class=AutoTokenizer.from_pretrained(directory),
         callbacks=[callback],
+        optimizers=(Lion(model.parameters(), spec.learning_rate) if spec.optimizer == "lion" else None, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def prepared_trainer(spec: RunSpec, output_dir: str) -> tuple[GRPOTrainer, CurveCallback]:
+    """The trainer of a run, and the callback that records its curve."""
+    prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)
+    tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
+    test = prompts["test"]
+    callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
+    return _make_trainer(spec, output_dir, callback, prompts["train"]), callback
 
 
 def finished_run(directory: str, spec: RunSpec) -> dict[str, Any]:
@@ -181,13 +229,9 @@ def run(spec: RunSpec) -> dict[str, Any]:
     on every held-out prompt from there on, with the message as `failure`.
     """
     prepare_process()
-    prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)
-    tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
-    test = prompts["test"]
-    callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
     failure = None
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = _make_trainer(spec, output_dir, callback, prompts["train"])
+        trainer, callback = prepared_trainer(spec, output_dir)
         try:
             trainer.train()
         except (ValueError, RuntimeError) as error:

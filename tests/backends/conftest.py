@@ -11,7 +11,7 @@ import torch
 from examples.tiny_qwen3.model import build_model, build_tokenizer
 from tests.backends import runs
 
-COLUMNS = ("advantages", "score weights", "rho", "learning rate", "final weights")
+COLUMNS = ("advantages", "score weights", "rho", "KL", "learning rate", "final weights")
 _table = []
 _report = []
 

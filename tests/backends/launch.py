@@ -127,6 +127,7 @@ def record_everything(path):
             signal=self._gradient_snr.averages.signal,
             noise=self._gradient_snr.averages.noise,
             rho=self._metrics["train"].get("gradient_snr/rho", [None])[-1],
+            kl=self._metrics["train"].get("trust_region/kl", [None])[-1],
             prior_strength=self._metrics["train"].get("baseline/prior_strength", [None])[-1],
         )
         return output

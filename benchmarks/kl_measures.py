@@ -1,0 +1,129 @@
+"""How far does a step move the policy? The trust region's estimate from sketches, against forward passes under both weights.
+
+    python -m benchmarks.kl_measures
+
+Trains with the trust region and keeps the weights and completions of the step before. On every batch it then computes the exact
+log-ratios in float32 (of all completions, of 8 of them, and of the batch that the step was made from) and in bfloat16.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import TrlParser
+
+from benchmarks import learning_runs
+from benchmarks.completion_pool import sequence_logps
+from benchmarks.policies import policy_directory
+from benchmarks.record import machine, write_record
+from benchmarks.sections.kl_measures import markdown
+from benchmarks.trust_region import TrustRegionArguments
+from oblr_trl import metrics
+from oblr_trl.scores.parameters import local_parameter_sketch
+
+NUM_COMPLETIONS = 8
+# The first steps search for the rate: they move too little to be measured in any other way.
+NUM_SEARCH_STEPS = 10
+
+
+@dataclass
+class KLMeasuresArguments:
+    """Settings; fields are documented by their `help`."""
+
+    settings: list[str] = field(
+        default_factory=lambda: ["AdamW, 16 x 4", "AdamW, 4 x 8", "SGD, 16 x 4", "LoRA r = 8, AdamW"],
+        metadata={"help": "Settings of `benchmarks.trust_region`."},
+    )
+    num_steps: int = field(default=40, metadata={"help": "Optimizer steps."})
+    output: str = field(default="benchmarks/results/kl_measures.json", metadata={"help": "Where the numbers go."})
+
+
+def with_forward_passes(trainer: Any, rows: list[dict[str, float]]) -> None:
+    """Let a trainer append to `rows` what every way of measuring says of the step before."""
+    generate = trainer._generate_and_score_completions
+    last: dict[str, Any] = {}
+    seconds = [0.0]  # of forward passes
+
+    def logps(
+        output: dict[str, Tensor], state: dict[str, Tensor], dtype: torch.dtype, count: int | None = None
+    ) -> Tensor:
+        now = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.model.load_state_dict(state)
+        inputs = [torch.cat([output[f"prompt_{key}"], output[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            values = sequence_logps(trainer.model, *(part[:count] for part in [*inputs, output["completion_mask"]]))
+        seconds[0] += time.perf_counter() - start
+        trainer.model.load_state_dict(now)
+        return values.double()
+
+    def kl(output: dict[str, Tensor], dtype: torch.dtype = torch.float32, count: int | None = None) -> float:
+        states = (trainer.model.state_dict(), last["state"])
+        new, old = (logps(output, {n: t.clone() for n, t in state.items()}, dtype, count) for state in states)
+        return 0.5 * (new - old).square().mean().item()
+
+    def measured(inputs: Any) -> dict[str, Any]:
+        output = generate(inputs)
+        if last and trainer.state.global_step >= NUM_SEARCH_STEPS:
+            start = time.perf_counter()
+            local_parameter_sketch(trainer._score_pass)
+            sketch_seconds = time.perf_counter() - start
+            seconds[0] = 0.0
+            few = kl(output, count=NUM_COMPLETIONS)
+            few_seconds = seconds[0]
+            rows.append(
+                {
+                    "sketches": trainer._metrics["train"][metrics.KL][-1],
+                    "float32": kl(output),
+                    "float32, few": few,
+                    "bfloat16": kl(output, torch.bfloat16),
+                    "own batch": kl(last["output"]),
+                    "seconds of sketches": sketch_seconds,
+                    "seconds of few": few_seconds,
+                }
+            )
+        last.update(output=output, state={name: t.clone() for name, t in trainer.model.state_dict().items()})
+        return output
+
+    trainer._generate_and_score_completions = measured
+
+
+def measure(setting: str, num_steps: int) -> dict[str, Any]:
+    """Means over the steps of one run, and ratios to the exact KL."""
+    spec = TrustRegionArguments(num_steps=num_steps).spec(setting, "trust_region", 1e-4, 0)
+    rows: list[dict[str, float]] = []
+    learning_runs.prepare_process()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, callback = learning_runs.prepared_trainer(spec, folder)
+        with_forward_passes(trainer, rows)
+        trainer.train()
+    step = callback.cpu_seconds[-1] / spec.num_steps
+    measured = {name: [row[name] for row in rows] for name in rows[0]}
+    exact = mean(measured["float32"])
+    result: dict[str, Any] = {name: mean(values) for name, values in measured.items() if "seconds" not in name}
+    for name in ("sketches", "float32, few"):
+        errors = [value / exact for value in map(float.__sub__, measured[name], measured["float32"])]
+        result[f"{name}: spread"] = stdev(errors)
+    return result | {
+        "share of step, sketches": mean(measured["seconds of sketches"]) / step,
+        "share of step, few": mean(measured["seconds of few"]) / step,
+    }
+
+
+def main(args: KLMeasuresArguments) -> None:
+    """Measure, print and write."""
+    started, results = machine(), {}
+    for setting in args.settings:
+        policy_directory(TrustRegionArguments().spec(setting, "constant", 1.0, 0).policy)
+        results[setting] = measure(setting, args.num_steps)
+    print(markdown({"results": results}))
+    write_record(args.output, args, started, {"results": results})
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser([KLMeasuresArguments]).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,35 @@
+"""Table of `benchmarks.kl_measures`."""
+
+from typing import Any
+
+from benchmarks.sections.tables import markdown_table
+
+_COLUMNS = {
+    "float32": "exact KL, float32",
+    "sketches": "from sketches",
+    "float32, few": "float32, 8 completions",
+    "bfloat16": "bfloat16",
+    "own batch": "exact, own batch",
+}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A row per setting: mean KL of a step by each measure, spread around the exact one, and cost."""
+    header = [
+        "",
+        *_COLUMNS.values(),
+        "spread: sketches",
+        "spread: 8 completions",
+        "cost: sketches",
+        "cost: 8 completions",
+    ]
+    rows = []
+    for setting, result in record["results"].items():
+        spreads = [f"{result[f'{name}: spread']:.2f}" for name in ("sketches", "float32, few")]
+        costs = [f"{result[f'share of step, {name}']:.3f}" for name in ("sketches", "few")]
+        rows.append([setting, *(f"{result[name]:.2g}" for name in _COLUMNS), *spreads, *costs])
+    text = (
+        "Mean over the steps, in nats per completion. Spread: standard deviation of the error of one step, as a part of the mean "
+        "exact KL. Cost: as a part of a training step."
+    )
+    return f"{text}\n\n{markdown_table(header, rows)}"

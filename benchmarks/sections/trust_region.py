@@ -1,0 +1,67 @@
+"""Table and figure of `benchmarks.trust_region`."""
+
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.sections.tables import markdown_table, plus_minus
+
+LABELS = {
+    "constant": "best constant rate",
+    "linear": "linear decay, best rate",
+    "snr": "SNR multiplier, best rate",
+    "fixed_kl_1e-3": "KL = 0.001",
+    "fixed_kl_3e-3": "KL = 0.003",
+    "trust_region": "trust region",
+}
+_COLOURS = {"constant": "#000000", "trust_region": "#0072B2"}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A row per setting: gain of the best constant rate, and of the others as a share of it."""
+    settings, summary = record["settings"], record["summary"]
+    methods = [name for name in LABELS if name != "constant" and name in next(iter(summary.values()))["methods"]]
+    header = ["", "start", "best constant rate", "gain"]
+    header += [f"{LABELS[method]}: share of the gain" for method in methods] + ["rate that the trust region found"]
+    rows = []
+    for setting, part in summary.items():
+        constant, ours = part["methods"]["constant"], part["methods"]["trust_region"]
+        shares = [_interval(part["methods"][method]["share"]) for method in methods]
+        rates = [float(rate) for rate in part["tuning"]]
+        edge = " (edge)" * (constant["learning_rate"] in (min(rates), max(rates)))
+        row = [setting, f"{part['start']:.3f}", f"{constant['learning_rate']:.2g}{edge}"]
+        rows.append([*row, plus_minus(constant["gain"], ".3f"), *shares, f"{ours['found_rate']:.2g}"])
+    averages = [mean(part["methods"][method]["share"]["mean"] for part in summary.values()) for method in methods]
+    rows.append(["**mean**", "", "", "", *(f"{value:.2f}" for value in averages), ""])
+    text = (
+        f"{settings['num_steps']} steps where the setting says nothing; {settings['tuning_seeds']} seed(s) for each rate, "
+        f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
+        "part of that of the best constant rate, with its bootstrap 95 % interval."
+    )
+    return f"{text}\n\n{markdown_table(header, rows)}"
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def figure(record: dict[str, Any]) -> Figure:
+    """Held-out accuracy over the run in every setting, mean over seeds."""
+    summary = record["summary"]
+    columns = min(len(summary), 4)
+    num_rows = -(-len(summary) // columns)
+    canvas = Figure(figsize=(3.1 * columns, 2.5 * num_rows + 0.5), layout="constrained")
+    axes = canvas.subplots(num_rows, columns, squeeze=False).flatten()
+    for axis, (setting, part) in zip(axes, summary.items(), strict=False):
+        for method, cell in part["methods"].items():
+            style = {"color": _COLOURS.get(method), "linewidth": 2.2 if method == "trust_region" else 1.1}
+            axis.plot([i * 10 for i in range(len(cell["curve"]))], cell["curve"], label=LABELS[method], **style)
+        axis.set_title(setting, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(summary) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return canvas

@@ -1,0 +1,157 @@
+"""Study of the trust region: one delta in every setting, against rates that are tuned for each.
+
+    python -m benchmarks.trust_region
+
+A setting is a policy with an optimizer, a batch and so on. For each, the best *constant* rate is searched on a grid with a factor
+of 2, with seeds of their own, which is extended until its best rate lies inside. Then, with other seeds, run with the same
+baseline: that rate; linear decay to zero from the better of it and twice it; the SNR multiplier at the best of a few multiples;
+one fixed KL, the better of two over all settings; and the trust region with its default, started at TRL's default rate. What is
+compared is the *gain*: mean held-out accuracy over the run less that of the start.
+
+Finished runs are kept in `runs/trust_region/` and not repeated, so that a stopped study resumes. Ask for fewer `methods` or seeds
+to see what there is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from trl import TrlParser
+
+from benchmarks.learning import FIRST_TUNING_SEED, complete
+from benchmarks.learning_runs import RunSpec
+from benchmarks.learning_summary import Run, step_area
+from benchmarks.policies import policy_directory
+from benchmarks.record import machine, write_record
+from benchmarks.sections.trust_region import markdown
+from benchmarks.trust_region_summary import summarise
+
+_LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
+_MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
+_MAX_ROUNDS = 6  # of extending a grid
+# What differs from AdamW on all parameters of `products` with 16 prompts x 4 completions, and a constant rate to begin with.
+SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
+    "AdamW, 16 x 4": ({}, 2.6e-4),
+    "AdamW, 4 x 8": ({"num_prompts": 4, "num_generations": 8}, 1.3e-4),
+    "AdamW, 64 x 2": ({"num_prompts": 64, "num_generations": 2}, 5.2e-4),
+    "SGD, 16 x 4": ({"optimizer": "sgd"}, 0.1),
+    "Lion, 16 x 4": ({"optimizer": "lion"}, 3e-5),
+    "LoRA r = 8, AdamW": ({"policy": "chain_sum", "lora_rank": 8}, 1.5e-3),
+    "temperature 0.7, AdamW": ({"temperature": 0.7}, 2.6e-4),
+    "graded rewards, AdamW": ({"policy": "spell_backward"}, 6.5e-5),
+    "0.1 M parameters, AdamW": ({"policy": "chain_sum-0.1M"}, 2.6e-4),
+    "sorting, longer answers, AdamW": ({"policy": "number_sorting"}, 1.3e-4),
+    "300 steps, AdamW": ({"policy": "chain_sum", "num_steps": 300}, 1.3e-4),
+    "9 M parameters, AdamW": ({"policy": "chain_sum-9M"}, 6.5e-5),
+}
+FIXED_KL = ("fixed_kl_1e-3", "fixed_kl_3e-3")
+
+
+@dataclass
+class TrustRegionArguments:
+    """Settings of the study; fields are documented by their `help`."""
+
+    settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": "Settings, by name."})
+    methods: list[str] = field(
+        default_factory=lambda: ["constant", "trust_region", "fixed_kl", "linear", "snr"],
+        metadata={"help": "Methods that are run, of those named here."},
+    )
+    tuning_seeds: int = field(default=3, metadata={"help": "Runs at every rate."})
+    evaluation_seeds: int = field(default=5, metadata={"help": "Runs at the best rate."})
+    num_steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, where the setting says nothing."})
+    test_size: int = field(default=512, metadata={"help": "Held-out prompts."})
+    num_workers: int = field(default=2, metadata={"help": "Processes of one thread each; 0 runs in this one."})
+    runs: str = field(default="runs/trust_region", metadata={"help": "Where finished runs are kept."})
+    output: str = field(default="benchmarks/results/trust_region.json", metadata={"help": "Where the numbers go."})
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.settings) - set(SETTINGS):
+            raise ValueError(f"`settings` has {sorted(unknown)}. Choose from: {'; '.join(SETTINGS)}.")
+
+    def spec(self, setting: str, method: str, learning_rate: float, seed: int) -> RunSpec:
+        """A run of this study."""
+        changes = {"num_steps": self.num_steps} | SETTINGS[setting][0]
+        common = {"policy": "products", "optimizer": "adamw", "test_size": self.test_size}
+        rate = float(f"{learning_rate:.3g}")
+        return RunSpec(**(common | changes), method=method, learning_rate=rate, seed=seed)  # type: ignore[arg-type]
+
+    def complete(self, specs: Sequence[RunSpec], stage: str) -> list[Run]:
+        """The runs of `specs`, made or read."""
+        return complete(specs, self.runs, self.num_workers, stage)
+
+
+def gain(run: Run) -> float:
+    """Mean held-out accuracy over the run less that of the start."""
+    return step_area(run) - run["accuracies"][0]
+
+
+def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]) -> dict[str, dict[float, float]]:
+    """Mean gain of every rate of every setting, on the tuning seeds."""
+    specs = {
+        (setting, rate, seed): args.spec(setting, method, rate, FIRST_TUNING_SEED + seed)
+        for seed in range(args.tuning_seeds)
+        for setting in rates
+        for rate in rates[setting]
+    }
+    runs = dict(zip(specs, args.complete(list(specs.values()), f"{method} tuning"), strict=True))
+    return {
+        setting: {
+            rate: mean(gain(runs[setting, rate, seed]) for seed in range(args.tuning_seeds)) for rate in rates[setting]
+        }
+        for setting in rates
+    }
+
+
+def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
+    """Gains of the constant rates, on grids that are extended until the best rate has neighbours."""
+    rates = {setting: [SETTINGS[setting][1] * factor for factor in (0.5, 1.0, 2.0)] for setting in args.settings}
+    for _ in range(_MAX_ROUNDS):
+        gains = tuned(args, "constant", rates)
+        extended = False
+        for setting, by_rate in gains.items():
+            best = max(by_rate, key=by_rate.__getitem__)
+            for edge, factor in ((min(by_rate), 0.5), (max(by_rate), 2.0)):
+                if best == edge:
+                    rates[setting] = sorted([*rates[setting], edge * factor])
+                    extended = True
+        if not extended:
+            break
+    return gains
+
+
+def main(args: TrustRegionArguments) -> None:
+    """Tune, evaluate, print and write."""
+    started = machine()
+    for setting in args.settings:  # before two workers would make the same one
+        policy_directory(args.spec(setting, "constant", 1.0, 0).policy)
+    gains = best_constant_rates(args)
+    best = {setting: max(by_rate, key=by_rate.__getitem__) for setting, by_rate in gains.items()}
+    rates = {"constant": best, "trust_region": dict.fromkeys(args.settings, _LEARNING_RATE)}
+    for method, multiples in _MULTIPLES.items():
+        if method in args.methods:
+            grid = {setting: [rate * multiple for multiple in multiples] for setting, rate in best.items()}
+            rates[method] = {
+                setting: max(by_rate, key=by_rate.__getitem__)
+                for setting, by_rate in tuned(args, method, grid).items()
+            }
+    if "fixed_kl" in args.methods:
+        rates |= dict.fromkeys(FIXED_KL, rates["trust_region"])
+    methods = [method for method in rates if method in args.methods or method in FIXED_KL]
+    runs: dict[str, dict[str, list[Run]]] = {setting: {} for setting in args.settings}
+    for method in methods:
+        specs = {
+            (seed, setting): args.spec(setting, method, rates[method][setting], seed)
+            for seed in range(args.evaluation_seeds)
+            for setting in args.settings
+        }
+        for (_, setting), run in zip(specs, args.complete(list(specs.values()), method), strict=True):
+            runs[setting].setdefault(method, []).append(run)
+    record = {"summary": summarise(gains, runs)}
+    print(markdown(record | {"settings": vars(args)}))
+    write_record(args.output, args, started, record)
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser([TrustRegionArguments]).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,52 @@
+"""Statistics of the study of the trust region: gains as shares of the best constant rate's, paired over seeds."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning_summary import NUM_RESAMPLES, Run, step_area
+from benchmarks.record import spread
+
+REFERENCE = "constant"
+
+
+def share(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Ratio of mean gains, and its percentile bootstrap 95 % interval over paired seeds."""
+    first, second = np.asarray(ours), np.asarray(theirs)
+    picks = np.random.default_rng(0).integers(len(first), size=(NUM_RESAMPLES, len(first)))
+    low, high = np.percentile(first[picks].mean(axis=1) / second[picks].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(first.mean() / second.mean()), "low": float(low), "high": float(high)}
+
+
+def summarise(
+    tuning: Mapping[str, Mapping[float, float]], runs: Mapping[str, Mapping[str, Sequence[Run]]]
+) -> dict[str, Any]:
+    """Everything that the table says, by setting and method."""
+    summary: dict[str, Any] = {}
+    for setting, by_method in runs.items():
+        gains = {
+            method: [step_area(run) - run["accuracies"][0] for run in found] for method, found in by_method.items()
+        }
+        summary[setting] = {
+            "start": mean(run["accuracies"][0] for run in by_method[REFERENCE]),
+            "tuning": {f"{rate:.3g}": round(value, 4) for rate, value in tuning[setting].items()},
+            "methods": {
+                method: {
+                    "gain": spread(gains[method]),
+                    "share": share(gains[method], gains[REFERENCE]),
+                    "final": spread([run["accuracies"][-1] for run in found]),
+                    "learning_rate": found[0]["spec"]["learning_rate"],
+                    # Half-way and over seeds: what the method ended up with.
+                    "found_rate": median(
+                        run["spec"]["learning_rate"] * multiplier
+                        for run in found
+                        for multiplier in run["multipliers"][len(run["multipliers"]) // 2 :]
+                    ),
+                    "curve": [round(float(value), 4) for value in np.mean([r["accuracies"] for r in found], axis=0)],
+                }
+                for method, found in by_method.items()
+            },
+        }
+    return summary
