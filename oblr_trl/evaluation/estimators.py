@@ -29,15 +29,9 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
             n, completions; at least `k`.
         k (`int`):
             Attempts, at least 1.
-
-    Raises:
-        `ValueError`: `k` is not in [1, n], or `num_correct` not in [0, n].
     """
-    if not 0 <= num_correct <= num_completions or not 1 <= k <= num_completions:
-        raise ValueError(
-            f"pass@{k} of {num_completions} completions, {num_correct} of them right, is not defined: k must be from "
-            f"1 to {num_completions}, and no more of them can be right."
-        )
+    assert 0 <= num_correct <= num_completions
+    assert 1 <= k <= num_completions
     return 1 - Fraction(math.comb(num_completions - num_correct, k), math.comb(num_completions, k))
 
 
