@@ -229,7 +229,7 @@ def test_estimated_peaks_are_near_those_measured_on_the_cpu():
     record = json.loads((ROOT / "benchmarks/results/score_memory.json").read_text())
     settings = record["settings"]
     d, heads = settings["hidden_size"], settings["hidden_size"] // 64
-    config = Qwen3Config(
+    config = small_config(
         vocab_size=settings["vocab_size"],
         hidden_size=d,
         intermediate_size=3 * d,
@@ -237,7 +237,6 @@ def test_estimated_peaks_are_near_those_measured_on_the_cpu():
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         head_dim=64,
-        tie_word_embeddings=True,
     )
     passes = {
         "train_floor": {"config_class": GRPOConfig},

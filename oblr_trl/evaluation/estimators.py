@@ -74,8 +74,5 @@ def estimate(*benchmarks: Sequence[Fraction], seed: int) -> dict[str, float]:
 
 
 def paired_differences(first: Sequence[Fraction], second: Sequence[Fraction]) -> list[Fraction]:
-    """
-    `second - first` problem by problem. The more the two models find the same problems hard, the smaller is the
-    interval of the mean difference, since the difficulty of a problem cancels.
-    """
+    """`second - first` problem by problem, whose mean is known better than the two scores: the problems' difficulty cancels."""
     return [b - a for a, b in zip(first, second, strict=True)]

@@ -70,8 +70,10 @@ def batch_seed(seed: int, benchmark: str, first_index: int) -> int:
 
 
 def choose_backend(wanted: str) -> str:
-    """The backend asked for, or by `"auto"` vLLM where it is installed."""
+    """The backend asked for, or by `"auto"` vLLM where it is installed; `ValueError` where vLLM is missing."""
     installed = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not installed:
+        raise ValueError("`backend` is 'vllm', which is not installed: install it, or set `backend: transformers`.")
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 

@@ -49,7 +49,7 @@ def summarize(
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
-    return statistics.mean([float(value) for record in records for value in record[name]])
+    return statistics.fmean(value for record in records for value in record[name])
 
 
 def format_results(results: Mapping[str, Any]) -> str:

@@ -162,7 +162,7 @@ def test_conversations_reach_the_model_through_its_chat_template(tiny, model_dir
     assert [row["completions"] for row in chats] == [row["completions"] for row in texts]
 
 
-def test_an_adapter_is_evaluated_with_its_model_or_refused(tiny, model_dir, tmp_path):
+def test_an_adapter_is_evaluated_with_its_model_or_refused(tiny, model_dir, tmp_path, monkeypatch):
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora)
     adapter.save_pretrained(tmp_path / "adapter")
@@ -174,6 +174,7 @@ def test_an_adapter_is_evaluated_with_its_model_or_refused(tiny, model_dir, tmp_
 
     texts = [[row["completions"] for row in read_jsonl(tmp_path / name / "gsm8k.jsonl")] for name in "ab"]
     assert texts[0] != texts[1]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ValueError, match=r"holds an adapter, which `backend: vllm` does not load: .* merge it"):
         evaluate(*tiny, "--model_name_or_path", tmp_path / "adapter", "--backend", "vllm")
 
@@ -343,7 +344,7 @@ def test_a_wrong_key_of_a_recipe_is_refused_by_name(tmp_path):
         parse(["--config", str(recipe)])
 
 
-def test_a_context_and_a_template_that_are_not_there_are_refused(tiny, monkeypatch):
+def test_a_backend_a_context_and_a_template_that_are_not_there_are_refused(tiny, monkeypatch):
     with pytest.raises(ValueError, match=r"`max_new_tokens` is 512, but the model's context is 256 .* at most 1\d\d"):
         evaluate(*tiny, "--max_new_tokens", "512")
     with monkeypatch.context() as patch:  # GPT-2 calls its context otherwise
@@ -352,6 +353,9 @@ def test_a_context_and_a_template_that_are_not_there_are_refused(tiny, monkeypat
             evaluate(*tiny, "--max_new_tokens", "99")
     with pytest.raises(ValueError, match="chat template"):
         evaluate(*tiny, "--conversational", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"`backend` is 'vllm', which is not installed.*`backend: transformers`"):
+        evaluate(*tiny, "--backend", "vllm")
 
 
 def test_a_record_that_is_broken_within_the_file_is_named(tmp_path):
