@@ -1,21 +1,16 @@
 """Keys of an evaluation recipe; prompts are shaped by the keys of a training recipe."""
 
-# `_option` returns a `dataclasses.field`, so nothing is shared between instances.
+# `option` returns a `dataclasses.field`, so nothing is shared between instances.
 # ruff: noqa: RUF009
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from oblr_trl.data.prompts import check_template
-from oblr_trl.data.recipe_files import parse_json_object
+from oblr_trl.data.recipe_files import option, parse_json_object
 from oblr_trl.data.tasks import nearest
-from oblr_trl.evaluation.rewards import ANSWER_FORMATS
 
-CHOICES = {
-    "backend": ("auto", "vllm", "transformers"),
-    "unparsable_answers": ("error", "exclude"),
-    "answer_format": ANSWER_FORMATS,
-}
+BACKENDS = ("auto", "vllm", "transformers")
 COUNTS = ("max_new_tokens", "batch_size", "num_completions", "vllm_tensor_parallel_size")
 FRACTIONS = ("top_p", "vllm_gpu_memory_utilization")
 
@@ -30,65 +25,45 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _option(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
-
-
 @dataclass
 class EvaluationArguments:
     """What to evaluate on which benchmarks, and how; fields are documented by their `help`."""
 
-    model_name_or_path: str | None = _option(None, "Hub id or directory; with transformers also of an adapter.")
-    model_revision: str | None = _option(None, "Revision of a hub model.")
-    dtype: str = _option("auto", "Type of the weights, e.g. `bfloat16`; `auto` is that of the checkpoint.")
-    attn_implementation: str | None = _option(None, "Attention with transformers, e.g. `flash_attention_2`.")
-    backend: str = _option("auto", "`vllm`, `transformers`, or `auto`: vLLM where it is installed.")
-    completions_file: str | None = _option(
-        None, 'JSONL, or a directory of such, to grade instead: rows `{"benchmark", "index", "completions"}`.'
-    )
-    output_dir: str | None = _option(None, "Records and results. Defaults to `runs/evaluation/` and the model's name.")
-    benchmarks: dict | str | None = _option(None, "Benchmarks by name, see docs/evaluation.md; here a JSON object.")
-    only: list[str] | None = _option(None, "Names of the benchmarks to evaluate on. Defaults to all.")
-    files: dict | str | None = _option(None, "Local files in place of datasets, by benchmark; here a JSON object.")
-    num_completions: int = _option(1, "Completions per problem (k of avg@k), where a benchmark does not set its own.")
-    pass_at: list[int] | None = _option(None, "The k of pass@k, where a benchmark does not set its own.")
-    unparsable_answers: str = _option(
-        "error",
-        "Problems whose reference answer math-verify cannot parse: refused (`error`), or left out (`exclude`).",
-    )
-    answer_format: str = _option(
-        "any", "`latex`: as TRL's accuracy_reward reads answers; `any`: else the last number or expression counts too."
-    )
-    prompt_template: str | None = _option(None, "Text around every string prompt, with `{prompt}` in its place.")
-    conversational: bool = _option(False, "Whether to make every string prompt a conversation, for a chat template.")
-    system_prompt: str | None = _option(None, "System message before every conversation.")
-    chat_template_kwargs: dict | str | None = _option(
+    model_name_or_path: str | None = option(None, "Hub id or directory; with transformers also of an adapter.")
+    model_revision: str | None = option(None, "Revision of a hub model.")
+    dtype: str = option("auto", "Type of the weights, e.g. `bfloat16`; `auto` is that of the checkpoint.")
+    backend: str = option("auto", "`vllm`, `transformers`, or `auto`: vLLM where it is installed.")
+    output_dir: str | None = option(None, "Records and results. Defaults to `runs/evaluation/` and the model's name.")
+    benchmarks: dict | str | None = option(None, "Benchmarks by name, see docs/evaluation.md; here a JSON object.")
+    only: list[str] | None = option(None, "Names of the benchmarks to evaluate on. Defaults to all.")
+    files: dict | str | None = option(None, "Local files in place of datasets, by benchmark; here a JSON object.")
+    num_completions: int = option(1, "Completions per problem (k of avg@k), where a benchmark does not set its own.")
+    pass_at: list[int] | None = option(None, "The k of pass@k, where a benchmark does not set its own.")
+    prompt_template: str | None = option(None, "Text around every string prompt, with `{prompt}` in its place.")
+    conversational: bool = option(False, "Whether to make every string prompt a conversation, for a chat template.")
+    system_prompt: str | None = option(None, "System message before every conversation.")
+    chat_template_kwargs: dict | str | None = option(
         None, 'Arguments of the chat template, e.g. `{"enable_thinking": false}`; here a JSON object.'
     )
-    like: str | None = _option(
-        None,
-        "Training recipe whose prompts, stop tokens and length replace this recipe's; the command line comes first.",
-    )
-    temperature: float = _option(1.0, "Temperature of sampling, at least 0; 0 is greedy.")
-    top_p: float = _option(1.0, "Probability of the nucleus, in (0, 1].")
-    top_k: int | None = _option(None, "Number of most likely tokens to sample from. Defaults to all.")
-    max_new_tokens: int = _option(1024, "Longest completion, in tokens.")
-    stop_token_ids: list[int] | None = _option(None, "Tokens that end a completion, in addition to the end of text.")
-    batch_size: int = _option(64, "Completions generated and recorded at once; a kill loses no more than these.")
-    seed: int = _option(0, "Seed of sampling and of the bootstrap.")
-    vllm_tensor_parallel_size: int = _option(1, "GPUs that share the model.")
-    vllm_gpu_memory_utilization: float = _option(0.9, "Fraction of the GPU's memory that vLLM takes, in (0, 1].")
-    disable_tqdm: bool = _option(False, "Whether to leave the progress bar out.")
+    temperature: float = option(1.0, "Temperature of sampling, at least 0; 0 is greedy.")
+    top_p: float = option(1.0, "Probability of the nucleus, in (0, 1].")
+    top_k: int | None = option(None, "Number of most likely tokens to sample from. Defaults to all.")
+    max_new_tokens: int = option(1024, "Longest completion, in tokens.")
+    stop_token_ids: list[int] | None = option(None, "Tokens that end a completion, in addition to the end of text.")
+    batch_size: int = option(64, "Completions generated and recorded at once; a kill loses no more than these.")
+    seed: int = option(0, "Seed of sampling and of the bootstrap.")
+    vllm_tensor_parallel_size: int = option(1, "GPUs that share the model.")
+    vllm_gpu_memory_utilization: float = option(0.9, "Fraction of the GPU's memory that vLLM takes, in (0, 1].")
+    disable_tqdm: bool = option(False, "Whether to leave the progress bar out.")
 
     def __post_init__(self):
         values = vars(self)
         for name in ("benchmarks", "files", "chat_template_kwargs"):
             if isinstance(values[name], str):
                 values[name] = parse_json_object(name, values[name])
-        for name, choices in CHOICES.items():
-            if values[name] not in choices:
-                near = nearest(str(values[name]), choices)
-                raise ValueError(f"`{name}` is {values[name]!r}{near}: use one of {', '.join(choices)}.")
+        if self.backend not in BACKENDS:
+            near = nearest(str(self.backend), BACKENDS)
+            raise ValueError(f"`backend` is {self.backend!r}{near}: use one of {', '.join(BACKENDS)}.")
         checks = {name: (is_count(values[name]), "a whole number, at least 1") for name in COUNTS}
         checks["top_k"] = (self.top_k is None or is_count(self.top_k), "a whole number, at least 1")
         checks["temperature"] = (_is_number(self.temperature) and self.temperature >= 0, "a number, at least 0")

@@ -18,7 +18,7 @@ from oblr_trl.evaluation.rewards import parse_reference
 logger = logging.getLogger(__name__)
 
 # Problems of an error message that are named one by one.
-MAX_NAMED = 10
+MAX_NAMED = 5
 
 # `benchmark`, `index` (the row in the dataset), `prompt` (text or messages) and `answer`: the beginning of a record.
 Problem = dict[str, Any]
@@ -58,7 +58,7 @@ def load_benchmarks(args: EvaluationArguments) -> list[ProblemSet]:
 
     Raises:
         `ValueError`: an unknown name, key or value, named with the nearest that is known; a source, split or column
-        that does not exist; no rows; or, unless `unparsable_answers` is `"exclude"`, an answer that cannot be parsed.
+        that does not exist; or no row with an answer that can be parsed.
     """
     entries = args.benchmarks
     if not isinstance(entries, dict) or not entries:
@@ -98,7 +98,7 @@ def _parse_entry(name: str, entry: Any, args: EvaluationArguments) -> Benchmark:
                 f"`pass_at` of benchmark {name!r} has k = {k!r}, but of its {n} completions per problem only a k from "
                 f"1 to {n} can be drawn: lower it, or raise `num_completions`."
             )
-    if args.temperature == 0 and n > 1 and args.completions_file is None:
+    if args.temperature == 0 and n > 1:
         raise ValueError(
             f"`temperature` is 0, which makes the {n} completions of each problem of {name!r} equal: set "
             "`num_completions: 1`, or a temperature above 0."
@@ -133,16 +133,11 @@ def _load_problems(benchmark: Benchmark, args: EvaluationArguments) -> ProblemSe
             unparsable[index] = cell
     if unparsable:
         named = "; ".join([f"row {index}: {cell!r}"[:200] for index, cell in unparsable.items()][:MAX_NAMED])
-        more = f"; and {len(unparsable) - MAX_NAMED} more" if len(unparsable) > MAX_NAMED else ""
         message = (
             f"`{prefix}answer_column` {benchmark.answer_column!r} of {source} (with `answer_pattern` "
-            f"{benchmark.answer_pattern!r}) holds {len(unparsable)} answers that are missing or that math-verify "
-            f"cannot parse: {named}{more}."
+            f"{benchmark.answer_pattern!r}) holds {len(unparsable)} answers of {len(rows)} that are missing or that "
+            f"math-verify cannot parse, such as {named}."
         )
-        if args.unparsable_answers == "error":
-            raise ValueError(
-                f"{message} Correct the rows or the pattern, or set `unparsable_answers: exclude` to leave them out."
-            )
         if not problems:
             raise ValueError(f"{message} No problem is left: set another `answer_column` or `answer_pattern`.")
         logger.warning("%s These problems are left out and counted in the results.", message)

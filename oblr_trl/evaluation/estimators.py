@@ -29,15 +29,9 @@ def pass_at_k(num_correct: int, num_completions: int, k: int) -> Fraction:
             n, completions; at least `k`.
         k (`int`):
             Attempts, at least 1.
-
-    Raises:
-        `ValueError`: `k` is not in [1, n], or `num_correct` not in [0, n].
     """
-    if not 0 <= num_correct <= num_completions or not 1 <= k <= num_completions:
-        raise ValueError(
-            f"pass@{k} of {num_completions} completions, {num_correct} of them right, is not defined: k must be from "
-            f"1 to {num_completions}, and no more of them can be right."
-        )
+    assert 0 <= num_correct <= num_completions
+    assert 1 <= k <= num_completions
     return 1 - Fraction(math.comb(num_completions - num_correct, k), math.comb(num_completions, k))
 
 
@@ -80,8 +74,5 @@ def estimate(*benchmarks: Sequence[Fraction], seed: int) -> dict[str, float]:
 
 
 def paired_differences(first: Sequence[Fraction], second: Sequence[Fraction]) -> list[Fraction]:
-    """
-    `second - first` problem by problem. The more the two models find the same problems hard, the smaller is the
-    interval of the mean difference, since the difficulty of a problem cancels.
-    """
+    """`second - first` problem by problem, whose mean is known better than the two scores: the problems' difficulty cancels."""
     return [b - a for a, b in zip(first, second, strict=True)]

@@ -34,7 +34,10 @@ def model_answers(args: EvaluationArguments, backend: str, problem_sets: Sequenc
     name, revision = str(args.model_name_or_path), args.model_revision
     base = _base_model(name)
     if backend == "vllm" and base != name:
-        raise ValueError(_adapter_message(name.rstrip("/")))
+        raise ValueError(
+            f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set `backend: "
+            "transformers`, or merge it into its model with peft's `merge_and_unload`."
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -70,10 +73,7 @@ def choose_backend(wanted: str) -> str:
     """The backend asked for, or by `"auto"` vLLM where it is installed; `ValueError` where vLLM is missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
-        raise ValueError(
-            "`backend` is 'vllm', which is not installed: run `pip install 'oblr_trl[vllm]'`, or set "
-            "`backend: transformers`."
-        )
+        raise ValueError("`backend` is 'vllm', which is not installed: install it, or set `backend: transformers`.")
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
@@ -81,11 +81,6 @@ def encode_prompt(tokenizer: Any, prompt: Any, args: EvaluationArguments) -> lis
     """Token ids as TRL's trainers encode a prompt: text by the tokenizer, a conversation by its chat template."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The prompts are conversations, but the tokenizer has no chat template: set `conversational: false`, or "
-            "evaluate a model whose tokenizer has one."
-        )
     kwargs: Any = args.chat_template_kwargs or {}
     kwargs = {**kwargs, "add_generation_prompt": True, "tokenize": True, "return_dict": True}
     return tokenizer.apply_chat_template(prompt, **kwargs)["input_ids"]
@@ -94,10 +89,7 @@ def encode_prompt(tokenizer: Any, prompt: Any, args: EvaluationArguments) -> lis
 def load_transformers(args: EvaluationArguments, tokenizer: Any, eos: list[int], max_length: int) -> Generate:
     """`model.generate` on `args.batch_size` sequences at a time, padded on the left, on the GPU if there is one."""
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(args.model_name_or_path),
-        revision=args.model_revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
+        str(args.model_name_or_path), revision=args.model_revision, dtype=args.dtype
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # Replaces the model's own, whose `top_k` or `repetition_penalty` would otherwise count too.
@@ -177,14 +169,3 @@ def _base_model(name: str) -> str:
     if not (Path(name) / "adapter_config.json").is_file():
         return name
     return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-
-
-def _adapter_message(name: str) -> str:
-    merged = f"{name}-merged"
-    return (
-        f"`model_name_or_path` {name!r} holds an adapter, which `backend: vllm` does not load: set "
-        f"`backend: transformers`, or merge it into its model and evaluate {merged!r}:\n"
-        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; '
-        f"M.from_pretrained('{name}', dtype='auto').merge_and_unload().save_pretrained('{merged}'); "
-        f"T.from_pretrained('{name}').save_pretrained('{merged}')\""
-    )

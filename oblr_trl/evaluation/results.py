@@ -1,6 +1,7 @@
 """From graded problems to tables: avg@k and pass@k with intervals, and paired differences between models."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ RESULTS_JSON = "results.json"
 AVERAGE = "avg"
 MEAN_ROW = "mean of the benchmarks"
 # Settings that may differ without making scores less comparable: which model it was, and the seed.
-MODEL_SETTINGS = {"model_name_or_path", "model_revision", "weights", "completions", "seed"}
+MODEL_SETTINGS = {"model_name_or_path", "model_revision", "weights_changed_at", "seed"}
 INTERVAL_NOTE = "In percent; in brackets the 95 % bootstrap interval over problems"
 
 
@@ -39,17 +40,16 @@ def summarize(
             "excluded": problem_set.excluded,
             "num_completions": problem_set.num_completions,
             "pass_at": list(problem_set.pass_at),
-            "mean_tokens": _mean_of_known(rows, "num_tokens"),
-            "truncated": _mean_of_known(rows, "truncated"),
+            "mean_tokens": _mean(rows, "num_tokens"),
+            "truncated": _mean(rows, "truncated"),
             "metrics": {name: estimate(numbers, seed=seed) for name, numbers in values.items()},
         }
     mean = estimate(*averages, seed=seed) if len(averages) > 1 else None
     return {"benchmarks": benchmarks, "mean": mean, "seed": seed}
 
 
-def _mean_of_known(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    known = [value for record in records for value in record[name] if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.fmean(value for record in records for value in record[name])
 
 
 def format_results(results: Mapping[str, Any]) -> str:
@@ -61,9 +61,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         excluded = f" ({len(entry['excluded'])} excluded)" if entry["excluded"] else ""
         problems = f"{entry['num_problems']}{excluded}"
         cells = [_format(entry["metrics"].get(metric)) for metric in metrics]
-        tokens = "" if entry["mean_tokens"] is None else f"{entry['mean_tokens']:.0f}"
-        truncated = "" if entry["truncated"] is None else f"{100 * entry['truncated']:.1f} %"
-        rows.append([name, problems, str(entry["num_completions"]), *cells, tokens, truncated])
+        cells += [f"{entry['mean_tokens']:.0f}", f"{100 * entry['truncated']:.1f} %"]
+        rows.append([name, problems, str(entry["num_completions"]), *cells])
     if results["mean"] is not None:
         rows.append([MEAN_ROW, "", "", _format(results["mean"]), *[""] * (len(ks) + 2)])
     note = f"{INTERVAL_NOTE} (seed {results['seed']}). Excluded: problems whose reference answer cannot be parsed."
@@ -104,8 +103,6 @@ def compare_evaluations(evaluations: Mapping[str, Path], *, seed: int = 0) -> di
     values: dict[str, dict[str, dict[str, list[Fraction]]]] = {label: {} for label in evaluations}
     for name in shared:
         for label, path in evaluations.items():
-            if f"benchmarks.{name}.problems" not in settings[label]:
-                raise ValueError(f"{path}: {SETTINGS_FILE} was written by an earlier version: evaluate again.")
             if settings[label][f"benchmarks.{name}.problems"] != settings[reference][f"benchmarks.{name}.problems"]:
                 raise ValueError(
                     f"Benchmark {name!r} has other prompts or answers in {label!r} than in {reference!r}, so that "

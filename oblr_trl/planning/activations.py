@@ -1,5 +1,6 @@
 """What autograd keeps of one block, from a pass over fake tensors: shapes and dtypes of the real model, no memory."""
 
+import copy
 from contextlib import ExitStack
 
 import torch
@@ -10,8 +11,6 @@ from oblr_trl.planning.setup import Setup
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.taps import frozen_parameters, tapped
 
-_DTYPES = {2: torch.bfloat16, 4: torch.float32}
-
 
 def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
     """
@@ -20,16 +19,12 @@ def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
     B times the difference between batches of two sequences and one, from which weights and their copies drop out. In the scoring
     pass all parameters are frozen, and taps keep the inputs of trained layers. A mask makes SDPA repeat keys and values.
     """
-    fields = {
-        name: value for name, value in setup.config.to_dict().items() if name != "layer_types"
-    }  # one for every block
-    one_block = type(setup.config).from_dict({**fields, "num_hidden_layers": 1})
-    dtype = _DTYPES[setup.stream_bytes]
+    one_block = copy.deepcopy(setup.config)
+    one_block.num_hidden_layers = 1
+    dtype = torch.bfloat16 if setup.held_bytes == 2 else torch.float32
     model = meta_model(one_block, setup.peft_config, dtype)
-    if setup.peft_config is not None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(_DTYPES[setup.trained_bytes])
+    if setup.trained_bytes == 2:
+        model.to(torch.bfloat16)  # adapters too, which PEFT keeps in float32
     base = model.model if setup.peft_config is None else model.get_base_model().model
     layers = resolve_scope(model, "all", None).names
     length = setup.sequence_length

@@ -8,9 +8,42 @@ from peft import LoraConfig
 from transformers import PretrainedConfig
 from trl import GRPOConfig
 
+from oblr_trl.data.recipe_files import read_recipe_file
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.planning.launch import Backend
-from oblr_trl.planning.models import linear_layers, meta_model
+from oblr_trl.planning.models import meta_model
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How the model is spread over processes, one GPU each."""
+
+    kind: str  # "one process", "DDP", "ZeRO-1", "ZeRO-2" or "ZeRO-3"
+    num_processes: int
+    mixed_bf16: bool  # `mixed_precision`
+    offloads_optimizer: bool = False  # to main memory
+    offloads_parameters: bool = False
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed's engine holds the model."""
+        return self.kind.startswith("ZeRO")
+
+
+def read_backend(path: str | None, *, num_gpus: int | None = None) -> Backend:
+    """The backend of a launch file, or of one or `num_gpus` GPUs without one; `ValueError` for one that is not covered."""
+    config = {} if path is None else read_recipe_file(path, flag="--accelerate_config")
+    processes = num_gpus or int(config.get("num_processes", 1))
+    mixed, deepspeed = config.get("mixed_precision") == "bf16", config.get("deepspeed_config", {})
+    kind = config.get("distributed_type", "NO")
+    if kind in ("NO", False, "MULTI_GPU"):  # YAML reads a bare NO as a boolean
+        return Backend("DDP" if processes > 1 else "one process", processes, mixed)
+    if kind == "DEEPSPEED" and "deepspeed_config_file" not in deepspeed:
+        offloads = [deepspeed.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param")]
+        return Backend(f"ZeRO-{deepspeed.get('zero_stage', 2)}", processes, mixed, *offloads)
+    raise ValueError(
+        f"{path}: the planner knows NO, MULTI_GPU, and DEEPSPEED with zero_stage and offload devices in this file instead of a "
+        f"deepspeed_config_file, but distributed_type is {kind!r}. FSDP 2 shards as much as ZeRO-3: plan it with zero3.yaml."
+    )
 
 
 @dataclass(frozen=True)
@@ -24,7 +57,6 @@ class Setup:
     gpu_memory: float  # bytes of one GPU
     peft_config: LoraConfig | None = None
     parameter_bytes: int = 2  # of a parameter as it is loaded (`dtype`)
-    weight_bits: int | None = None  # of a quantized weight (`load_in_4bit`, `load_in_8bit`)
     masked: bool = True  # whether attention gets a mask, as SDPA does with padding
 
     @cached_property
@@ -42,17 +74,6 @@ class Setup:
         """Number of parameters of the base model."""
         return self.model.num_parameters() - (self.num_trained if self.peft_config is not None else 0)
 
-    @cached_property
-    def num_linear(self) -> int:
-        """Number of weights of the linear layers of all blocks."""
-        return sum(layer.weight.numel() for layer in linear_layers(self.model).values())
-
-    @cached_property
-    def kv_size(self) -> int:
-        """Numbers in the KV cache of one token."""
-        layers = linear_layers(self.model).items()
-        return sum(layer.out_features for name, layer in layers if "k_proj" in name or "v_proj" in name)
-
     @property
     def scoring(self) -> OBLRPOConfig | None:
         """The recipe if it has a scoring pass."""
@@ -65,44 +86,20 @@ class Setup:
         return self.prompt_length + self.args.max_completion_length
 
     @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one generation batch."""
-        assert self.args.steps_per_generation is not None
-        return self.args.steps_per_generation
-
-    @property
-    def completions_per_process(self) -> int:
-        """Completions of one generation batch on one process."""
-        return self.args.per_device_train_batch_size * self.micro_batches
-
-    @property
-    def has_old_logps_forward(self) -> bool:
-        """Whether TRL runs a forward pass for old log-probabilities that the scoring pass does not replace."""
-        off_policy = self.args.gradient_accumulation_steps % (self.micro_batches * self.args.num_iterations) != 0
-        needed = off_policy or (self.args.use_vllm and self.args.vllm_importance_sampling_correction)
-        return needed and (self.scoring is None or not self.scoring.reuses_old_logps_forward)
-
-    @property
     def mixed_bf16(self) -> bool:
         """Whether it computes in bfloat16 whatever the parameters are kept in."""
         return bool(self.args.bf16) or self.backend.mixed_bf16
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a base parameter as the backend holds it while it trains."""
-        if self.backend.is_deepspeed and self.mixed_bf16:
-            return 2
-        if self.backend.kind == "FSDP 2" and self.mixed_bf16 and self.peft_config is None:
-            return 4  # accelerate lifts what is trained to float32, and computes with copies
-        return self.parameter_bytes
+        """Bytes of a base parameter while it trains, and of a number of the residual stream: autocast leaves norms and sums so."""
+        return 2 if self.backend.is_deepspeed and self.mixed_bf16 else self.parameter_bytes
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained parameter; PEFT keeps adapters in float32, but for quantized models TRL casts them."""
-        if self.peft_config is None or (self.backend.is_deepspeed and self.mixed_bf16):
-            return self.held_bytes
-        is_lifted = self.backend.kind == "FSDP 2" and self.mixed_bf16
-        return 2 if self.weight_bits is not None and not is_lifted else 4
+        """Bytes of a trained parameter; PEFT keeps adapters in float32."""
+        is_lowered = self.backend.is_deepspeed and self.mixed_bf16
+        return self.held_bytes if self.peft_config is None or is_lowered else 4
 
     @property
     def compute_bytes(self) -> int:
@@ -112,9 +109,4 @@ class Setup:
     @property
     def autocasts(self) -> bool:
         """Whether autocast makes bfloat16 copies of float32 weights in every pass."""
-        return self.mixed_bf16 and self.backend.kind in ("one process", "DDP")
-
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes of a number of the residual stream: autocast leaves norms and sums in the parameters' dtype."""
-        return self.held_bytes if self.autocasts else self.compute_bytes
+        return self.mixed_bf16 and not self.backend.is_deepspeed

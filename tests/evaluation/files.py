@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -46,9 +47,16 @@ def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def completions_of(benchmark, texts):
-    """Rows of recorded completions, from the texts of each problem."""
-    return [{"benchmark": benchmark, "index": i, "completions": row} for i, row in enumerate(texts)]
+def evaluate_texts(texts, *tokens, recipe=GSM8K):
+    """`evaluate` of a model that gives these texts: by benchmark, the completions of each problem."""
+
+    def answers(problems, num_completions):
+        completions = [texts[problem["benchmark"]][problem["index"]] for problem in problems]
+        unused = {"num_tokens": [1] * num_completions, "truncated": [False] * num_completions}
+        return [{"completions": row, **unused} for row in completions]
+
+    with patch("oblr_trl.scripts.evaluate.model_answers", lambda *_: answers):
+        return evaluate("--model_name_or_path", ROOT, *tokens, recipe=recipe)
 
 
 def gsm8k_rows(num_problems):

@@ -6,25 +6,23 @@ import re
 import pytest
 
 from oblr_trl.scripts.compare import main
-from tests.evaluation.files import MATH, benchmark_rows, completions_of, evaluate, local, write_jsonl
+from tests.evaluation.files import MATH, benchmark_rows, evaluate_texts, local, write_jsonl
 
 
 def score(directory, num_right, *tokens, num_problems=20, benchmarks=("amc23", "aime25")):
-    """Evaluate recorded completions: for the first half of the problems the first `num_right` of 32 are right."""
+    """Evaluate: for the first half of the problems the first `num_right` of 32 are right."""
     directory.mkdir()
     amc = [{"question": f"Problem {i}", "answer": 10.0} for i in range(20)]
     rows = {name: (amc if name == "amc23" else benchmark_rows(name))[:num_problems] for name in benchmarks}
-    completions = []
+    texts = {}
     for name, problems in rows.items():
         counts = [num_right if 2 * i < len(problems) else 0 for i in range(len(problems))]
-        texts = [
+        texts[name] = [
             [f"\\boxed{{{row['answer']}}}"] * right + ["\\boxed{0}"] * (32 - right)
             for row, right in zip(problems, counts, strict=True)
         ]
-        completions += completions_of(name, texts)
     files = local(**{name: write_jsonl(directory / f"{name}_rows.jsonl", problems) for name, problems in rows.items()})
-    source = ["--completions_file", write_jsonl(directory / "completions.jsonl", completions)]
-    evaluate(*files, *source, "--only", *benchmarks, "--output_dir", directory / "out", *tokens, recipe=MATH)
+    evaluate_texts(texts, *files, "--only", *benchmarks, "--output_dir", directory / "out", *tokens, recipe=MATH)
     return str(directory / "out")
 
 
@@ -55,7 +53,7 @@ def test_models_are_compared_by_differences_paired_by_problem(tmp_path, capsys):
 
 def test_a_benchmark_of_one_model_alone_and_other_settings_are_noted(tmp_path):
     both = score(tmp_path / "both", 8)
-    changed = ["--answer_format", "latex", "--chat_template_kwargs", '{"a": 1}', "--seed", "3"]
+    changed = ["--top_p", "0.9", "--chat_template_kwargs", '{"a": 1}', "--seed", "3"]
     one = score(tmp_path / "one", 8, *changed, benchmarks=("aime25",))
 
     comparison = main([both, f"one={one}"])
@@ -63,8 +61,8 @@ def test_a_benchmark_of_one_model_alone_and_other_settings_are_noted(tmp_path):
     assert list(comparison["benchmarks"]) == ["aime25"]
     assert comparison["notes"] == [
         "out: amc23 left out, since not every model was evaluated on it",
-        "warning: answer_format differs: out any, one latex",
         "warning: chat_template_kwargs differs: out None, one {'a': 1}",
+        "warning: top_p differs: out 1.0, one 0.9",
     ]
 
 

@@ -1,4 +1,4 @@
-"""`evaluate --like RECIPE` with the prompts and endings of a training, and benchmarks as its held-out prompts."""
+"""Prompts and endings of an evaluation against those of a training, and the answers that both read from datasets."""
 
 import json
 import sys
@@ -10,23 +10,19 @@ from transformers import AutoTokenizer
 from trl import GRPOTrainer
 from trl.rewards import accuracy_reward
 
-from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 from oblr_trl.evaluation import generation
-from oblr_trl.evaluation.rewards import math_accuracy
-from oblr_trl.evaluation.training import benchmark_datasets, training_prompt_settings
 from oblr_trl.scripts import train
-from oblr_trl.scripts.evaluate import parse
 from tests import recipe_stand_ins
 from tests.evaluation import files
-from tests.evaluation.files import MATH, benchmark_rows, evaluate, gsm8k_rows, read_jsonl, write_jsonl
+from tests.evaluation.files import benchmark_rows, evaluate, gsm8k_rows, read_jsonl, write_jsonl
 
 MATH_4B = files.ROOT / "recipes" / "Qwen3-4B-Base" / "oblrpo" / "config_math.yaml"
 GSM8K_LORA = files.ROOT / "recipes" / "Qwen3-1.7B-Base" / "oblrpo" / "config_gsm8k_lora.yaml"
-CHAIN_SUM = files.ROOT / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml"
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 THINKING_TEMPLATE = recipe_stand_ins.CHAT_TEMPLATE + "{% if enable_thinking %}think {% endif %}"
 THINKING_TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
+ASKED = ["--prompt_template", "{prompt}", "--conversational", "true"]
 GSM8K_COLUMNS = {"prompt_column": "question", "answer_column": "answer", "answer_pattern": "#### (.+)"}
 OPTIONS = {
     "per_device_train_batch_size": 8,
@@ -63,7 +59,7 @@ def questions(tmp_path_factory):
     return files.local(gsm8k=write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", rows))
 
 
-def write_recipe(path, base=MATH_4B, **changes):
+def write_recipe(path, base, **changes):
     """A copy of a recipe with some keys changed, or left out where the change is None."""
     recipe = yaml.safe_load(base.read_text()) | changes
     path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
@@ -72,18 +68,25 @@ def write_recipe(path, base=MATH_4B, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("base", "changes"),
+    ("base", "changes", "options"),
     [
-        (MATH_4B, {}),  # conversations with a system prompt
-        # Conversations of which only the data tell.
-        (MATH_4B, {"system_prompt": None, "chat_template_kwargs": {"enable_thinking": True}}),
-        (GSM8K_LORA, {}),  # questions made conversations
-        (GSM8K_LORA, {"conversational": None, "system_prompt": None, "prompt_template": "Add.\n{prompt}\n"}),
+        (MATH_4B, {}, [*ASKED, "--system_prompt", SYSTEM]),
+        (
+            MATH_4B,
+            {"system_prompt": None, "chat_template_kwargs": {"enable_thinking": True}},
+            [*ASKED, "--chat_template_kwargs", '{"enable_thinking": true}'],
+        ),
+        (GSM8K_LORA, {}, [*ASKED, "--system_prompt", SYSTEM]),  # questions made conversations
+        (
+            GSM8K_LORA,
+            {"conversational": None, "system_prompt": None, "prompt_template": "Add.\n{prompt}\n"},
+            ["--prompt_template", "Add.\n{prompt}\n"],
+        ),
     ],
     ids=["system", "template-kwargs", "questions", "text"],
 )
 def test_the_prompts_of_training_and_evaluation_are_the_same_tokens(
-    stand_ins, questions, tmp_path, monkeypatch, base, changes
+    stand_ins, questions, tmp_path, monkeypatch, base, changes, options
 ):
     trained, evaluated = [], []
     tokenize, load = GRPOTrainer._tokenize_prompts, generation.load_transformers
@@ -108,52 +111,11 @@ def test_the_prompts_of_training_and_evaluation_are_the_same_tokens(
 
     train.main(*train.parse(["--config", str(recipe), *recipe_stand_ins.flags(overrides)]))
     model = ["--model_name_or_path", tmp_path / "run", "--backend", "transformers"]
-    like = ["--like", recipe, "--max_new_tokens", "2", "--output_dir", tmp_path / "evaluated"]
-    evaluate(*questions, *model, *like)
+    evaluate(*questions, *model, *options, "--max_new_tokens", "2", "--output_dir", tmp_path / "evaluated")
 
     assert len(set(evaluated)) == 16
     assert len(set(trained)) == 4  # two steps of two prompts
     assert set(trained) <= set(evaluated)
-
-
-def test_a_recipe_gives_its_prompts_stop_token_and_length(tmp_path):
-    assert training_prompt_settings(MATH_4B) == {
-        "prompt_template": None,
-        "conversational": True,
-        "system_prompt": SYSTEM,
-        "chat_template_kwargs": None,
-        "stop_token_ids": [151645],
-        "max_new_tokens": 4096,
-    }
-    assert training_prompt_settings(CHAIN_SUM)["conversational"] is False
-    changes = {"generation_kwargs": '{"eos_token_id": 7, "stop_token_ids": [5, 6]}', "max_completion_length": None}
-    changes["chat_template_kwargs"] = '{"enable_thinking": false}'
-    settings = training_prompt_settings(write_recipe(tmp_path / "r.yaml", **changes))
-    assert (settings["stop_token_ids"], settings["max_new_tokens"]) == ([5, 6, 7], 512)  # TRL's default
-    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
-
-
-def test_the_training_recipe_replaces_the_evaluations_prompt_and_the_command_line_comes_first():
-    command = ["--config", MATH, "--like", str(MATH_4B)]
-    args = parse(command)
-    assert (args.prompt_template, args.conversational, args.system_prompt) == (None, True, SYSTEM)
-    assert (args.stop_token_ids, args.max_new_tokens, args.temperature) == ([151645], 4096, 1.0)
-
-    args = parse([*command, "--max-new-tokens", "9", "--system_prompt=Add."])
-    assert (args.max_new_tokens, args.system_prompt, args.stop_token_ids) == (9, "Add.", [151645])
-
-
-def test_a_recipe_whose_prompts_or_endings_cannot_be_taken_is_refused(tmp_path):
-    stop = write_recipe(tmp_path / "r.yaml", generation_kwargs={"stop": ["\n"]})
-    regex = write_recipe(tmp_path / "s.yaml", vllm_structured_outputs_regex="\\d+")
-    for recipe, message in (
-        (tmp_path / "none.yaml", r"`like` names .*none.yaml', but there is no such file"),
-        (MATH, r"`like` is .*math.yaml', which is a recipe of an evaluation: name one of a training"),
-        (stop, r"`like` is .*r.yaml', whose `generation_kwargs.stop` shapes completions .* `stop_token_ids` instead"),
-        (regex, r"`vllm_structured_outputs_regex`"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            training_prompt_settings(recipe)
 
 
 def test_a_stop_token_ends_a_completion_of_transformers(stand_ins, questions, tmp_path):
@@ -173,7 +135,7 @@ def test_a_stop_token_ends_a_completion_of_transformers(stand_ins, questions, tm
     assert json.loads((tmp_path / "stopped" / "settings.json").read_text())["stop_token_ids"] == [stop]
 
 
-def test_vllm_is_told_the_stop_tokens_and_given_the_prompts_of_the_recipe(stand_ins, questions, tmp_path, monkeypatch):
+def test_vllm_is_told_the_stop_tokens_and_given_the_prompts(stand_ins, questions, tmp_path, monkeypatch):
     asked = []
 
     class Engine:
@@ -189,8 +151,8 @@ def test_vllm_is_told_the_stop_tokens_and_given_the_prompts_of_the_recipe(stand_
     vllm.LLM, vllm.SamplingParams = Engine, lambda **kwargs: kwargs
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    model = ["--model_name_or_path", stand_ins[0], "--backend", "vllm", "--like", MATH_4B]
-    evaluate(*questions, *model, "--max_new_tokens", "2", "--output_dir", tmp_path)
+    model = ["--model_name_or_path", stand_ins[0], "--backend", "vllm", *ASKED, "--system_prompt", SYSTEM]
+    evaluate(*questions, *model, "--stop_token_ids", "151645", "--max_new_tokens", "2", "--output_dir", tmp_path)
 
     tokenizer = AutoTokenizer.from_pretrained(stand_ins[0])
     assert len(asked) == 16
@@ -198,20 +160,6 @@ def test_vllm_is_told_the_stop_tokens_and_given_the_prompts_of_the_recipe(stand_
     assert all(parameters["stop_token_ids"] == [tokenizer.eos_token_id, 151645] for _, parameters in asked)
     text = tokenizer.decode(asked[0][0]["prompt_token_ids"])
     assert text == f"system: {SYSTEM} user: What is 0 + 2? assistant: "
-
-
-def test_the_benchmarks_of_the_recipe_are_prompts_and_solutions(tmp_path):
-    sources = files.write_benchmarks(tmp_path)
-    sets = benchmark_datasets(MATH, files=sources)
-
-    assert list(sets) == ["gsm8k", "math500", "amc23", "aime25", "olympiadbench"]
-    assert all(rows.column_names == ["prompt", "solution", "benchmark"] for rows in sets.values())
-    assert sets["gsm8k"]["solution"][:] == [f"${i * i}$" for i in range(6)]
-    assert sets["olympiadbench"]["solution"][2:4] == ["$1,3$", "$1, 3$"]
-    assert sets["aime25"]["prompt"][0].startswith("Problem 0\nPlease reason step by step")
-
-    (prompt, *_) = benchmark_datasets(MATH, files=sources, only=["aime25"], like=MATH_4B)["aime25"]["prompt"]
-    assert prompt == [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Problem 0"}]
 
 
 @pytest.mark.slow
@@ -228,19 +176,6 @@ def test_a_recipe_evaluates_on_a_local_file_of_gsm8k_during_training(model_dir, 
 
     assert trainer.eval_dataset["solution"][:] == [str(i * i) for i in range(8)]
     assert [row["step"] for row in trainer.state.log_history if "eval_rewards/accuracy_reward/mean" in row] == [1]
-
-
-@pytest.mark.slow
-def test_a_trainer_evaluates_on_several_benchmarks_by_name(model_dir, tmp_path):
-    sets = benchmark_datasets(MATH, files=files.write_benchmarks(tmp_path), only=["gsm8k", "aime25"])
-    config = OBLRPOConfig(str(tmp_path / "run"), **OPTIONS)
-    trainer = OBLRPOTrainer(model_dir, math_accuracy, config, train_dataset=sets["gsm8k"], eval_dataset=sets)
-    trainer.train()
-
-    for name in ("gsm8k", "aime25"):
-        rows = [row for row in trainer.state.log_history if f"eval_accuracy/{name}" in row]
-        assert [row["step"] for row in rows] == [1]
-        assert rows[0][f"eval_accuracy/{name}"] == rows[0]["eval_reward"]
 
 
 def test_gsm8k_answers_are_taken_out_of_their_prose(tmp_path):
