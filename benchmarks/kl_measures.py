@@ -9,7 +9,7 @@ log-ratios in float32 (of all completions, of 8 of them, and of the batch that t
 import tempfile
 import time
 from dataclasses import dataclass, field
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.completion_pool import sequence_logps
 from benchmarks.policies import policy_directory
 from benchmarks.record import machine, write_record
 from benchmarks.sections.kl_measures import markdown
-from benchmarks.trust_region import TrustRegionArguments
+from benchmarks.trust_region import PRECISIONS, TrustRegionArguments
 from oblr_trl import metrics
 from oblr_trl.scores.parameters import local_parameter_sketch
 
@@ -35,7 +35,7 @@ class KLMeasuresArguments:
     """Settings; fields are documented by their `help`."""
 
     settings: list[str] = field(
-        default_factory=lambda: ["AdamW, 16 x 4", "AdamW, 4 x 8", "SGD, 16 x 4", "LoRA r = 8, AdamW"],
+        default_factory=lambda: ["AdamW, 16 x 4", "AdamW, 4 x 8", "SGD, 16 x 4", "LoRA r = 8, AdamW", *PRECISIONS],
         metadata={"help": "Settings of `benchmarks.trust_region`."},
     )
     num_steps: int = field(default=40, metadata={"help": "Optimizer steps."})
@@ -109,6 +109,7 @@ def measure(setting: str, num_steps: int) -> dict[str, Any]:
         errors = [value / exact for value in map(float.__sub__, measured[name], measured["float32"])]
         result[f"{name}: spread"] = stdev(errors)
     return result | {
+        "found rate": median(callback.learning_rates[NUM_SEARCH_STEPS:]),
         "share of step, sketches": mean(measured["seconds of sketches"]) / step,
         "share of step, few": mean(measured["seconds of few"]) / step,
     }

@@ -72,6 +72,7 @@ class RunSpec:
     multipliers: tuple[float, ...] | None = None  # of the learning rate, one per step
     lora_rank: int = 0  # 0 trains all parameters
     temperature: float = 1.0
+    precision: str = "float32"  # or "bfloat16 autocast", "bfloat16 weights"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
         learning_rate=spec.learning_rate,
         temperature=spec.temperature,
         use_cpu=True,
-        bf16=False,
+        bf16=spec.precision == "bfloat16 autocast",
         gradient_checkpointing=False,
         seed=spec.seed,
         report_to="none",
@@ -191,7 +192,8 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
         logging_steps=spec.num_steps,
         **({"lr_scheduler_type": "constant"} | options),
     )
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    dtype = torch.bfloat16 if spec.precision == "bfloat16 weights" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     if spec.lora_rank:
         lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from benchmarks.sections import cost, learning, score_memory, snr, variance
+from benchmarks.sections import cost, kl_measures, learning, score_memory, snr, trust_region, variance
 
 ROOT = Path(__file__).parent.parent
 # By the name of the record, `benchmarks/results/NAME.json`.
 SECTIONS = {
+    "trust_region": trust_region,
+    "kl_measures": kl_measures,
     "learning": learning,
     "variance": variance,
     "snr": snr,
@@ -31,7 +33,11 @@ SECTIONS = {
     "cost_vllm": cost,
     "score_memory": score_memory,
 }
-FIGURES = {"learning": "Learning speed and collapse", "variance": "Variance of the gradient"}
+FIGURES = {
+    "trust_region": "One delta against rates tuned for each setting",
+    "learning": "Learning speed and collapse",
+    "variance": "Variance of the gradient",
+}
 _README_SECTION = re.compile(r"<!-- results: begin.*?-->\n(.*?)<!-- results: end -->", flags=re.DOTALL)
 _DIGEST = "Record"
 _DOTS_PER_INCH = 120

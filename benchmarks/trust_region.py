@@ -45,6 +45,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "300 steps, AdamW": ({"policy": "chain_sum", "num_steps": 300}, 1.3e-4),
     "9 M parameters, AdamW": ({"policy": "chain_sum-9M"}, 6.5e-5),
 }
+# For `benchmarks.kl_measures`.
+PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
+    f"9 M parameters, {precision}": ({"policy": "chain_sum-9M", "precision": precision}, 6.5e-5)
+    for precision in ("float32", "bfloat16 autocast", "bfloat16 weights")
+}
 FIXED_KL = ("fixed_kl_1e-3", "fixed_kl_3e-3")
 
 
@@ -71,7 +76,7 @@ class TrustRegionArguments:
 
     def spec(self, setting: str, method: str, learning_rate: float, seed: int) -> RunSpec:
         """A run of this study."""
-        changes = {"num_steps": self.num_steps} | SETTINGS[setting][0]
+        changes = {"num_steps": self.num_steps} | (SETTINGS | PRECISIONS)[setting][0]
         common = {"policy": "products", "optimizer": "adamw", "test_size": self.test_size}
         rate = float(f"{learning_rate:.3g}")
         return RunSpec(**(common | changes), method=method, learning_rate=rate, seed=seed)  # type: ignore[arg-type]

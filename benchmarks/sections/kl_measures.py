@@ -27,7 +27,9 @@ def markdown(record: dict[str, Any]) -> str:
     for setting, result in record["results"].items():
         spreads = [f"{result[f'{name}: spread']:.2f}" for name in ("sketches", "float32, few")]
         costs = [f"{result[f'share of step, {name}']:.3f}" for name in ("sketches", "few")]
-        rows.append([setting, *(f"{result[name]:.2g}" for name in _COLUMNS), *spreads, *costs])
+        rows.append(
+            [setting, *(f"{result[name]:.2g}" for name in _COLUMNS), *spreads, *costs, f"{result['found rate']:.2g}"]
+        )
     text = (
         "Mean over the steps, in nats per completion. Spread: standard deviation of the error of one step, as a part of the mean "
         "exact KL. Cost: as a part of a training step."
