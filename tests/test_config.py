@@ -35,7 +35,10 @@ REFUSED = {
         {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
     ],
     "optim": [{"optim": "galore_adamw_layerwise", "optim_target_modules": ["x"]}, {"optim": "lomo"}],
-    "steps_per_generation": [{"steps_per_generation": 3, "gradient_accumulation_steps": 2}],
+    "steps_per_generation": [
+        {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+        {"steps_per_generation": 1, "num_iterations": 2, "gradient_accumulation_steps": 3},
+    ],
 }
 # Refused by the trainer (tests/test_trainer.py) rather than by the configuration, or an alias of another row.
 REFUSED_ELSEWHERE = {"fsdp", "fsdp_config", "gradient_accumulation_steps"}
@@ -134,8 +137,6 @@ def test_one_prompt_per_step_is_refused_where_two_are_needed(tmp_path):
         ValueError, match=r"lr_adaptation='snr': an optimizer step has 1 prompt x 8 .* Remedy: raise grad"
     ):
         config(tmp_path, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match=r"baseline_prior_strength=4.0: a generation batch has 1 prompt,"):
-        config(tmp_path, per_device_train_batch_size=8, lr_adaptation="none", baseline_prior_strength=4.0)
     with pytest.warns(UserWarning, match="The baseline has no prior"):
         config(tmp_path, per_device_train_batch_size=8, lr_adaptation="none")
 

@@ -67,16 +67,6 @@ def catches_everything():
         return 0.0
 
 
-def tries_again():
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        try:
-            catches_everything()
-            time.sleep(WAIT)
-        except BaseException:
-            continue
-
-
 def waits_in_its_clean_up():
     try:
         time.sleep(WAIT)
@@ -93,13 +83,6 @@ def raises_an_error_of_its_own():
 
 def holds_the_interpreter_lock():
     ctypes.PyDLL(None).usleep(500_000)  # microseconds; nothing can interrupt it
-
-
-async def catches_its_cancellation():
-    try:
-        await asyncio.sleep(WAIT)
-    except asyncio.CancelledError:
-        return 0.0
 
 
 async def tries_again_when_cancelled():
@@ -120,11 +103,9 @@ async def blocks_the_event_loop():
     [
         catches_exceptions,
         catches_everything,
-        tries_again,
         waits_in_its_clean_up,
         raises_an_error_of_its_own,
         holds_the_interpreter_lock,
-        catches_its_cancellation,
         tries_again_when_cancelled,
         blocks_the_event_loop,
     ],

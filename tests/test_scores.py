@@ -28,7 +28,7 @@ def relative_error(estimate, truth):
 
 
 def assert_equal_to_the_oracle(model, batch=None, **options):
-    """Exact norms to rounding, and inner products of wide sketches to 5 %."""
+    """Exact norms to rounding, and inner products of sketches, to 5 % where the parameters are more than they have places."""
     batch = random_batch() if batch is None else batch
     scores = reference_scores(model, *batch, **options)
     gram = scores @ scores.T
@@ -38,7 +38,9 @@ def assert_equal_to_the_oracle(model, batch=None, **options):
     assert not exact.requires_grad
     assert relative_error(exact, norms.square()) < 1e-10
     sketches = score_sketches(model, *batch, sketch_dim=65536, **options)
-    assert ((sketches @ sketches.T - gram).abs() <= 0.05 * norms.outer(norms)).all()
+    tolerance = 1e-10 if scores.size(1) <= 65536 else 0.05
+    assert ((sketches @ sketches.T - gram).abs() <= tolerance * norms.outer(norms)).all()
+    assert (norms[1:] > 0).all()  # the first completion of the batch is empty
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -63,14 +65,13 @@ def with_a_module_in_two_blocks():
     return model
 
 
-def with_the_norms_of_torch():
+def with_a_norm_without_bias():
     model = float64_model("llama")
-    model.model.norm = nn.RMSNorm(64).double()
-    model.model.layers[1].input_layernorm = nn.LayerNorm(64, bias=False).double()
+    model.model.norm = nn.LayerNorm(64, bias=False).double()
     return model
 
 
-@pytest.mark.parametrize("model", [with_a_head_bias, with_a_module_in_two_blocks, with_the_norms_of_torch])
+@pytest.mark.parametrize("model", [with_a_head_bias, with_a_module_in_two_blocks, with_a_norm_without_bias])
 @pytest.mark.parametrize("scope", ["all", "lm_head"])
 def test_unusual_layers_equal_the_oracle(model, scope):
     assert_equal_to_the_oracle(model(), scope=scope)
@@ -82,7 +83,7 @@ def test_a_rule_may_return_the_whole_gradient_of_a_large_matrix(monkeypatch):
 
     def dense_rule(module, inputs, grad_output):
         product = rule(module, inputs, grad_output)["weight"]
-        return {"weight": DenseGradient(torch.bmm(product.rows.values.mT, product.columns).flatten(1))}
+        return {"weight": DenseGradient(torch.bmm(product.rows.mT, product.columns).flatten(1))}
 
     monkeypatch.setattr(rules_module, "_RULES", dict(rules_module._RULES))
     model, batch = tiny_model(hidden_size=128).double().eval(), random_batch()
@@ -117,25 +118,6 @@ def test_sketches_are_unbiased_over_their_seed():
     z = (grams.mean(dim=0) - scores @ scores.T).abs() / standard_error.clamp(min=1e-12)
     assert z.max() < 4.5
     assert standard_error.max() > 0  # something was projected
-
-
-def test_tied_embeddings_are_one_matrix():
-    """The oracle's norm of a tied matrix holds the cross term of its two uses; two separate norms would not."""
-    model = float64_model()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name == "model.embed_tokens.weight")
-    batch = random_batch()
-    whole = score_sketches(model, *batch, method="exact")
-    assert relative_error(whole, reference_scores(model, *batch).square().sum(dim=1)) < 1e-10
-    head_only = score_sketches(model, *batch, method="exact", scope="lm_head")
-    assert (whole[1:] - head_only[1:]).abs().min() > 1e-6
-
-
-def test_lora_scores_are_those_of_the_adapters():
-    model = float64_model("qwen3_lora")
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert reference_scores(model, *random_batch()).size(1) == trainable
-    assert trainable < sum(parameter.numel() for parameter in model.parameters()) / 2
 
 
 @pytest.mark.parametrize(

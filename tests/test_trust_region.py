@@ -96,7 +96,7 @@ def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
     whole, shards = projections.empty_sum(1), projections.empty_sum(1)
     for i, (name, shape) in enumerate(shapes.items()):
         values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        projections.add_dense(whole, name, values.unsqueeze(0))
+        projections.add(whole, name, values.unsqueeze(0))
         cut = data.draw(st.integers(0, values.numel()))
         for start, part in ((0, values[:cut]), (cut, values[cut:])):
             if part.numel():

@@ -36,8 +36,13 @@ def _adapts(args: Any) -> bool:
     return args.lr_adaptation != "none"
 
 
-def _straddle(first: Any, second: Any) -> bool:
-    return bool(first % second and second % first)
+def _has_prior(args: Any) -> bool:
+    return args.baseline == "gradient_weighted" and args.baseline_prior_strength != 0
+
+
+def _straddles(args: Any, num_iterations: int) -> bool:
+    micro_batches, accumulated = args.steps_per_generation * num_iterations, args.gradient_accumulation_steps
+    return bool(micro_batches % accumulated and accumulated % micro_batches)
 
 
 _REFUSALS = (
@@ -65,11 +70,7 @@ _REFUSALS = (
     ),
     _Refusal(
         "scale_rewards",
-        lambda args: (
-            args.baseline == "gradient_weighted"
-            and args.baseline_prior_strength != 0
-            and args.scale_rewards == "group"
-        ),
+        lambda args: _has_prior(args) and args.scale_rewards == "group",
         "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
         "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
     ),
@@ -163,20 +164,10 @@ _REFUSALS = (
     ),
     _Refusal(
         "steps_per_generation",
-        lambda args: _adapts(args) and _straddle(args.steps_per_generation, args.gradient_accumulation_steps),
-        "optimizer steps of {args.gradient_accumulation_steps} micro-batches would straddle generation batches, so that no "
-        "batch's SNR would be that of the step",
-        "make one of steps_per_generation and gradient_accumulation_steps a multiple of the other",
-    ),
-    _Refusal(
-        "num_iterations",
-        lambda args: (
-            _adapts(args)
-            and _straddle(args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps)
-        ),
-        "a batch lasts for {args.steps_per_generation} x {args.num_iterations} micro-batches, so that optimizer steps of "
-        "{args.gradient_accumulation_steps} would straddle two of them",
-        "make one of steps_per_generation x num_iterations and gradient_accumulation_steps a multiple of the other",
+        lambda args: _adapts(args) and (_straddles(args, 1) or _straddles(args, args.num_iterations)),
+        "optimizer steps of {args.gradient_accumulation_steps} micro-batches would straddle generation batches, each of which lasts "
+        "for {args.num_iterations} x as many, so that no batch's SNR would be that of the step",
+        "make it, and its product with num_iterations, a divisor or a multiple of gradient_accumulation_steps",
     ),
 )
 
@@ -191,33 +182,20 @@ def check_options(args: Any) -> None:
 def check_prompts(args: Any) -> None:
     """Refuse or warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch."""
     per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
-    adapts = args.lr_adaptation != "none"
-    has_prior = args.baseline == "gradient_weighted" and args.baseline_prior_strength != 0
     batch = (
         f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} completions "
         f"(per_device_train_batch_size={args.per_device_train_batch_size} x {args.world_size} process(es) x "
         f"gradient_accumulation_steps={args.gradient_accumulation_steps}, num_iterations={args.num_iterations})"
     )
     remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
-    if adapts and max(per_step, per_batch) < 2:
-        _refuse(
-            "lr_adaptation",
-            args.lr_adaptation,
-            f"{batch}, and the noise of a gradient shows only between prompts",
-            f"{remedy}, or set lr_adaptation='none'",
-        )
-    if has_prior and per_batch < 2:
-        if args.baseline_prior_strength is not None:
-            _refuse(
-                "baseline_prior_strength",
-                args.baseline_prior_strength,
-                f"a generation batch has {per_batch:g} prompt, and a prior comes from the other ones",
-                "raise per_device_train_batch_size or steps_per_generation, or set it to 0",
-            )
+    if _adapts(args) and max(per_step, per_batch) < 2:
+        reason = f"{batch}, and the noise of a gradient shows only between prompts"
+        _refuse("lr_adaptation", args.lr_adaptation, reason, f"{remedy}, or set lr_adaptation='none'")
+    if _has_prior(args) and per_batch < 2:
         warnings.warn(
             f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
         )
-    if adapts and max(per_step, per_batch) < MIN_PROMPTS:
+    if _adapts(args) and max(per_step, per_batch) < MIN_PROMPTS:
         warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
 
 
@@ -239,23 +217,17 @@ def check_backend(trainer: Any) -> None:
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise a `ValueError` for a tokenizer that makes token ids of text which the model has no embedding for: the look-up of one is
-    an unclear error on a CPU and the end of the process on a GPU. Special tokens, which text need not contain, are warned of."""
+    an unclear error on a CPU and the end of the process on a GPU. Special tokens, which text need not contain, may be missing."""
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, nn.Embedding):
         return
-    size = embeddings.num_embeddings
-    surplus = {index: token for token, index in tokenizer.get_vocab().items() if index >= size}
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special -= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    if refused := sorted(set(surplus) - special):
+    highest = max(set(tokenizer.get_vocab().values()) - special)
+    if highest >= embeddings.num_embeddings:
         raise ValueError(
-            f"The tokenizer has token id {refused[-1]}, but the model's vocabulary has {size} entries. Use the tokenizer the "
-            "model was trained with, or call `model.resize_token_embeddings(len(tokenizer))`."
-        )
-    if surplus:
-        warnings.warn(
-            f"The tokenizer has special tokens that the model has no embedding for: {', '.join(surplus.values())}. A prompt with "
-            "one of them would end the run."
+            f"The tokenizer has token id {highest}, but the model's vocabulary has {embeddings.num_embeddings} entries. Use the "
+            "tokenizer the model was trained with, or call `model.resize_token_embeddings(len(tokenizer))`."
         )
 
 

@@ -13,15 +13,7 @@ def raise_everywhere(accelerator: Accelerator, error: Exception | None) -> None:
     """
     Raise on every process if any of them has an error; a collective that all processes must call.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the run.
-        error (`Exception`, *optional*):
-            What went wrong on this process; `None` if nothing did.
-
-    Raises:
-        `Exception`: `error` itself where there is one.
-        [`OtherProcessError`]: On the other processes.
+    `error` is what went wrong on this process, and is raised there; the other processes raise an [`OtherProcessError`].
     """
     failed = torch.tensor([error is not None], dtype=torch.long, device=accelerator.device)
     if not accelerator.gather(failed).any():

@@ -6,8 +6,6 @@ it on all processes after the gather.
 """
 
 import asyncio
-import ctypes
-import functools
 import signal
 import sys
 import threading
@@ -50,27 +48,21 @@ class RewardFunctions:
         if isinstance(reward_func, nn.Module):
             return reward_func
         name = get_callable_name(reward_func)
-        wrap = self._wrap_async if is_async_callable(reward_func) else self._wrap_sync
-        wrapped = wrap(reward_func, name)
+
+        def call(prompts: list, **kwargs: Any) -> list:
+            try:
+                return _call_in_time(lambda: _checked(reward_func(prompts=prompts, **kwargs), prompts), self.timeout)
+            except Exception as error:
+                return self._keep(error, name, prompts)
+
+        async def call_async(prompts: list, **kwargs: Any) -> list:
+            try:
+                return _checked(await _await_in_time(reward_func(prompts=prompts, **kwargs), self.timeout), prompts)
+            except Exception as error:
+                return self._keep(error, name, prompts)
+
+        wrapped = call_async if is_async_callable(reward_func) else call
         wrapped.__name__ = name
-        return wrapped
-
-    def _wrap_sync(self, reward_func: Callable, name: str) -> Callable:
-        def wrapped(**kwargs: Any) -> list:
-            try:
-                return _call_in_time(lambda: _checked(reward_func(**kwargs), kwargs["prompts"]), self.timeout)
-            except Exception as error:
-                return self._keep(error, name, kwargs["prompts"])
-
-        return wrapped
-
-    def _wrap_async(self, reward_func: Callable, name: str) -> Callable:
-        async def wrapped(**kwargs: Any) -> list:
-            try:
-                return _checked(await _await_in_time(reward_func(**kwargs), self.timeout), kwargs["prompts"])
-            except Exception as error:
-                return self._keep(error, name, kwargs["prompts"])
-
         return wrapped
 
     def _keep(self, error: Exception, name: str, prompts: list) -> list[float]:
@@ -108,34 +100,21 @@ def _checked(rewards: Any, prompts: list) -> list:
 
 def _call_in_time(function: Callable[[], list], seconds: float | None) -> list:
     """
-    Call a function in the main thread; raise `_OutOfTime` if it took longer, whatever it caught, raised or returned.
+    Call a function in the main thread, where alone Python handles signals; raise `_OutOfTime` if it took longer, whatever it caught, raised or returned.
 
-    It is interrupted by a signal, also out of a blocking system call, and again until it ends: it may wait in a
-    clean-up, or catch everything and try again. A thread for the function would not do: rewards that use signals themselves
+    It is interrupted by a signal, also out of a blocking system call, and again every second until it ends: it may wait in a
+    clean-up, or catch everything and continue. A thread for the function would not do: rewards that use signals themselves
     (math-verify) only work in the main one.
     """
     if seconds is None:
         return function()
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("`reward_timeout` needs training to run in the main thread. Leave it unset.")
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
-    this_frame = sys._getframe()
-    running, interrupted = False, False
-    left = threading.Event()
+    main_thread, this_frame = threading.get_ident(), sys._getframe()
+    running, left = False, threading.Event()
     start = time.monotonic()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if not running or frame is this_frame:  # the function has been left
-            return
-        if interrupted:
-            # It was caught. The next one comes as soon as Python looks for signals again, which is in the `except` block, or
-            # at the end of a loop's round. The iteration makes the call from C: after one from Python it looks already here.
-            for _ in iter(functools.partial(ctypes.pythonapi.PyErr_SetInterruptEx, _WAKE_UP), 0):
-                pass
-        interrupted = True
-        raise _Interruption
+        if running and frame is not this_frame:  # else the function has been left
+            raise _Interruption
 
     def send_interruptions() -> None:
         wait = seconds

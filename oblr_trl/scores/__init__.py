@@ -19,7 +19,7 @@ trainer by `scoring_model.py`, anybody else by [`score_sketches`]; [`reference_s
 parameters), `taps` (hooks), `rules` (a layer's gradient in `factors`), `head`, and `accumulators` with `projections`.
 """
 
-from oblr_trl.scores.factors import DenseGradient, DenseRows, IndexRows, OuterProduct
+from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct
 from oblr_trl.scores.reference import reference_scores
 from oblr_trl.scores.rules import register_score_rule
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
@@ -27,7 +27,6 @@ from oblr_trl.scores.sketching import score_sketches
 
 __all__ = [
     "DenseGradient",
-    "DenseRows",
     "IndexRows",
     "OuterProduct",
     "ScoreOutput",

@@ -1,20 +1,13 @@
 """Reduction of one micro-batch's per-sequence gradients, added in any order, to sketches or to exact squared norms."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from oblr_trl.scores.factors import (
-    DenseGradient,
-    DenseRows,
-    HeadRows,
-    IndexRows,
-    OuterProduct,
-    PerSequenceGradient,
-    squared_norm,
-)
-from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient, squared_norm
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 
 
 class SketchAccumulator:
@@ -24,24 +17,25 @@ class SketchAccumulator:
         self._projections = projections
         self._total = projections.empty_sum(batch_size)
 
-    def add(self, name: str, gradient: PerSequenceGradient, num_uses: int) -> None:
+    def add(self, name: str, gradient: PerSequenceGradient) -> None:
         """Project the gradient of one use of a parameter and add it."""
         if isinstance(gradient, DenseGradient):
-            self._projections.add_dense(self._total, name, gradient.values)
+            self._projections.add(self._total, name, gradient.values)
             return
-        columns = self._projections.project_columns(name, gradient.columns)
+        columns = self._projections.project(name, COLUMNS, gradient.columns)
         # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-        self._projections.add_matrix(self._total, name, torch.bmm(self._rows(name, gradient).mT, columns))
+        projected = torch.einsum("btr,btc->brc", self._project_rows(name, gradient), columns)
+        self._projections.add_projected(self._total, name, projected)
 
-    def _rows(self, name: str, gradient: OuterProduct) -> Tensor:
+    def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
         match gradient.rows:
             case IndexRows(indices):
-                return self._projections.look_up_rows(name, indices)
-            case DenseRows(values):
-                return self._projections.project_rows(name, values)
+                return self._projections.projection(name, ROWS)[indices]
             case HeadRows(projected=projected):
                 assert projected is not None, "the head pass was not given this accumulator's row projection"
                 return projected
+            case values:
+                return self._projections.project(name, ROWS, values)
 
     def result(self) -> Tensor:
         """The sketches, of shape `(B, sketch_dim)`."""
@@ -49,42 +43,31 @@ class SketchAccumulator:
 
 
 class ExactNormAccumulator:
-    """Sums exact squared norms, of shape `(B,)`. Parameters used several times are held back until all uses are in."""
+    """Adds exact squared norms to `zeros`, of shape `(B,)`. Gradients of `shared` parameters, which are used several times, are held
+    back until all uses are in."""
 
-    def __init__(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._squared_norms = torch.zeros(batch_size, dtype=dtype, device=device)
-        self._products: defaultdict[str, list[OuterProduct]] = defaultdict(list)
-        self._dense: dict[str, Tensor] = {}
-        self._uses: Counter[str] = Counter()
+    def __init__(self, zeros: Tensor, shared: Collection[str]) -> None:
+        self._squared_norms = zeros
+        self._shared = shared
+        self._held: defaultdict[str, list[OuterProduct]] = defaultdict(list)
 
-    def add(self, name: str, gradient: PerSequenceGradient, num_uses: int) -> None:
-        """Take in the gradient of one of `num_uses` uses of a parameter, whose norm is added when the last one has come."""
-        self._uses[name] += 1
+    def add(self, name: str, gradient: PerSequenceGradient) -> None:
+        """Take in the gradient of one use of a parameter."""
+        # Both factors in one dtype: under mixed precision they may come in different ones.
         dtype = self._squared_norms.dtype
         if isinstance(gradient, DenseGradient):
-            values = gradient.values.to(dtype)
-            self._dense[name] = self._dense[name] + values if name in self._dense else values
-        else:  # both factors in one dtype: under mixed precision they may come in different ones
-            rows = gradient.rows
-            rows = DenseRows(rows.values.to(dtype)) if isinstance(rows, DenseRows) else rows
-            self._products[name].append(OuterProduct(rows, gradient.columns.to(dtype)))
-        if self._uses[name] == num_uses:
-            self._finish(name)
-
-    def _finish(self, name: str) -> None:
-        if products := self._products.pop(name, None):
-            self._squared_norms += squared_norm(products).to(self._squared_norms.dtype)
-        if (dense := self._dense.pop(name, None)) is not None:
-            self._squared_norms += dense.square().sum(dim=1)
+            values = gradient.values.to(dtype).unsqueeze(1)  # (B, 1, numel)
+            product = OuterProduct(values, torch.ones_like(values[..., :1]))
+        else:
+            rows = gradient.rows.to(dtype) if isinstance(gradient.rows, Tensor) else gradient.rows
+            product = OuterProduct(rows, gradient.columns.to(dtype))
+        if name in self._shared:
+            self._held[name].append(product)
+        else:
+            self._squared_norms += squared_norm([product])
 
     def result(self) -> Tensor:
         """The exact squared norms, of shape `(B,)`."""
-        for name in (
-            *self._products,
-            *self._dense,
-        ):  # whose other uses never reached the loss (a branch without gradient)
-            self._finish(name)
+        for products in self._held.values():
+            self._squared_norms += squared_norm(products)
         return self._squared_norms
-
-
-Accumulator = SketchAccumulator | ExactNormAccumulator

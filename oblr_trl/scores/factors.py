@@ -17,13 +17,6 @@ _VOCAB_TILE = 2048
 
 
 @dataclass
-class DenseRows:
-    """Row factor held as a tensor: one row vector per position."""
-
-    values: Tensor  # (B, T, R)
-
-
-@dataclass
 class IndexRows:
     """Row factor of a table look-up: the unit vector of the row that each position looks up."""
 
@@ -50,18 +43,16 @@ class HeadRows:
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Start of every vocabulary slice, and the factor's columns for it, of shape `(B, T, slice)`."""
-        return ((start, self._columns(start)) for start in range(0, self.weight.size(0), _VOCAB_TILE))
-
-    def _columns(self, start: int) -> Tensor:
-        vocab = slice(start, start + _VOCAB_TILE)
-        bias = None if self.bias is None else self.bias[vocab].to(self.hidden.dtype)
-        # In the precision of the pass, whose normaliser belongs to logits rounded like these.
-        logits = torch.nn.functional.linear(self.hidden, self.weight[vocab].to(self.hidden.dtype), bias)
-        logits = logits.to(self.log_normalizer.dtype)
-        values = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
-        inside, index = locate(self.targets.unsqueeze(-1), start, values.size(-1))
-        values.scatter_(-1, index, torch.where(inside, self.other_probs.unsqueeze(-1), values.gather(-1, index)))
-        return values * self.coefficients.unsqueeze(-1)
+        for start in range(0, self.weight.size(0), _VOCAB_TILE):
+            vocab = slice(start, start + _VOCAB_TILE)
+            bias = None if self.bias is None else self.bias[vocab].to(self.hidden.dtype)
+            # In the precision of the pass, whose normaliser belongs to logits rounded like these.
+            logits = torch.nn.functional.linear(self.hidden, self.weight[vocab].to(self.hidden.dtype), bias)
+            logits = logits.to(self.log_normalizer.dtype)
+            values = torch.exp(logits / self.temperature - self.log_normalizer.unsqueeze(-1)).neg_()
+            inside, index = locate(self.targets.unsqueeze(-1), start, values.size(-1))
+            values.scatter_(-1, index, torch.where(inside, self.other_probs.unsqueeze(-1), values.gather(-1, index)))
+            yield start, values * self.coefficients.unsqueeze(-1)
 
 
 def locate(tokens: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
@@ -71,14 +62,14 @@ def locate(tokens: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     return (local >= 0) & (local < size), local.clamp(0, size - 1)
 
 
-Rows = DenseRows | IndexRows | HeadRows
+Rows = Tensor | IndexRows | HeadRows
 
 
 @dataclass
 class OuterProduct:
-    """Per-sequence gradient of a matrix parameter: the sum over positions of rows x columns."""
+    """Per-sequence gradient of a matrix parameter, `einsum("btr,btc->brc", rows, columns)`."""
 
-    rows: Rows  # the factor along the parameter's first axis
+    rows: Rows  # (B, T, R), or what stands for it: the factor along the parameter's first axis
     columns: Tensor  # (B, T, C), along its second axis
 
 
@@ -100,16 +91,16 @@ def squared_norm(products: list[OuterProduct]) -> Tensor:
     \\( \sum_{a,b} \langle R_a R_b^\top, C_a C_b^\top \rangle \\), or forms the gradient where that is less arithmetic
     ([Goodfellow 2015](https://huggingface.co/papers/1510.01799)).
     """
-    if len(products) == 1 and isinstance(products[0].rows, DenseRows):
-        rows, columns = products[0].rows.values, products[0].columns
+    rows, columns = products[0].rows, products[0].columns
+    if len(products) == 1 and isinstance(rows, Tensor):
         (num_positions, num_rows), num_columns = rows.shape[1:], columns.size(-1)
         if num_rows * num_columns < num_positions * (num_rows + num_columns):
             return torch.einsum("btr,btc->brc", rows, columns).square().sum(dim=(1, 2))
-    total = products[0].columns.new_zeros(products[0].columns.size(0))
+    total = columns.new_zeros(columns.size(0))
     for i, first in enumerate(products):
         for j, second in enumerate(products[i:], start=i):
-            column_gram = torch.einsum("btc,bsc->bts", first.columns, second.columns)  # (B, T, T')
-            total = total + (1 if i == j else 2) * (_row_gram(first.rows, second.rows) * column_gram).sum(dim=(1, 2))
+            column_gram = torch.einsum("btc,bsc->bts", first.columns, second.columns)
+            total += (1 if i == j else 2) * (_row_gram(first.rows, second.rows) * column_gram).sum(dim=(1, 2))
     return total
 
 
@@ -117,8 +108,8 @@ def _row_gram(first: Rows, second: Rows) -> Tensor:
     """Inner products of two row factors at all pairs of positions, `(B, T, T')`. The output projection's use of a matrix comes
     before its use as an embedding."""
     match first, second:
-        case DenseRows(a), DenseRows(b):
-            return torch.einsum("btr,bsr->bts", a, b)
+        case Tensor(), Tensor():
+            return torch.einsum("btr,bsr->bts", first, second)
         case IndexRows(a), IndexRows(b):
             return (a.unsqueeze(2) == b.unsqueeze(1)).to(torch.get_default_dtype())
         case HeadRows(), HeadRows() if first is second:

@@ -44,44 +44,23 @@ def head_pass(
     *,
     temperature: float = 1.0,
 ) -> HeadPass:
-    r"""
-    Log-probabilities of `targets` under softmax(hidden weight^T / temperature), with their gradients.
+    """
+    Log-probabilities of `targets` (M,) under softmax((hidden weight^T + bias) / temperature), `hidden` being (M, d), and the gradient
+    of the logits multiplied by each of `matrices` (V, u); `weight` (V, d) gives the gradient of `hidden`.
 
     Products run in the dtype of `hidden`; every sum over the vocabulary is kept in float32 at least.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(M, d)`): Inputs of the output projection.
-        weight (`torch.Tensor` of shape `(V, d)`): Output projection.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the output projection.
-        targets (`torch.Tensor` of shape `(M,)`): Tokens to score, in [0, V).
-        matrices (`Sequence[torch.Tensor]`, each of shape `(V, u)`):
-            What the gradient of the logits is multiplied by; `weight` gives the gradient of `hidden`.
-        temperature (`float`, *optional*, defaults to `1.0`): What the logits are divided by.
-
-    Returns:
-        [`HeadPass`].
     """
-    tiles = [
-        _token_tile(hidden_tile, weight, bias, target_tile, matrices, temperature)
-        for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
-    ]
-    log_probs, log_normalizer, other_probs, gradients = zip(*tiles, strict=True)
-    return HeadPass(
-        torch.cat(log_probs),
-        torch.cat(log_normalizer),
-        torch.cat(other_probs),
-        tuple(torch.cat(parts) for parts in zip(*gradients, strict=True)),
-    )
-
-
-def _token_tile(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    matrices: Sequence[Tensor],
-    temperature: float,
-) -> HeadPass:
+    if hidden.size(0) > _TOKEN_TILE:
+        tiles = [
+            head_pass(hidden_tile, weight, bias, target_tile, matrices, temperature=temperature)
+            for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
+        ]
+        return HeadPass(
+            torch.cat([tile.log_probs for tile in tiles]),
+            torch.cat([tile.log_normalizer for tile in tiles]),
+            torch.cat([tile.other_probs for tile in tiles]),
+            tuple(torch.cat(parts) for parts in zip(*(tile.gradients for tile in tiles), strict=True)),
+        )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     averages = [hidden.new_zeros(hidden.size(0), matrix.size(1), dtype=dtype) for matrix in matrices]
     maximum = hidden.new_full((hidden.size(0), 1), -torch.inf, dtype=dtype)

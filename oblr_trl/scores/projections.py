@@ -1,9 +1,9 @@
 """Random projections of parameter gradients into one short vector, shared by all parameters.
 
-A matrix gradient G (R x C) becomes `P_rows^T G P_columns`, of `row_width x column_width <= k` numbers, and is added to the
-sketch. A side that is at most as wide as its share stays as it is, otherwise it is projected onto a random subspace
-(orthonormal columns scaled by sqrt(dim / width), so that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954).
-The bases are shared by all parameters of one shape, and every parameter flips the sign of its rows and columns independently.
+A matrix gradient G (R x C) becomes `P^T G Q`, of `r x c <= k` numbers, and is added to the sketch. A side that is at most as wide
+as its share stays as it is, otherwise it is projected onto a random subspace (orthonormal columns scaled by sqrt(dim / width), so
+that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954). The bases are shared by all parameters of one shape,
+and every parameter flips the sign of its rows and columns independently.
 
 A vector, or a matrix so small that forming its gradient is less arithmetic than projecting both factors, is added entry by
 entry: a count sketch, whose error is that of the whole sketch and not of one side. Every entry has an independent sign, and
@@ -18,106 +18,30 @@ depth; one byte per row and column of a projected matrix; one byte per entry tha
 every token of a vocabulary, are always projected from both sides unless it is tiny: neither V x V nor B x T x V numbers are
 formed.
 
-Shapes: B sequences, T positions, R rows, C columns, V vocabulary, k sketch length.
+Shapes: B sequences, T positions, R rows, C columns, V vocabulary, r and c their projected widths, k sketch length.
 """
 
 import math
 import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
+from torch import Tensor, nn
 
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
-
-
-class _Draws:
-    """Signs and bases by name, drawn from the seed when they are first needed."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.seed = seed
-        self.dtype = dtype
-        self.device = device
-        self.drawn: dict[str, Tensor] = {}
-
-    def generator(self, key: str) -> torch.Generator:
-        # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{key}".encode()))
-
-    def signs(self, key: str, dim: int) -> Tensor:
-        """Of shape `(dim,)`; kept in int8."""
-        if key not in self.drawn:
-            bits = torch.randint(0, 2, (dim,), generator=self.generator(key), dtype=torch.int8)
-            self.drawn[key] = (2 * bits - 1).to(self.device)
-        return self.drawn[key].to(self.dtype)
-
-    def basis(self, axis: str, dim: int, width: int) -> Tensor:
-        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
-        key = f"{axis}-{dim}-{width}"
-        if key not in self.drawn:
-            # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
-            gaussian = torch.randn(dim, width, generator=self.generator(key))
-            orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
-            self.drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
-        return self.drawn[key]
-
-
-@dataclass
-class _Side:
-    """One axis of a parameter and its projection P, `(dim, width)`: the identity where `width` is `dim`, else a shared basis; with
-    signs of its own where it has a `sign_key`."""
-
-    draws: _Draws
-    axis: str
-    dim: int
-    width: int
-    sign_key: str | None
-
-    def matrix(self) -> Tensor:
-        """P."""
-        if self.width == self.dim:
-            matrix = torch.eye(self.dim, dtype=self.draws.dtype, device=self.draws.device)
-        else:
-            matrix = self.draws.basis(self.axis, self.dim, self.width)
-        return matrix if self.sign_key is None else matrix * self.draws.signs(self.sign_key, self.dim).unsqueeze(1)
-
-    def project(self, values: Tensor) -> Tensor:
-        """`values @ P`."""
-        if self.width != self.dim:
-            # In the activations' precision: a cast of the activations would cost more than the product.
-            return (values @ self.matrix().to(values.dtype)).to(self.draws.dtype)
-        values = values.to(self.draws.dtype)
-        return values if self.sign_key is None else values * self.draws.signs(self.sign_key, self.dim)
-
-    def project_some(self, values: Tensor, first: int) -> Tensor:
-        """`P[first : first + R].T @ values` of R rows, `(R, C)`."""
-        if self.width != self.dim:
-            return self.matrix()[first : first + values.size(0)].T @ values
-        full = values.new_zeros(self.dim, values.size(1))
-        full[first : first + values.size(0)] = values
-        return full if self.sign_key is None else full * self.draws.signs(self.sign_key, self.dim).unsqueeze(1)
-
-    def look_up(self, indices: Tensor) -> Tensor:
-        """Rows of P, the projections of unit vectors."""
-        if self.width == self.dim:
-            rows = one_hot(indices, self.dim).to(self.draws.dtype)
-        else:
-            rows = self.draws.basis(self.axis, self.dim, self.width)[indices]
-        if self.sign_key is None:
-            return rows
-        return rows * self.draws.signs(self.sign_key, self.dim)[indices].unsqueeze(-1)
+# The axes of a parameter. A vector is a matrix of one column.
+ROWS, COLUMNS = 0, 1
+_AXIS_NAMES = ("rows", "columns")
 
 
 class _Parameter(NamedTuple):
     """How one parameter is added to the sketch."""
 
-    rows: _Side
-    columns: _Side
-    entry_sign_key: str | None  # where every entry has a sign, instead of every row and column
+    dims: tuple[int, int]  # R and C
+    widths: tuple[int, int]  # r and c
+    is_factored: bool  # signs of rows and columns, else of every entry
     starts: list[int]  # where in the sketch each block of at most k numbers begins
 
 
@@ -148,43 +72,39 @@ class Projections:
         self.sketch_dim = sketch_dim
         self.dtype = dtype
         self.device = device
-        self._draws = _Draws(seed, dtype, device)
+        self._seed = seed
+        self._drawn: dict[str, Tensor] = {}
         self._parameters: dict[str, _Parameter] = {}
         all_fit, cursor = sum(math.prod(shape) for shape in shapes.values()) <= sketch_dim, 0
         for name, shape in shapes.items():
             dims = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-            widths = factored_widths(shape, sketch_dim, is_table=name in tables)
-            is_factored = widths is not None
-            if widths is None or all_fit:
-                widths = dims
-            rows, columns = (
-                _Side(self._draws, axis, dim, width, f"{name}-{axis}" if is_factored else None)
-                for axis, dim, width in zip(("rows", "columns"), dims, widths, strict=True)
-            )
-            size = math.prod(widths)
+            factored = None if all_fit else factored_widths(shape, sketch_dim, is_table=name in tables)
+            widths = factored or dims
             if all_fit:
                 starts = [cursor]
-                cursor += size
+                cursor += math.prod(shape)
             else:
-                generator = self._draws.generator(f"{name}-starts")
-                starts = torch.randint(sketch_dim, (math.ceil(size / sketch_dim),), generator=generator).tolist()
-            self._parameters[name] = _Parameter(rows, columns, None if is_factored else f"{name}-dense", starts)
+                num_blocks = math.ceil(math.prod(widths) / sketch_dim)
+                generator = self._generator(f"{name}-starts")
+                starts = torch.randint(sketch_dim, (num_blocks,), generator=generator).tolist()
+            self._parameters[name] = _Parameter(dims, widths, factored is not None, starts)
 
-    def rows(self, name: str) -> Tensor:
-        """The projection of a parameter's rows, of shape `(R, row_width)`."""
-        return self._parameters[name].rows.matrix()
+    def projection(self, name: str, axis: int) -> Tensor:
+        """P, of shape `(R, r)`, or Q, of shape `(C, c)`."""
+        parameter = self._parameters[name]
+        dim, width = parameter.dims[axis], parameter.widths[axis]
+        identity = width == dim
+        matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
+        return matrix * self._side_signs(name, axis).unsqueeze(1) if parameter.is_factored else matrix
 
-    def project_rows(self, name: str, values: Tensor) -> Tensor:
-        """Project `(B, T, R)` to `(B, T, row_width)`."""
-        return self._parameters[name].rows.project(values)
-
-    def project_columns(self, name: str, values: Tensor) -> Tensor:
-        """Project `(B, T, C)` to `(B, T, column_width)`."""
-        return self._parameters[name].columns.project(values)
-
-    def look_up_rows(self, name: str, indices: Tensor) -> Tensor:
-        """Project the unit vectors of `indices`, `(B, T)`, to `(B, T, row_width)`."""
-        return self._parameters[name].rows.look_up(indices)
+    def project(self, name: str, axis: int, values: Tensor) -> Tensor:
+        """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`."""
+        parameter = self._parameters[name]
+        if parameter.widths[axis] < parameter.dims[axis]:
+            # In the activations' precision: a cast of the activations would cost more than the product.
+            return (values @ self.projection(name, axis).to(values.dtype)).to(self.dtype)
+        values = values.to(self.dtype)
+        return values * self._side_signs(name, axis) if parameter.is_factored else values
 
     def empty_sum(self, batch_size: int) -> Tensor:
         """What gradients are added to, of shape `(B, 2 k)`: a block that wraps around goes into the second half."""
@@ -194,11 +114,10 @@ class Projections:
         """The sketch `(B, k)` of everything that was added to `total`."""
         return total[:, : self.sketch_dim] + total[:, self.sketch_dim :]
 
-    def add_matrix(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add a gradient with projected factors, `(B, row_width, column_width)`, to `total` (B, 2 k), in place."""
+    def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
+        """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place."""
         parameter, values = self._parameters[name], values.flatten(1)
-        key = parameter.entry_sign_key
-        signs = None if key is None else self._draws.signs(key, values.size(1))
+        signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1))
         for i, start in enumerate(parameter.starts):
             entries = slice(i * self.sketch_dim, (i + 1) * self.sketch_dim)
             block = values[:, entries]
@@ -209,26 +128,53 @@ class Projections:
                 # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
                 place.addcmul_(block, signs[entries])
 
-    def add_dense(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add a gradient that is held in full, `(B, numel)`, to `total` (B, 2 k), in place."""
-        rows, columns = self._parameters[name].rows, self._parameters[name].columns
-        values = values.to(total.dtype).view(-1, rows.dim, columns.dim)
-        # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-        self.add_matrix(total, name, columns.project(rows.project(values.mT).mT))
+    def add(self, total: Tensor, name: str, values: Tensor) -> None:
+        """Add tensors of the parameter's own shape, `(B, *shape)` or flattened `(B, R C)`, to `total` (B, 2 k), in place:
+        gradients, or whatever else is to be compared with scores by inner products of sketches."""
+        values = values.to(total.dtype).reshape(-1, *self._parameters[name].dims)  # (B, R, C)
+        rows = self.project(name, ROWS, values.mT).mT  # (B, r, C)
+        self.add_projected(total, name, self.project(name, COLUMNS, rows))
 
     def add_entries(self, total: Tensor, name: str, values: Tensor, start: int) -> None:
-        """Add `(n,)` consecutive entries of a flattened matrix, from entry `start` on, to `total` (1, 2 k), in place."""
-        rows, columns = self._parameters[name].rows, self._parameters[name].columns
-        first, last = start // columns.dim, (start + values.numel() - 1) // columns.dim + 1
-        block = values.new_zeros((last - first) * columns.dim)
-        block[start - first * columns.dim :][: values.numel()] = values
-        self.add_matrix(
-            total, name, rows.project_some(columns.project(block.view(-1, columns.dim)), first).unsqueeze(0)
-        )
+        """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to `total` (1, 2 k), in place."""
+        (num_rows, num_columns), (row_width, _) = self._parameters[name].dims, self._parameters[name].widths
+        first, last = start // num_columns, (start + values.numel() - 1) // num_columns + 1
+        block = values.new_zeros((last - first) * num_columns)
+        block[start - first * num_columns :][: values.numel()] = values
+        block = self.project(name, COLUMNS, block.view(-1, num_columns))  # (last - first, c)
+        if row_width < num_rows:
+            rows = self.projection(name, ROWS)[first:last].T @ block
+        else:
+            rows = self.project(name, ROWS, nn.functional.pad(block.T, (first, num_rows - last))).T
+        self.add_projected(total, name, rows.unsqueeze(0))
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
-        return sum(tensor.nbytes for tensor in self._draws.drawn.values())
+        return sum(tensor.nbytes for tensor in self._drawn.values())
+
+    def _generator(self, key: str) -> torch.Generator:
+        # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._seed}-{key}".encode()))
+
+    def _signs(self, key: str, dim: int) -> Tensor:
+        """Random signs, of shape `(dim,)`, drawn when they are first needed and kept in int8."""
+        if key not in self._drawn:
+            bits = torch.randint(0, 2, (dim,), generator=self._generator(key), dtype=torch.int8)
+            self._drawn[key] = (2 * bits - 1).to(self.device)
+        return self._drawn[key].to(self.dtype)
+
+    def _side_signs(self, name: str, axis: int) -> Tensor:
+        return self._signs(f"{name}-{_AXIS_NAMES[axis]}", self._parameters[name].dims[axis])
+
+    def _basis(self, axis: int, dim: int, width: int) -> Tensor:
+        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
+        key = f"{_AXIS_NAMES[axis]}-{dim}-{width}"
+        if key not in self._drawn:
+            # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
+            gaussian = torch.randn(dim, width, generator=self._generator(key))
+            orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
+            self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
+        return self._drawn[key]
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:

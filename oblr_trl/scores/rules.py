@@ -1,9 +1,10 @@
-"""Layer rules: the gradient of one layer's parameters, per sequence, from the layer's input and output gradient.
+r"""Layer rules: the gradient of one layer's parameters, per sequence, from the layer's input and output gradient.
 
 The role of `grad_sample` rules in [Opacus](https://github.com/meta-pytorch/opacus), except that a rule returns factors of
 a gradient, which are then projected, and that it never reads a parameter: backends may have sharded it.
 
-Shapes: B sequences, T positions (all axes between the first and the last, flattened), d_in and d_out features.
+Shapes: B sequences, T positions (all axes between the first and the last, flattened), d_in and d_out features. In formulas a is
+the input, \\( \delta \\) the output gradient, and in the einsums that follow them o counts d_out and i counts d_in.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.factors import DenseGradient, DenseRows, IndexRows, OuterProduct, PerSequenceGradient
+from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct, PerSequenceGradient
 
 Gradients = dict[str, PerSequenceGradient]  # by the module's own parameter names
-ScoreRule = Callable[[nn.Module, Tensor, Tensor], Gradients]
+ScoreRule = Callable[[Any, Tensor, Tensor], Gradients]
 
 
 def register_score_rule(module_class: type[nn.Module], rule: ScoreRule) -> None:
@@ -36,7 +37,7 @@ def register_score_rule(module_class: type[nn.Module], rule: ScoreRule) -> None:
 def find_score_rule(module: nn.Module) -> ScoreRule | None:
     """The rule for the class whose `forward` the module runs, or `None`: a subclass that computes something else must not
     inherit a rule by accident."""
-    owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    owner = forward_owner(module)
     if owner in _RULES:
         return _RULES[owner]
     if owner.__module__.startswith("transformers."):
@@ -44,49 +45,43 @@ def find_score_rule(module: nn.Module) -> ScoreRule | None:
     return None
 
 
-def linear_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
-    r"""`nn.Linear`: \\( \nabla W = \sum_t \delta_t a_t^\top \\) (d_out x d_in), \\( \nabla b = \sum_t \delta_t \\)."""
-    weight = OuterProduct(DenseRows(grad_output.flatten(1, -2)), inputs.flatten(1, -2))
-    return {"weight": weight} | ({} if module.bias is None else {"bias": _sum_positions(grad_output)})
+def forward_owner(module: nn.Module) -> type:
+    """The class whose `forward` the module runs."""
+    return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
 
 
-def conv1d_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
-    r"""`Conv1D` of transformers (GPT-2), a linear layer stored transposed: \\( \nabla W = \sum_t a_t \delta_t^\top \\)."""
-    weight = OuterProduct(DenseRows(inputs.flatten(1, -2)), grad_output.flatten(1, -2))
+def linear_rule(module: nn.Linear, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`nn.Linear`: \\( \nabla W = \sum_t \delta_t a_t^\top \\), `bto,bti->boi`; \\( \nabla b = \sum_t \delta_t \\), `bto->bo`."""
+    gradients: Gradients = {"weight": OuterProduct(grad_output.flatten(1, -2), inputs.flatten(1, -2))}
+    return gradients if module.bias is None else gradients | {"bias": _sum_positions(grad_output)}
+
+
+def conv1d_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`Conv1D` of transformers (GPT-2), a linear layer stored transposed: \\( \nabla W = \sum_t a_t \delta_t^\top \\),
+    `bti,bto->bio`; \\( \nabla b = \sum_t \delta_t \\), `bto->bo`."""
+    weight = OuterProduct(inputs.flatten(1, -2), grad_output.flatten(1, -2))
     return {"weight": weight, "bias": _sum_positions(grad_output)}
 
 
-def embedding_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
-    r"""`nn.Embedding`: \\( \nabla W = \sum_t e_{x_t} \delta_t^\top \\), without the row of `padding_idx`."""
-    assert isinstance(module, nn.Embedding)
-    if module.scale_grad_by_freq or module.max_norm is not None:
-        raise ValueError(
-            "Embeddings with `scale_grad_by_freq` or `max_norm` have no per-sequence gradient: their gradient depends on the "
-            "other sequences of the batch. Build the embedding without them, or freeze it."
-        )
+def embedding_rule(module: nn.Embedding, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`nn.Embedding` of tokens x: \\( \nabla W = \sum_t e_{x_t} \delta_t^\top \\), `btv,bto->bvo`, without the row of
+    `padding_idx`."""
     if module.padding_idx is not None:
         grad_output = grad_output.masked_fill((inputs == module.padding_idx).unsqueeze(-1), 0.0)
     return {"weight": OuterProduct(IndexRows(inputs.flatten(1)), grad_output.flatten(1, -2))}
 
 
-def norm_rule(module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Gradients:
-    r"""`nn.LayerNorm` and `nn.RMSNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat x_t,\ \nabla \beta = \sum_t \delta_t \\)."""
-    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    if isinstance(module, nn.LayerNorm):
-        normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    else:
-        normalized = nn.functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
-    num_axes = len(module.normalized_shape)
-    grad_output, normalized = grad_output.flatten(-num_axes), normalized.flatten(-num_axes)
+def layer_norm_rule(module: nn.LayerNorm, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`nn.LayerNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat a_t \\), `bti,bti->bi`; \\( \nabla \beta = \sum_t \delta_t \\),
+    `bti->bi`."""
+    normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
     gradients: Gradients = {"weight": _sum_positions(grad_output * normalized)}
-    if isinstance(module, nn.LayerNorm) and module.bias is not None:
-        gradients["bias"] = _sum_positions(grad_output)
-    return gradients
+    return gradients if module.bias is None else gradients | {"bias": _sum_positions(grad_output)}
 
 
-def transformers_rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients:
+def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""RMSNorms of transformers, which normalise in float32 and scale by \\( \gamma \\) or \\( 1 + \gamma \\) (Gemma):
-    \\( \nabla \gamma = \sum_t \delta_t \hat x_t \\) for both."""
+    \\( \nabla \gamma = \sum_t \delta_t \hat a_t \\), `bti,bti->bi`, for both."""
     eps = module.variance_epsilon if "variance_epsilon" in module.__dict__ else module.eps
     x = inputs.float()
     normalized = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
@@ -103,7 +98,6 @@ def _sum_positions(values: Tensor) -> DenseGradient:
 _RULES: dict[type[nn.Module], ScoreRule] = {
     nn.Linear: linear_rule,
     nn.Embedding: embedding_rule,
-    nn.LayerNorm: norm_rule,
-    nn.RMSNorm: norm_rule,
+    nn.LayerNorm: layer_norm_rule,
 }
-_RULES_BY_CLASS_NAME: dict[str, ScoreRule] = {"Conv1D": conv1d_rule, "RMSNorm": transformers_rms_norm_rule}
+_RULES_BY_CLASS_NAME: dict[str, ScoreRule] = {"Conv1D": conv1d_rule, "RMSNorm": rms_norm_rule}

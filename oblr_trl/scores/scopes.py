@@ -8,47 +8,33 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
-from oblr_trl.scores.rules import find_score_rule
+from oblr_trl.scores.rules import find_score_rule, forward_owner
 
-Scope = Literal["all", "last_k", "lm_head"]
-SCOPES: tuple[str, ...] = get_args(Scope)
+SCOPES = ("all", "last_k", "lm_head")
 
 # PEFT's classes whose trainable layers are called like any other, with one row per sequence: all that a tap can see. Other
-# methods multiply with `weight` themselves (Lily, `target_parameters`), and their scores would pass for zero. Of the quantized
-# layers only the forward code was read.
+# methods multiply with `weight` themselves, or use the same layers otherwise (DoRA), and their scores would be wrong without notice.
+# Of the quantized layers only the forward code was read.
 _PEFT_CLASSES = (
-    "peft.peft_model.PeftModel",
-    "peft.peft_model.PeftModelForCausalLM",
-    "peft.tuners.ln_tuning.*.LNTuning*",
+    "peft.peft_model.PeftModel*",
     "peft.tuners.lora.*LoraLinear",
     "peft.tuners.lora.bnb.Linear*",
     "peft.tuners.lora.layer.Linear",
     "peft.tuners.lora.model.LoraModel",
-    "peft.tuners.prefix_tuning.model.PrefixEncoder",
     "peft.utils.other.ModulesToSaveWrapper",
 )
-# What a user asked for who meets one of these, and what to ask for instead.
-_PEFT_REMEDIES = {
-    "peft.tuners.lora.layer.Embedding": (
-        "LoRA on an embedding",
-        "Remove it from `target_modules`, or train a copy of the whole embedding with `modules_to_save`",
-    ),
-    "peft.tuners.lora.layer.ParamWrapper": (
-        "LoRA on bare parameters (`target_parameters`)",
-        "Name their modules in `target_modules`",
-    ),
-    "peft.tuners.trainable_tokens.layer.TrainableTokensLayer": (
-        "`trainable_token_indices`",
-        "Leave it out, or train a copy of the whole embedding with `modules_to_save`",
-    ),
-    "DoraLinearVariant": (
-        "DoRA, whose output is rescaled by a trainable magnitude vector",
-        "Set `use_dora=False`",
-    ),
+# Entries of a model's configuration by which its head's output is transformed (Gemma 2, Cohere, Granite, Falcon-H1), and the value
+# of one that does nothing.
+_LOGIT_TRANSFORMS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
 }
 
 
@@ -72,12 +58,12 @@ class ScopedParameters:
         """Number of entries of all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def num_uses(self, calls: Counter[nn.Module]) -> Counter[str]:
-        """How often each parameter is used in a pass in which the layers were called `calls` times."""
+    def shared(self, calls: Counter[nn.Module]) -> set[str]:
+        """Parameters that are used several times in a pass in which the layers were called `calls` times."""
         uses = Counter(self.head_names.values())
         for module, names in self.names.items():
             uses.update(dict.fromkeys(names.values(), calls[module]))
-        return uses
+        return {name for name, num_uses in uses.items() if num_uses > 1}
 
     def add(self, module: nn.Module, name: str, full_name: str, parameter: nn.Parameter) -> None:
         """Take in the use of a parameter as `name` of `module`."""
@@ -154,51 +140,21 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
 def _output_projection(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     if _qualified_name(head) == "peft.utils.other.ModulesToSaveWrapper":
-        head = _active_copy(head)
-    if not isinstance(head, nn.Linear):
-        if (kind := _qualified_name(head)).startswith("peft."):
-            raise ValueError(
-                f"The model's output embeddings are a `{kind}`: LoRA on the head, or `trainable_token_indices` with tied "
-                "embeddings. Only a plain `nn.Linear` head is supported. Remove the adapter from the head; "
-                "`modules_to_save=['lm_head']` trains a copy of it."
-            )
+        head = head.modules_to_save[head.active_adapter]
+    if forward_owner(head) is not nn.Linear:
         raise ValueError(
-            f"The model's output embeddings are a {type(head).__name__}; only a plain `nn.Linear` head is supported. Use "
-            "another model class."
-        )
-    if next(cls for cls in type(head).__mro__ if "forward" in cls.__dict__) is not nn.Linear:
-        raise ValueError(
-            f"The model's output embeddings are a `{_qualified_name(head)}`, whose own `forward` computes the logits, for "
-            "example from quantized weights; the scoring pass computes them from `weight` as `nn.Linear` does. Leave the head "
-            "out of the quantization: `llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` of other methods, both "
-            "as ['lm_head']."
+            f"The model's output embeddings are a `{_qualified_name(head)}`, but the scoring pass computes logits as a plain "
+            "`nn.Linear` does. Leave the head out of adapters (`modules_to_save=['lm_head']` trains a copy of it) and of "
+            "quantization (`llm_int8_skip_modules` or `modules_to_not_convert`, as ['lm_head'])."
         )
     config = model.config.get_text_config()
-    for name in (
-        "final_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-        "output_multiplier",
-        "lm_head_multiplier",
-    ):
-        value = getattr(config, name, None)
-        if value is not None and (value != 1.0 or name == "final_logit_softcapping"):
+    for name, neutral in _LOGIT_TRANSFORMS.items():
+        if (value := getattr(config, name, None)) not in (None, neutral):
             raise ValueError(
                 f"The model's config sets `{name}={value}`: its logits are not the plain output of the head, which the "
-                "scoring pass assumes. Such models (Gemma 2, Cohere, Granite, Falcon-H1) are not supported yet."
+                "scoring pass assumes. Such models are not supported yet."
             )
     return head
-
-
-def _active_copy(wrapper: Any) -> Any:
-    """The module that PEFT's `modules_to_save` calls in place of the original, whose hooks therefore fire."""
-    if "forward" in vars(wrapper):
-        raise ValueError(
-            "`cast_lm_head_to_fp32=True` replaces the forward of a head in `modules_to_save`, whose trained copy is then never "
-            "called. Set `cast_lm_head_to_fp32=False`, or remove the head from `modules_to_save`."
-        )
-    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    return wrapper.original_module if wrapper.disable_adapters or not active else wrapper.modules_to_save[active[0]]
 
 
 def _check_adapter(modules: dict[str, nn.Module], module_name: str, full_name: str) -> None:
@@ -209,22 +165,14 @@ def _check_adapter(modules: dict[str, nn.Module], module_name: str, full_name: s
             return
         path = path.rpartition(".")[0]
     layer: Any = modules[path]
-    variants = vars(layer).get("lora_variant", {})
+    variants = vars(layer).get("lora_variant", {})  # DoRA and others
     active = [type(variants[name]).__name__ for name in variants if name in layer.active_adapters]
-    if not active and any(fnmatchcase(owner, pattern) for pattern in _PEFT_CLASSES):
-        return
-    owner = active[0] if active else owner
-    method, remedy = _PEFT_REMEDIES.get(
-        owner, (f"PEFT's `{owner}`", "Use plain LoRA or rsLoRA, LayerNorm tuning, prefix tuning or `modules_to_save`")
-    )
-    raise ValueError(
-        f"The scoring pass does not support {method}, which trains `{full_name}`. {remedy}, or score the output "
-        "projection alone (`scope='lm_head'`, which is `score_scope` in `OBLRPOConfig`)."
-    )
-
-
-def _qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__name__}"
+    if active or not any(fnmatchcase(owner, pattern) for pattern in _PEFT_CLASSES):
+        raise ValueError(
+            f"The scoring pass does not support PEFT's `{active[0] if active else owner}`, which trains `{full_name}`. Use plain "
+            "LoRA or rsLoRA on linear layers and `modules_to_save`, or score the output projection alone (`scope='lm_head'`, which "
+            "is `score_scope` in `OBLRPOConfig`)."
+        )
 
 
 def _check_inside_language_model(model: Any, scoped: ScopedParameters) -> None:
@@ -238,6 +186,10 @@ def _check_inside_language_model(model: Any, scoped: ScopedParameters) -> None:
         raise ValueError(
             f"{len(outside)} trainable parameters, the first of them `{outside[0]}`, lie outside the language model: they see "
             "images or patches, so their gradient cannot be told apart by sequence. Freeze the vision tower and the "
-            "projector (`requires_grad_(False)`; for adapters, limit `target_modules` to the language model), or use "
-            "`scope='lm_head'` (`score_scope` in `OBLRPOConfig`), which scores the output projection and trains everything."
+            "projector (for adapters, limit `target_modules` to the language model), or use `scope='lm_head'` (`score_scope` in "
+            "`OBLRPOConfig`), which scores the output projection and trains everything."
         )
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"

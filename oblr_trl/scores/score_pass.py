@@ -10,24 +10,23 @@ Shapes: B sequences, L = P + C tokens (prompt and completion), d hidden features
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.accumulators import Accumulator, ExactNormAccumulator, SketchAccumulator
+from oblr_trl.scores.accumulators import ExactNormAccumulator, SketchAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
-from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.projections import ROWS, Projections
 from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 from oblr_trl.scores.taps import frozen_parameters, intercepted_head, non_reentrant_checkpointing, tapped
 
-ScoreMethod = Literal["sketch", "exact"]
-METHODS: tuple[str, ...] = get_args(ScoreMethod)
+METHODS = ("sketch", "exact")
 
 
 @dataclass
@@ -66,7 +65,7 @@ class ScorePass:
             Whether the pass checkpoints the model's blocks. As the model is set if not given.
 
     Raises:
-        `ValueError`: For an unknown method, a `sketch_dim` below 1, or a `temperature` that is not positive.
+        `ValueError`: For an unknown method.
     """
 
     model: nn.Module
@@ -85,28 +84,14 @@ class ScorePass:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-        if self.sketch_dim < 1:
-            raise ValueError(f"`sketch_dim` must be at least 1, got {self.sketch_dim}.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
 
     def __call__(self, model_inputs: Mapping[str, Any], targets: Tensor, token_weights: Tensor) -> ScoreOutput:
         """
         Run the pass on one micro-batch.
 
-        Args:
-            model_inputs (`Mapping[str, Any]`):
-                Keyword arguments of the model's forward: `input_ids` (B, L), `attention_mask` and the like.
-            targets (`torch.Tensor` of shape `(B, C)`):
-                Completion tokens, the last C columns of `input_ids`.
-            token_weights (`torch.Tensor` of shape `(B, C)`):
-                Seed of every token's log-probability; 0 keeps a token out of the score.
-
-        Returns:
-            [`ScoreOutput`].
-
-        Raises:
-            `ValueError`: If the scope cannot be resolved.
+        `model_inputs` are keyword arguments of the model's forward: `input_ids` (B, L), `attention_mask` and the like; `targets`
+        (B, C) its last C columns, the completions; `token_weights` (B, C) the seed of every token's log-probability, of which 0
+        keeps a token out of the score.
         """
         scoped = resolve_scope(self.model, self.scope, self.last_k)
         return _MicroBatch(self, scoped, targets, token_weights).run(model_inputs)
@@ -138,25 +123,16 @@ class _MicroBatch:
         self._scoped = scoped
         self._targets = targets
         self._token_weights = token_weights
-        self._head_parameter = next(scoped.head.parameters(recurse=False))
-        self._head_was_empty = self._head_parameter.numel() == 0
         self._begun = scoped.first_block is None
-        self._uses: Counter[str] = Counter()
-        self._accumulators: dict[str, Accumulator] = {}
-        self._row_projection: Callable[[str], Tensor | None] = lambda name: None
-        batch_size, device = targets.size(0), targets.device
-        dtype = torch.promote_types(self._head_parameter.dtype, torch.float32)
-        for method in settings.methods:
-            if method == "exact":
-                self._accumulators[method] = ExactNormAccumulator(batch_size, dtype, device)
-            else:
-                projections = settings.projections(scoped, dtype, device)
-                self._accumulators[method] = SketchAccumulator(batch_size, projections)
-                self._row_projection = projections.rows
+        self._accumulators: dict[str, SketchAccumulator | ExactNormAccumulator] = {}
+        self._projections: Projections | None = None
+        self._dtype = torch.promote_types(next(scoped.head.parameters(recurse=False)).dtype, torch.float32)
+        if "sketch" in settings.methods:
+            self._projections = settings.projections(scoped, self._dtype, targets.device)
 
     def run(self, model_inputs: Mapping[str, Any]) -> ScoreOutput:
         """The forward pass, the backward pass where anything below the head is in scope, and what they gave."""
-        settings, scoped, num_tokens = self._settings, self._scoped, self._targets.size(1)
+        settings, scoped, (batch_size, num_tokens) = self._settings, self._scoped, self._targets.shape
         anchor = torch.zeros((), device=self._targets.device, requires_grad=True)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(scoped.names)))
@@ -165,14 +141,18 @@ class _MicroBatch:
             head_calls = stack.enter_context(intercepted_head(scoped.head, self._score_head))
             if scoped.first_block is not None:
                 stack.callback(scoped.first_block.register_forward_pre_hook(self._on_first_block).remove)
-            batch_size, is_active = self._targets.size(0), lambda: self._begun
-            taps = tapped(scoped.names, anchor, self._on_layer, batch_size=batch_size, is_active=is_active)
+            taps = tapped(scoped.names, anchor, self._on_layer, batch_size=batch_size, is_active=lambda: self._begun)
             calls = stack.enter_context(taps)
             settings.model(**model_inputs, use_cache=False)
             self._warn_of_uncalled(calls)
-            self._uses.update(scoped.num_uses(calls))
             assert len(head_calls) == 1, "the model did not call its output projection once"
             hidden, head = head_calls[0]
+
+            if self._projections is not None:
+                self._accumulators["sketch"] = SketchAccumulator(batch_size, self._projections)
+            if "exact" in settings.methods:
+                norms = torch.zeros(batch_size, dtype=self._dtype, device=self._targets.device)
+                self._accumulators["exact"] = ExactNormAccumulator(norms, shared=scoped.shared(calls))
             # Autocast is for the model: the products of scores keep the precision that they come in.
             stack.enter_context(_no_autocast(hidden))
             with torch.no_grad():
@@ -195,18 +175,21 @@ class _MicroBatch:
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> HeadScores:
         hidden = hidden[:, -self._targets.size(1) - 1 : -1]
         dtype = self._settings.head_dtype or _compute_dtype(head, hidden)
-        # FSDP puts another tensor in the parameter's place, ZeRO-3 fills the empty one; both take it back after the head's call.
-        is_sharded = head.weight is not self._head_parameter or self._head_was_empty
+        drawn = self._projections
+        projections = {
+            name: None if drawn is None else drawn.projection(ours, ROWS)
+            for name, ours in self._scoped.head_names.items()
+        }
         with torch.no_grad(), _no_autocast(hidden):
             return score_head(
                 head,
                 hidden.to(dtype),
                 self._targets,
                 self._token_weights,
-                {name: self._row_projection(ours) for name, ours in self._scoped.head_names.items()},
+                projections,
                 temperature=self._settings.temperature,
                 needs_grad_hidden=bool(self._scoped.names),
-                copy_parameters=is_sharded and "exact" in self._accumulators,
+                copy_parameters="exact" in self._settings.methods,
             )
 
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
@@ -222,7 +205,7 @@ class _MicroBatch:
 
     def _add(self, name: str, gradient: PerSequenceGradient) -> None:
         for accumulator in self._accumulators.values():
-            accumulator.add(name, gradient, self._uses[name])
+            accumulator.add(name, gradient)
 
     def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
         uncalled = [next(iter(names.values())) for module, names in self._scoped.names.items() if not calls[module]]

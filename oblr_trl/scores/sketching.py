@@ -53,29 +53,11 @@ def score_sketches(
         model. A sequence without completion token gives zeros.
 
     Raises:
-        `ValueError`: For tensors whose shapes do not fit, and as [`ScorePass`] does.
+        `ValueError`: For an unknown method, or a scope that cannot be resolved.
     """
     num_tokens = completion_mask.size(1)
-    if input_ids.shape != attention_mask.shape or completion_mask.size(0) != input_ids.size(0):
-        raise ValueError(
-            f"Expected `input_ids` and `attention_mask` of shape (B, P + C) and `completion_mask` of shape (B, C), got "
-            f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)} and {tuple(completion_mask.shape)}."
-        )
-    if not 1 <= num_tokens < input_ids.size(1):
-        raise ValueError(
-            f"`completion_mask` covers {num_tokens} of {input_ids.size(1)} columns; at least one completion column and one "
-            "prompt column before it are needed, because the first token has no predecessor to be predicted from."
-        )
-    if token_weights is not None and token_weights.shape != completion_mask.shape:
-        raise ValueError(
-            f"`token_weights` must have the shape of `completion_mask`, {tuple(completion_mask.shape)}, got "
-            f"{tuple(token_weights.shape)}."
-        )
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"`micro_batch_size` must be at least 1, got {micro_batch_size}.")
-    weights = (
-        completion_mask.to(torch.get_default_dtype()) if token_weights is None else token_weights * completion_mask
-    )
+    ones = torch.ones(completion_mask.shape, device=completion_mask.device)
+    weights = (ones if token_weights is None else token_weights) * completion_mask
     score_pass = ScorePass(model, scope=scope, last_k=last_k, methods=(method,), sketch_dim=sketch_dim, seed=seed)
     results = []
     for rows in torch.arange(input_ids.size(0)).split(micro_batch_size or max(input_ids.size(0), 1)):

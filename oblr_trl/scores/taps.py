@@ -9,7 +9,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +48,11 @@ def tapped(
     modules: Iterable[nn.Module], anchor: Tensor, observer: Observer, *, batch_size: int, is_active: Callable[[], bool]
 ) -> Iterator[Counter[nn.Module]]:
     """
-    Tap the outputs of `modules` while the block runs.
+    Tap the outputs of `modules`, which must be tensors, while the block runs.
 
-    Args:
-        modules (`Iterable[torch.nn.Module]`): Layers to tap; their output must be a tensor.
-        anchor (`torch.Tensor`): Scalar that requires a gradient.
-        observer (`Callable`): Called in the backward pass with module, input and output gradient, batch first.
-        batch_size (`int`): Number of sequences B.
-        is_active (`Callable[[], bool]`): Asked at each call of a layer whether it is to be tapped.
-
-    Yields:
-        `Counter[torch.nn.Module]`: How often each layer has been called so far, recomputations included.
+    `anchor` is a scalar that requires a gradient. `observer` is called in the backward pass with module, input and output gradient, the
+    `batch_size` sequences first; `is_active` is asked at each call of a layer whether it is to be tapped. Yields how often each
+    layer has been called so far, recomputations included.
     """
     calls: Counter[nn.Module] = Counter()
 
@@ -137,24 +131,19 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def non_reentrant_checkpointing(model: nn.Module, *, enabled: bool | None = None) -> Iterator[None]:
     """
-    Let the blocks of a model of transformers checkpoint as in training, but never reentrantly, while the block runs.
+    Let the blocks of a model of transformers checkpoint as they are set to, or as `enabled` says, but never reentrantly, while the block
+    runs. Only blocks for which checkpointing was set up at some time are touched.
 
     Reentrant checkpointing runs each block in a graph of its own, which `torch.autograd.grad` cannot enter. TRL forces it for
     adapters under ZeRO-3 because of their weight gradients, of which the pass forms none.
-
-    Args:
-        model (`torch.nn.Module`): The model. Only blocks for which checkpointing was set up at some time are touched.
-        enabled (`bool`, *optional*): Whether they checkpoint at all. As they are set if not given.
     """
-    function, flag = "_gradient_checkpointing_func", "gradient_checkpointing"
-    blocks = [module for module in model.modules() if function in vars(module)]
-    before = [(vars(block)[function], vars(block).get(flag, False)) for block in blocks]
+    blocks: list[Any] = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+    before = [(block._gradient_checkpointing_func, block.gradient_checkpointing) for block in blocks]
     try:
         for block, (_, checkpoints) in zip(blocks, before, strict=True):
-            setattr(block, function, functools.partial(checkpoint, use_reentrant=False))
-            setattr(block, flag, checkpoints if enabled is None else enabled)
+            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            block.gradient_checkpointing = checkpoints if enabled is None else enabled
         yield
     finally:
-        for block, (original, checkpoints) in zip(blocks, before, strict=True):
-            setattr(block, function, original)
-            setattr(block, flag, checkpoints)
+        for block, original in zip(blocks, before, strict=True):
+            block._gradient_checkpointing_func, block.gradient_checkpointing = original
