@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 
+# Entries of a parameter that are projected at once: 32 MiB of them.
+_CHUNK = 2**22
+
 
 class LocalEntries(NamedTuple):
     """The entries of one parameter that this process holds, in the precision that the optimizer steps in."""
@@ -72,7 +75,7 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     """
     This process's part of the sketch of the parameters in scope; the sum over processes is the sketch.
 
-    The products are taken in full float32, also where TF32 is allowed: an update is 1e-5 of the parameters.
+    In float64: an update is 1e-5 of the parameters, so that float32 would leave two digits of the difference of two sketches.
 
     Args:
         score_pass ([`~scores.score_pass.ScorePass`]): The pass whose projections are used.
@@ -84,14 +87,11 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
     head = next(scoped.head.parameters(recurse=False))
     projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
-    total = projections.empty_sum(1)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        for name in scoped.shapes:
-            values, start, num_copies = local_entries(parameters[name])
-            if values.numel():
-                projections.add_entries(total, name, values.to(total) / num_copies, start)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    dtype = torch.float32 if head.device.type == "mps" else torch.float64  # which MPS does not have
+    total = projections.empty_sum(1, dtype)
+    for name in scoped.shapes:
+        values, start, num_copies = local_entries(parameters[name])
+        for part in values.split(_CHUNK) if values.numel() else ():
+            projections.add_entries(total, name, part.to(total) / num_copies, start)
+            start += part.numel()
     return projections.sketch(total)[0].double()

@@ -98,17 +98,17 @@ class Projections:
         return matrix * self._side_signs(name, axis).unsqueeze(1) if parameter.is_factored else matrix
 
     def project(self, name: str, axis: int, values: Tensor) -> Tensor:
-        """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`."""
-        parameter = self._parameters[name]
+        """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases."""
+        parameter, dtype = self._parameters[name], torch.promote_types(values.dtype, self.dtype)
         if parameter.widths[axis] < parameter.dims[axis]:
             # In the activations' precision: a cast of the activations would cost more than the product.
-            return (values @ self.projection(name, axis).to(values.dtype)).to(self.dtype)
-        values = values.to(self.dtype)
+            return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
+        values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
-    def empty_sum(self, batch_size: int) -> Tensor:
+    def empty_sum(self, batch_size: int, dtype: torch.dtype | None = None) -> Tensor:
         """What gradients are added to, of shape `(B, 2 k)`: a block that wraps around goes into the second half."""
-        return torch.zeros(batch_size, 2 * self.sketch_dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(batch_size, 2 * self.sketch_dim, dtype=dtype or self.dtype, device=self.device)
 
     def sketch(self, total: Tensor) -> Tensor:
         """The sketch `(B, k)` of everything that was added to `total`."""
@@ -117,7 +117,7 @@ class Projections:
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
         """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place."""
         parameter, values = self._parameters[name], values.flatten(1)
-        signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1))
+        signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1)).to(values.dtype)
         for i, start in enumerate(parameter.starts):
             entries = slice(i * self.sketch_dim, (i + 1) * self.sketch_dim)
             block = values[:, entries]
@@ -143,7 +143,7 @@ class Projections:
         block[start - first * num_columns :][: values.numel()] = values
         block = self.project(name, COLUMNS, block.view(-1, num_columns))  # (last - first, c)
         if row_width < num_rows:
-            rows = self.projection(name, ROWS)[first:last].T @ block
+            rows = self.projection(name, ROWS)[first:last].to(block.dtype).T @ block
         else:
             rows = self.project(name, ROWS, nn.functional.pad(block.T, (first, num_rows - last))).T
         self.add_projected(total, name, rows.unsqueeze(0))
