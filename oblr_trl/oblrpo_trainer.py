@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Added to a standard deviation of rewards, as in TRL; it keeps groups of equal rewards from dividing by zero.
 _SCALE_EPSILON = 1e-4
+_TINY = 1e-300  # keeps a rate of 0 from dividing by it
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo")
 # Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
@@ -321,8 +322,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
-                schedule.set_multiplier(self._trust_region.next_multiplier(self._rho, schedule.position))
-                values[metrics.KL_TARGET] = self._trust_region.target(self._rho) * schedule.position**2
+                self._set_rate(self._trust_region.next_rate(self._rho, schedule.position))
+                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, schedule.position)
             elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
             values[metrics.LR_MULTIPLIER] = schedule.multiplier
@@ -334,12 +335,10 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         assert self._score_pass is not None
         assert batch.sketches is not None
         assert batch.token_weights is not None
-        scores = (batch.sketches / batch.token_weights.unsqueeze(2)).nan_to_num(
-            nan=0.0
-        )  # without tokens there is no weight
-        if math.isnan(self._trust_region.multiplier):
-            squared_norm = scores.square().sum(dim=2).mean().item()
-            self._trust_region.start(squared_norm, self._num_parameters, max(self._initial_lrs))
+        scores = batch.sketches / batch.token_weights.unsqueeze(2)
+        scores = scores.nan_to_num(nan=0.0)  # a completion without tokens has no weights
+        if math.isnan(self._trust_region.rate):
+            self._trust_region.start(scores.square().sum(dim=2).mean().item(), self._num_parameters)
         movement = self._trust_region.observe(
             scores,
             advantages,
@@ -366,7 +365,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
-        last_multiplier = self._trust_region.multiplier
+        last_rate = self._trust_region.rate
         self._trust_region.restart()
         adapts = self.args.lr_adaptation != "none"
         optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
@@ -375,23 +374,26 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         super().create_scheduler(num_training_steps, optimizer)
         if adapts and not isinstance(self._schedule, SNRScheduler):
             check_wrappable(self.lr_scheduler)
-            # What is set here is of rollouts that an earlier `train` has not used up.
+            low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
             if self.args.lr_adaptation == "trust_region":
-                self.lr_scheduler = SNRScheduler(self.lr_scheduler)  # no step before the first batch
-                if not math.isnan(last_multiplier):
-                    self.lr_scheduler.set_multiplier(last_multiplier)
-            else:
-                low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
-                self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
-                if not math.isnan(self._rho):
-                    self.lr_scheduler.set_rho(self._rho)
+                low, high = 0.0, math.inf  # no step before the first batch
+            self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
         lrs = initial_lrs(self._schedule)
         if lrs != self._initial_lrs:
             # In place: for a DeepSpeed file with an optimizer of its own transformers calls this first on a copy of the trainer.
             self._initial_lrs[:] = lrs
             if self.is_world_process_zero():
                 logger.warning(self._start_line())
+        # Rollouts that an earlier `train` has not used up.
+        if self.args.lr_adaptation == "trust_region" and not math.isnan(last_rate):
+            self._set_rate(last_rate)
+        elif self.args.lr_adaptation == "snr" and not math.isnan(self._rho):
+            self._schedule.set_rho(self._rho)
         return self.lr_scheduler
+
+    def _set_rate(self, rate: float) -> None:
+        """Let the schedule's initial rate be `rate`; of several parameter groups that of the largest."""
+        self._schedule.set_multiplier(rate / max(*self._initial_lrs, _TINY))
 
     @property
     def _schedule(self) -> Any:
@@ -425,6 +427,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             logger.warning(
                 "The schedule continues from initial learning rates %s, not the checkpoint's %s.", wanted, loaded
             )
+            if not math.isnan(self._trust_region.rate):
+                self._set_rate(self._trust_region.rate)
 
     def _algorithm_state(self) -> dict[str, Any]:
         automatic = self._baseline_estimator.automatic

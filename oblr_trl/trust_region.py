@@ -26,7 +26,7 @@ _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 _TINY = 1e-300  # keeps a bound finite where scores or rates vanish
-_STATE = ("multiplier", "_taken", "_position", "_curvature", "_weight", "_step")
+_STATE = ("rate", "_taken", "_position", "_curvature", "_weight", "_step")
 
 
 def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) -> float:
@@ -78,12 +78,12 @@ class Movement(NamedTuple):
 
 class TrustRegion:
     r"""
-    Finds the multiplier of the scheduled learning rates that moves the policy by \\( \delta \rho \\).
+    Finds the learning rate that moves the policy by \\( \delta \rho \\).
 
-    The state is a moving average of the curvature \\( c = \mathrm{KL} / (m a)^2 \\), m being the multiplier that a step was taken with
-    and a where the schedule stood, as a part of its initial rate. The next multiplier is \\( \sqrt{\delta \rho / c} \\), at most 10
-    times and at least a fifth of the last: a schedule of constant rate moves the policy by \\( \delta \rho \\), any other one by
-    \\( \delta \rho a^2 \\). Without information (nothing moved, a KL that is not finite, no rho) the multiplier stays.
+    The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
+    part of its initial rate. The next rate is \\( \sqrt{\delta \rho / c} \\), at most 10 times and at least a fifth of the last: with a
+    constant schedule the policy moves by \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). Without information (nothing
+    moved, a KL that is not finite, no rho) the rate stays.
 
     Args:
         kl (`float`): delta, in nats per completion at rho = 1.
@@ -99,8 +99,8 @@ class TrustRegion:
 
     def restart(self) -> None:
         """Search anew, with another optimizer state or another schedule."""
-        self.multiplier = math.nan  # of the step at hand; unknown before the first batch
-        self._taken = math.nan  # of the last step that moved the policy, or the one to start with
+        self.rate = math.nan  # of the step at hand; unknown before the first batch
+        self._taken = math.nan  # that of the last step that moved the policy, or to start with
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
         self._weight = 0.0
@@ -108,23 +108,20 @@ class TrustRegion:
         self._parameters: Tensor | None = None
         self._step = -1
 
-    def start(self, squared_norm: float, num_parameters: int, learning_rate: float) -> None:
+    def start(self, squared_norm: float, num_parameters: int) -> None:
         r"""
         Begin where no first step can move the policy by more than delta: the entries of an update are at most the rate (Adam, Lion,
         Muon, SGD with clipped gradients), so that by Cauchy and Schwarz \\( \langle s, \Delta\theta \rangle^2 \le \eta^2 P \|s\|^2 \\).
-        The rate that the user chose has no part in it.
 
         Args:
             squared_norm (`float`): Mean squared norm of a score.
             num_parameters (`int`): P.
-            learning_rate (`float`): Largest rate that the schedule starts from, which the multiplier is to be applied to.
         """
-        bound = math.sqrt(2 * self.kl / max(num_parameters * squared_norm, _TINY))
-        self.multiplier = self._taken = bound / max(learning_rate, _TINY)
+        self.rate = self._taken = math.sqrt(2 * self.kl / max(num_parameters * squared_norm, _TINY))
 
-    def target(self, rho: float) -> float:
-        """KL of a step at the initial rate of the schedule, in nats per completion."""
-        return self.kl * min(max(rho, self.min_rho), self.max_rho)
+    def target(self, rho: float, position: float = 1.0) -> float:
+        """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
+        return self.kl * min(max(rho, self.min_rho), self.max_rho) * position**2
 
     def observe(
         self, sketches: Tensor, advantages: Tensor, parameters: Tensor, *, step: int, is_exact: bool = False
@@ -149,17 +146,17 @@ class TrustRegion:
         update = parameters - before.to(parameters.device)
         kl = kl_of_update(sketches.flatten(0, 1), update, is_exact=is_exact)
         gains = advantages * (sketches.double() @ update)
-        rate = self.multiplier * self._position
+        rate = self.rate * self._position
         # A step that was skipped moved nothing and says nothing.
         if bool(update.any()) and math.isfinite(kl) and rate > 0:
-            self._taken = self.multiplier
+            self._taken = self.rate
             self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
             self._weight = _DECAY * self._weight + (1 - _DECAY)
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gains.nanmean().item())
 
-    def next_multiplier(self, rho: float, position: float) -> float:
+    def next_rate(self, rho: float, position: float) -> float:
         """
-        Multiplier of the coming step, the same for any number of calls before it is taken.
+        Rate of the coming step for a schedule at its initial rate, the same for any number of calls before it is taken.
 
         Args:
             rho (`float`): Of the batch that the step is made from; `nan` if unknown.
@@ -167,12 +164,12 @@ class TrustRegion:
         """
         self._position = position
         if math.isnan(rho) or not self._weight:
-            return self.multiplier
+            return self.rate
         low, high = self._taken / _MAX_SHRINKAGE, self._taken * _MAX_GROWTH
         curvature = self._curvature / self._weight
         # So little movement that its estimate is noise around zero: a longer step will tell.
-        self.multiplier = min(max(math.sqrt(self.target(rho) / curvature), low), high) if curvature > 0 else high
-        return self.multiplier
+        self.rate = min(max(math.sqrt(self.target(rho) / curvature), low), high) if curvature > 0 else high
+        return self.rate
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain numbers."""

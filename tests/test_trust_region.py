@@ -118,68 +118,64 @@ def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():
 
 
 def policy(curvature):
-    """A region and a policy whose KL is `curvature` x rate^2: one score, one coordinate."""
+    """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region."""
 
-    def step(region, index, rate, rho=0.5, position=1.0):
-        position_now = rate * 1.0
-        sketches, parameters = torch.full((2, 2, 1), math.sqrt(2 * curvature)), torch.tensor([position_now])
-        return region.observe(
-            sketches.double(), torch.zeros(2, 2), parameters.double(), step=index, is_exact=True
-        ), region.next_multiplier(rho, position)
+    def step(region, index, parameter, rho=0.5, position=1.0):
+        sketches = torch.full((2, 2, 1), math.sqrt(2 * curvature), dtype=torch.float64)
+        parameters = torch.tensor([parameter], dtype=torch.float64)
+        movement = region.observe(sketches, torch.zeros(2, 2), parameters, step=index, is_exact=True)
+        return movement, region.next_rate(rho, position)
 
     return step
 
 
-@pytest.mark.parametrize("learning_rate", [1e-7, 1e-2])
 @pytest.mark.parametrize("curvature", [1e-2, 1e6])
-def test_the_search_ends_at_the_target_whatever_it_starts_from(learning_rate, curvature):
+def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
     region = TrustRegion(0.02)
-    region.start(squared_norm=2 * curvature, num_parameters=10**6, learning_rate=learning_rate)
-    step, total, rates = policy(curvature), 0.0, []
+    region.start(squared_norm=2 * curvature, num_parameters=10**6)
+    step, parameter, rates = policy(curvature), 0.0, []
     for index in range(30):
-        _, multiplier = step(region, index, total)
-        rates.append(multiplier * learning_rate)
-        total += rates[-1]
+        rates.append(step(region, index, parameter)[1])
+        parameter += rates[-1]
     # KL = c rate^2 = 0.02 x 0.5, so rate = sqrt(0.01 / c).
     assert rates[-1] == pytest.approx(math.sqrt(0.01 / curvature), rel=1e-6)
     # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta.
     assert rates[0] == pytest.approx(math.sqrt(0.02 / curvature) / 1000)
-    growth = torch.tensor(rates[1:]) / torch.tensor(rates[:-1])
-    assert growth.max() <= 10 * (1 + 1e-6)
+    assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
 
 
 def test_the_rate_is_held_where_a_batch_says_nothing():
     region = TrustRegion(0.02)
-    region.start(squared_norm=2.0, num_parameters=4, learning_rate=1.0)
+    region.start(squared_norm=2.0, num_parameters=4)
     step = policy(1.0)
     total = 0.0
     for index in range(10):
-        _, multiplier = step(region, index, total)
-        total += multiplier
+        _, rate = step(region, index, total)
+        total += rate
     state = region.state_dict()
-    assert step(region, 10, total, rho=math.nan)[1] == multiplier  # no rho
+    assert step(region, 10, total, rho=math.nan)[1] == rate  # no rho
     region.load_state_dict(state)
-    assert step(region, 10, total - multiplier)[1] == pytest.approx(multiplier)  # a step that was skipped
+    assert step(region, 10, total - rate)[1] == pytest.approx(rate)  # a step that was skipped
     region.load_state_dict(state)
-    assert step(region, 10, math.inf)[1] == pytest.approx(multiplier)  # a KL that is not finite
+    assert step(region, 10, math.inf)[1] == pytest.approx(rate)  # a KL that is not finite
     region.load_state_dict(state)
-    assert step(region, 10, total)[1] == pytest.approx(multiplier)
+    assert step(region, 10, total)[1] == pytest.approx(rate)
     region.load_state_dict(json.loads(json.dumps(state)))
-    assert step(region, 10, 1e6)[1] == pytest.approx(multiplier / 5)  # far too far: the bound of a change
+    assert step(region, 10, 1e6)[1] == pytest.approx(rate / 5)  # far too far: the bound of a change
 
 
 def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
     region = TrustRegion(0.02)
-    region.start(squared_norm=2.0, num_parameters=4, learning_rate=1.0)
+    region.start(squared_norm=2.0, num_parameters=4)
     step, total = policy(1.0), 0.0
     for index in range(12):
-        movement, multiplier = step(region, index, total, position=0.5)
+        movement, rate = step(region, index, total, position=0.5)
         again, same = step(region, index, total, position=0.5)
         assert math.isnan(again.kl)
-        assert same == multiplier
-        total += 0.5 * multiplier
-    # The multiplier is that of the full rate, so half of it moves by a quarter of delta rho.
-    assert multiplier == pytest.approx(0.1, rel=1e-6)
+        assert same == rate
+        total += 0.5 * rate
+    # The rate is that of a schedule at its start, so half of it moves by a quarter of delta rho.
+    assert rate == pytest.approx(0.1, rel=1e-6)
     assert movement.kl == pytest.approx(0.01 / 4, rel=1e-3)
 
 
@@ -253,6 +249,23 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, options):
         assert logged(resumed, name) == logged(whole, name)
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_another_learning_rate_changes_nothing_of_a_resumed_run(tmp_path):
+    options = TRUST | SHARED | {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
+    changed = options | {"learning_rate": 0.3, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-5")}
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", **changed)
+    assert logged(resumed, "learning_rate") == pytest.approx(logged(whole, "learning_rate"), rel=1e-6)
+
+
+def test_a_second_train_searches_anew(tmp_path):
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=6)
+    first = logged(trainer, "learning_rate")
+    trainer.train()
+    second = logged(trainer, "learning_rate")[-6:]
+    assert second[0] == pytest.approx(first[0], rel=0.1)
+    assert second[0] < first[-1] / 3
 
 
 def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
