@@ -5,7 +5,8 @@
 A setting is a policy with an optimizer, a batch and so on. For each, the best *constant* rate is searched on a grid with a factor
 of 2, with seeds of their own, which is extended until its best rate lies inside. Then, with other seeds, run with the same
 baseline: that rate; linear decay to zero from the better of it and twice it; the SNR multiplier at the best of a few multiples;
-one fixed KL, the better of two over all settings; and the trust region with its default, started at TRL's default rate. What is
+one fixed KL, the better of two over all settings; and the trust region with its default, started at TRL's default rate. At last GRPO
+and ours start from a rate at which a constant one collapses. What is
 compared is the *gain*: mean held-out accuracy over the run less that of the start.
 
 Finished runs are kept in `runs/trust_region/` and not repeated, so that a stopped study resumes. Ask for fewer `methods` or seeds
@@ -25,7 +26,7 @@ from benchmarks.learning_summary import Run, step_area
 from benchmarks.policies import policy_directory
 from benchmarks.record import machine, write_record
 from benchmarks.sections.trust_region import markdown
-from benchmarks.trust_region_summary import summarise
+from benchmarks.trust_region_summary import mean_curve, summarise
 
 _LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
 _MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
@@ -50,6 +51,8 @@ PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
     f"9 M parameters, {precision}": ({"policy": "chain_sum-9M", "precision": precision}, 6.5e-5)
     for precision in ("float32", "bfloat16 autocast", "bfloat16 weights")
 }
+# At which GRPO loses the policy.
+COLLAPSE_RATE = 2e-3
 FIXED_KL = ("fixed_kl_1e-3", "fixed_kl_3e-3")
 
 
@@ -125,6 +128,16 @@ def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, flo
     return gains
 
 
+def collapse(args: TrustRegionArguments) -> dict[str, Any]:
+    """Mean curves of the first setting at `COLLAPSE_RATE`."""
+    curves = {}
+    for method in ("grpo", "trust_region"):
+        seeds = range(args.evaluation_seeds)
+        specs = [args.spec(args.settings[0], method, COLLAPSE_RATE, seed) for seed in seeds]
+        curves[method] = mean_curve(args.complete(specs, f"{method} at {COLLAPSE_RATE:g}"))
+    return {"setting": args.settings[0], "learning_rate": COLLAPSE_RATE, "curves": curves}
+
+
 def main(args: TrustRegionArguments) -> None:
     """Tune, evaluate, print and write."""
     started = machine()
@@ -152,7 +165,7 @@ def main(args: TrustRegionArguments) -> None:
         }
         for (_, setting), run in zip(specs, args.complete(list(specs.values()), method), strict=True):
             runs[setting].setdefault(method, []).append(run)
-    record = {"summary": summarise(gains, runs)}
+    record = {"summary": summarise(gains, runs), "collapse": collapse(args)}
     print(markdown(record | {"settings": vars(args)}))
     write_record(args.output, args, started, record)
 

@@ -20,6 +20,11 @@ def share(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"mean": float(first.mean() / second.mean()), "low": float(low), "high": float(high)}
 
 
+def mean_curve(runs: Sequence[Run]) -> list[float]:
+    """Held-out accuracy at the evaluated steps, mean over runs."""
+    return [round(float(value), 4) for value in np.mean([run["accuracies"] for run in runs], axis=0)]
+
+
 def summarise(
     tuning: Mapping[str, Mapping[float, float]], runs: Mapping[str, Mapping[str, Sequence[Run]]]
 ) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def summarise(
                         for run in found
                         for multiplier in run["multipliers"][len(run["multipliers"]) // 2 :]
                     ),
-                    "curve": [round(float(value), 4) for value in np.mean([r["accuracies"] for r in found], axis=0)],
+                    "curve": mean_curve(found),
                 }
                 for method, found in by_method.items()
             },

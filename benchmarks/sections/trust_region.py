@@ -13,9 +13,13 @@ LABELS = {
     "snr": "SNR multiplier, best rate",
     "fixed_kl_1e-3": "KL = 0.001",
     "fixed_kl_3e-3": "KL = 0.003",
+    "grpo": "GRPO, constant rate",
     "trust_region": "trust region",
 }
-_COLOURS = {"constant": "#000000", "trust_region": "#0072B2"}
+# Okabe and Ito's, as in the package's figure of runs.
+_COLOURS = dict(
+    zip(LABELS, ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#D55E00", "#0072B2"), strict=True)
+)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -47,21 +51,32 @@ def _interval(value: dict[str, float]) -> str:
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Held-out accuracy over the run in every setting, mean over seeds."""
-    summary = record["summary"]
-    columns = min(len(summary), 4)
-    num_rows = -(-len(summary) // columns)
+    """Held-out accuracy over the run, mean over seeds: at a rate that is far too large, then in every setting."""
+    summary, collapse = record["summary"], record["collapse"]
+    columns = min(len(summary) + 1, 4)
+    num_rows = -(-(len(summary) + 1) // columns)
     canvas = Figure(figsize=(3.1 * columns, 2.5 * num_rows + 0.5), layout="constrained")
-    axes = canvas.subplots(num_rows, columns, squeeze=False).flatten()
+    first, *axes = canvas.subplots(num_rows, columns, squeeze=False).flatten()
+    title = f"{collapse['setting']}, learning_rate = {collapse['learning_rate']:g}"
+    _draw(first, title, collapse["curves"])
     for axis, (setting, part) in zip(axes, summary.items(), strict=False):
-        for method, cell in part["methods"].items():
-            style = {"color": _COLOURS.get(method), "linewidth": 2.2 if method == "trust_region" else 1.1}
-            axis.plot([i * 10 for i in range(len(cell["curve"]))], cell["curve"], label=LABELS[method], **style)
-        axis.set_title(setting, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw(axis, setting, {method: cell["curve"] for method, cell in part["methods"].items()})
     for axis in axes[len(summary) :]:
         axis.set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    found = {
+        label: line for axis in (first, axes[0]) for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    canvas.legend(found.values(), found, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return canvas
+
+
+def _draw(axis: Any, title: str, curves: dict[str, list[float]]) -> None:
+    for method, curve in curves.items():
+        width = 2.2 if method == "trust_region" else 1.1
+        steps = [i * 10 for i in range(len(curve))]
+        axis.plot(steps, curve, label=LABELS[method], color=_COLOURS[method], linewidth=width)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel("held-out accuracy", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

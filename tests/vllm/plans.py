@@ -44,6 +44,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
         "plan": {
             "full": FAST,
             "snr": {"learning_rate": 0.5, "snr_min_multiplier": 1e-6},
+            "trust_region": {"lr_adaptation": "trust_region", "learning_rate": 0.05, "max_steps": 4},
             "lora": FAST | LORA,
             "stale": FAST | {"faults": {"sync": False}},
         },

@@ -44,6 +44,18 @@ def test_the_snr_multiplier_drives_the_rate_of_a_run_with_vllm(run_named):
     assert len(set(multipliers)) == 3, multipliers
 
 
+def test_the_trust_region_measures_the_movement_of_a_run_with_vllm(run_named):
+    """Also over the weights that vLLM was given in between; the search raises the rate from where it cannot move too far."""
+    run = run_named("trust_region")
+    kls, targets, rates = (run.logged(name) for name in ("trust_region/kl", "trust_region/kl_target", "learning_rate"))
+
+    assert kls[0] is None
+    assert all(0 < kl < 1 for kl in kls[1:]), kls
+    assert all(math.isfinite(target) for target in targets)
+    assert rates[1] > 2 * rates[0]
+    assert max(run.logged(MEAN_DIFFERENCE)) < 2e-6
+
+
 @pytest.mark.parametrize("name", ["zero_3", "zero_3_lora"])
 def test_zero_3_really_shares_the_parameters_between_two_processes(run_named, name):
     run = run_named(name)
