@@ -11,6 +11,3 @@ def difficulty_reward(completions, difficulty, bonus=0.0, **kwargs):
 
 def zero_reward(completions, **kwargs):
     return [0.0] * len(completions)
-
-
-not_a_function = 3
