@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.metrics import BASELINE_SHIFT as SHIFT
-from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, PASS_TIME, RHO
+from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, RHO
 from oblr_trl.metrics import VARIANCE_VS_LEAVE_ONE_OUT as RATIO
 from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
@@ -34,14 +34,12 @@ HEALTHY = {
     EQUAL_GROUPS: 0.1,
     DRIFT: 0.0,
     SAMPLER: 0.01,
-    "grad_norm": 1.0,
-    "step_time": 4.0,
     NUM_PROMPTS: 16,
     SHIFT: 0.2,
     EFFECTIVE_GROUP_SIZE: 4.0,
+    RATIO: 0.6,
     RHO: 0.2,
     LR_MULTIPLIER: 0.2,
-    PASS_TIME: 1.0,
 }
 
 
@@ -49,8 +47,7 @@ def log(changed=None, num_steps=12, **more):
     """Rows of a run; `changed` and `more` hold numbers, or lists with a number for each step."""
     rows = []
     for i in range(num_steps):
-        # A ratio that varies, as every baseline's but GRPO's does.
-        row = HEALTHY | {"step": i + 1, RATIO: 0.6 + 0.01 * i}
+        row = HEALTHY | {"step": i + 1}
         for name, value in ((changed or {}) | more).items():
             row[name] = value[i] if isinstance(value, list) else value
         rows.append(row)
@@ -79,9 +76,7 @@ def test_a_healthy_log_has_no_findings():
     [
         ({RHO: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", RHO),
         ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
-        ({"grad_norm": [1.0] * 11 + [11.0]}, "Exploding baseline", "grad_norm"),
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
-        ({RATIO: 0.765625}, "A baseline that sees its own completion", RATIO),
         ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),
         ({NUM_PROMPTS: 15}, "Too few prompts per step", NUM_PROMPTS),
         ({"learning_rate": 2e-7}, "Tiny learning rate", "learning_rate"),
@@ -89,7 +84,6 @@ def test_a_healthy_log_has_no_findings():
         ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),
         ({DRIFT: [0.0, 0.2] * 6}, "Off-policy drift", DRIFT),
         ({SAMPLER: 0.5}, "Off-policy drift", SAMPLER),
-        ({PASS_TIME: 2.1}, "Slow scoring pass", PASS_TIME),
         ({"reward": [0.5] * 6 + [0.1] * 6}, "Policy collapse", "reward"),
     ],
 )
@@ -127,14 +121,15 @@ def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, m
         # Within the spread of the rewards, 0.5, the baseline may jump.
         ({SHIFT: [0.1] * 11 + [0.45]}, []),
         ({SHIFT: [0.1] * 11 + [0.55]}, ["Exploding baseline"]),
-        # One pass for four optimizer steps: 2.1 / (4 x 4) of the time.
-        ({PASS_TIME: [2.1, None, None, None] * 3}, []),
         # A run's beginning does not count.
         ({RHO: [0.0] * 6 + [0.2] * 6}, []),
         ({RHO: [0.2] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
         # Undefined values are left out.
-        ({RHO: None, "grad_norm": None}, []),
-        ({RHO: math.nan, "grad_norm": math.inf}, []),
+        ({RHO: None, SHIFT: None}, []),
+        ({RHO: math.nan, SHIFT: math.inf}, []),
+        # Few values are no evidence, nor is a rho of so few prompts that it is noise.
+        ({RHO: [0.0] * 4 + [None] * 8}, []),
+        ({RHO: 0.0, NUM_PROMPTS: 15}, ["Too few prompts per step"]),
     ],
 )
 def test_what_looks_like_a_failure_is_told_from_it(changed, expected):
@@ -184,7 +179,7 @@ def test_few_values_are_no_evidence():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty(value):
-    (finding,) = diagnose(log({"reward": value, "reward_std": 1e-9, EQUAL_GROUPS: 1.0, "grad_norm": 0.0}))
+    (finding,) = diagnose(log({"reward": value, "reward_std": 1e-9, EQUAL_GROUPS: 1.0}))
     assert finding.evidence == f"{value:g} for every completion of 12 logged values"
     assert "fault of the verifier" in finding.remedy
 
@@ -210,22 +205,6 @@ def test_a_rate_for_grpo_that_the_snr_divides_is_tiny():
     assert finding.evidence == "median 5e-08, after a multiplier of 0.05; GRPO's default is 1e-06"
     # The multiplier is held back in the first ten batches of every run.
     assert names(log({"learning_rate": 5e-8}, 10)) == []
-
-
-# 11 steps of 16 prompts; the error of the mean signal is as 1 / (prompts x sqrt(steps)), so 11 x 2^2 of 8, 11 x 4^2 of 4.
-@pytest.mark.parametrize(("num_prompts", "num_steps"), [(64, 11), (16, 11), (8, 44), (4, 176)])
-def test_the_fewer_prompts_the_more_steps_before_the_rate_is_said_to_collapse(num_prompts, num_steps):
-    floor = {RHO: 0.0, LR_MULTIPLIER: 0.05, NUM_PROMPTS: num_prompts}
-    assert "Learning-rate collapse" in names(log(floor, num_steps))
-    assert "Learning-rate collapse" not in names(log(floor, num_steps - 1))
-
-
-def test_a_learning_run_of_eight_prompts_is_not_told_that_its_rate_collapsed():
-    # As logged by the tiny model on `chain_sum`, 8 prompts x 4 completions, rate 6e-4, seed 4: its reward rose from 0.47 to 0.56.
-    rho = [0.024, 0.032] + [0.0] * 29
-    rho += [0.103, 0.101, 0.108, 0.103, 0.1, 0.121, 0.165, 0.152, 0.144, 0.126, 0.086, 0.083, 0.097]
-    for num_steps in range(11, len(rho) + 1):
-        assert names(log({RHO: rho, NUM_PROMPTS: 8}, num_steps)) == ["Too few prompts per step"]
 
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():

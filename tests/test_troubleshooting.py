@@ -42,8 +42,7 @@ def healthy(tmp_path_factory):
 def test_a_healthy_run_learns_and_shows_no_failure(healthy):
     rewards = logged(healthy, "reward")
     assert sum(rewards[4:]) / 8 > sum(rewards[:4]) / 4
-    # Which are so, on a model of this size and with 4 prompts per step.
-    assert set(names(healthy)) <= {"Slow scoring pass", "Too few prompts per step"}
+    assert set(names(healthy)) <= {"Too few prompts per step"}  # 4 of them
 
 
 def test_rewards_at_random_take_the_learning_rate_to_its_floor(tmp_path):
@@ -130,7 +129,6 @@ def test_weights_that_say_nothing_of_the_rewards_make_a_noisy_baseline_without_a
 def test_the_group_mean_shows_itself_by_a_constant_ratio(tmp_path):
     trainer = run(tmp_path, baseline="group_mean", max_steps=5)
     assert logged(trainer, "variance_ratio/leave_one_out") == pytest.approx([(7 / 8) ** 2] * 5)
-    assert "A baseline that sees its own completion" in names(trainer)
 
 
 def test_equal_rewards_give_no_gradient_at_all(tmp_path):
