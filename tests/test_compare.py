@@ -101,9 +101,9 @@ def drawn(monkeypatch):
 
 
 def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, figure, capsys):
-    comparison = main(
-        [f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)]
-    )
+    json_path = tmp_path / "not" / "there" / "compare.json"
+    runs = [f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}"]
+    comparison = main([*runs, "--output", str(figure), "--json", str(json_path)])
     assert table_cells(capsys.readouterr().out) == {
         "": ["OBLR-PO", "GRPO"],
         "seeds (±: deviation)": ["1", "1"],
@@ -121,7 +121,9 @@ def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, figure, ca
         "variance / leave-one-out's, mean": ["0.600", ""],
         "time per step (s), mean": ["1.50", "1.50"],
     }
+    assert json.loads(json_path.read_text()) == comparison
     assert comparison["evaluation_metric"] == "eval_accuracy"
+    assert comparison["methods"]["OBLR-PO"]["logs"] == [str(tmp_path / "a" / "trainer_state.json")]
 
 
 def test_seeds_are_summarised_by_mean_and_sample_standard_deviation(tmp_path):
@@ -144,7 +146,7 @@ def test_a_quantity_that_only_one_seed_knows_has_no_spread(tmp_path):
 
 def test_nulls_and_non_finite_numbers_count_as_not_logged(tmp_path, figure, capsys):
     rows = [
-        evaluated(0, 0.5),
+        evaluated(1, 0.5),  # not the start
         trained(1, 0.2, 0.1, None, math.nan),
         trained(2, None, None, None, math.inf),
         trained(3, 0.4, 0.3, None, 0.5),
@@ -157,7 +159,8 @@ def test_nulls_and_non_finite_numbers_count_as_not_logged(tmp_path, figure, caps
     assert entry["lr_multiplier"]["mean"] == pytest.approx(0.2)  # (0.1 + 0.3) / 2
     assert entry["variance_ratio"]["mean"] == 0.5
     assert entry["rho"] == {"mean": None, "std": None, "values": [None]}
-    assert [entry[name]["mean"] for name in ("final_evaluation", "evaluation_gain")] == [None] * 2
+    evaluations = ("start_evaluation", "final_evaluation", "evaluation_gain")
+    assert [entry[name]["mean"] for name in evaluations] == [None, 0.5, None]
     output = capsys.readouterr().out
     assert table_cells(output)["rho, mean"] == table_cells(output)["gain"] == [""]
     assert "nan" not in (output + (tmp_path / "compare.json").read_text()).lower()
@@ -180,13 +183,6 @@ def test_without_accuracy_in_every_evaluated_run_the_reward_is_compared_and_name
     assert drawn[0].axes[1].get_title(loc="left") == "Held-out reward"
 
 
-def test_a_start_is_an_evaluation_at_step_0_and_unknown_is_blank(tmp_path):
-    rows = [trained(5, 0.2), evaluated(5, 0.6), trained(18, 0.2)]
-    _, cells = compared(write_state(tmp_path / "run", rows))
-    names = ("held-out accuracy, start", "held-out accuracy, final", "gain")
-    assert [cells[name] for name in names] == [[""], ["0.600"], [""]]
-
-
 def test_differing_numbers_of_steps_are_seen_and_a_bar_splits_no_column(tmp_path):
     for seed, num_steps in enumerate((20, 30)):
         oblrpo_run(tmp_path / "a" / f"seed-{seed}", num_steps=num_steps)
@@ -194,13 +190,6 @@ def test_differing_numbers_of_steps_are_seen_and_a_bar_splits_no_column(tmp_path
     assert format_table(comparison).splitlines()[0].endswith(r" b\|c |")
     assert cells["steps"] == ["25 ± 7", "20"]
     assert comparison["methods"]["a"]["steps"]["values"] == [20.0, 30.0]
-
-
-def test_json_holds_what_main_returns(tmp_path, figure):
-    json_path = tmp_path / "not" / "there" / "compare.json"
-    comparison = main([str(oblrpo_run(tmp_path / "a")), "--output", str(figure), "--json", str(json_path)])
-    assert json.loads(json_path.read_text()) == comparison
-    assert comparison["methods"]["a"]["logs"] == [str(tmp_path / "a" / "trainer_state.json")]
 
 
 # Which logs are read
@@ -233,17 +222,13 @@ def test_methods_seeds_and_checkpoints_are_found_by_their_folders(tmp_path, monk
 # The figure
 
 
-def test_the_figure_is_a_png_in_a_folder_that_is_made_and_leaves_the_callers_settings_alone(tmp_path):
+def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_method(tmp_path, drawn):
     figure = tmp_path / "new" / "folder" / "compare.png"
     with matplotlib.rc_context({"font.size": 7.0, "axes.grid": False}):
         settings = dict(matplotlib.rcParams)
-        main([str(oblrpo_run(tmp_path / "a")), str(grpo_run(tmp_path / "b")), "--output", str(figure)])
-        assert dict(matplotlib.rcParams) == settings
+        main([f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)])
+        assert dict(matplotlib.rcParams) == settings  # the caller's are left alone
     assert figure.read_bytes().startswith(b"\x89PNG")
-
-
-def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_method(tmp_path, figure, drawn):
-    main([f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)])
     reward, evaluation, _, _, moments, variance = drawn[0].axes
     blue, vermillion = "#0072B2", "#D55E00"
     colours = [{line.get_color() for line in axes.get_lines()} - {"#5f5f5f"} for axes in drawn[0].axes]
@@ -262,11 +247,8 @@ def test_the_legend_names_the_methods_and_several_seeds_have_a_band(tmp_path, fi
         oblrpo_run(tmp_path / name / f"seed-{seed}")
     grpo_run(tmp_path / "one")
     main([*(str(tmp_path / name) for name in ("three", "_two$", "one")), "--output", str(figure)])
-    assert [text.get_text().replace("\\", "") for text in drawn[0].legends[0].get_texts()] == [
-        "three",
-        "_two$",
-        "one",
-    ]
+    texts = [text.get_text().replace("\\", "") for text in drawn[0].legends[0].get_texts()]
+    assert texts == ["three", "_two$", "one"]
     bands = [len(axes.collections) for axes in drawn[0].axes]
     assert bands == [2, 2, 2, 2, 4, 6]  # two methods with several seeds, times one, two and three metrics
 

@@ -79,7 +79,6 @@ def test_a_healthy_log_has_no_findings():
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
         ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),
         ({NUM_PROMPTS: 15}, "Too few prompts per step", NUM_PROMPTS),
-        ({"learning_rate": 2e-7}, "Tiny learning rate", "learning_rate"),
         ({"rewards/verifier/std": 0.0}, "Constant rewards", "rewards/verifier/mean"),
         ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),
         ({DRIFT: [0.0, 0.2] * 6}, "Off-policy drift", DRIFT),
@@ -128,7 +127,7 @@ def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, m
         ({RHO: None, SHIFT: None}, []),
         ({RHO: math.nan, SHIFT: math.inf}, []),
         # Few values are no evidence, nor is a rho of so few prompts that it is noise.
-        ({RHO: [0.0] * 4 + [None] * 8}, []),
+        ({RHO: [0.0] * 10 + [None] * 2}, []),
         ({RHO: 0.0, NUM_PROMPTS: 15}, ["Too few prompts per step"]),
     ],
 )
@@ -142,20 +141,6 @@ def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_star
     assert (finding.name, finding.metric) == ("Policy collapse", "reward")
     assert finding.evidence == "0.5 at first, later at most 0.05 (last 6 logged), at learning rates of up to 0.003"
     assert "learning rate is too large" in finding.remedy
-
-
-def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large():
-    # As logged by `train --config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --learning_rate 6e-2 --max_steps 12`.
-    logged = {
-        "reward": [0.484, 0.0924, 0.0409, 0.0753, 0.0745, 0.0523, 0.0311, 0.0485, 0.0135, 0.0205, 0.0579, 0.0389],
-        "reward_std": [0.498, 0.284, 0.153, 0.197, 0.183, 0.118, 0.0773, 0.132, 0.0497, 0.075, 0.142, 0.105],
-        EQUAL_GROUPS: [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
-        SHIFT: [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
-        RATIO: [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
-    }
-    (finding,) = diagnose(log(logged | {RHO: 0.0, LR_MULTIPLIER: 0.05, "learning_rate": 0.003}))
-    assert finding.name == "Policy collapse"
-    assert finding.remedy.startswith("the learning rate is too large: divide `learning_rate` by 10")
 
 
 @pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])
@@ -198,13 +183,6 @@ def test_the_prior_needs_two_prompts_and_the_snr_more():
     # It is a setting, not a consequence: a collapse does not hide it.
     lost = log({"reward": [0.5] + [0.05] * 11, NUM_PROMPTS: 2})
     assert names(lost) == ["Policy collapse", "Too few prompts per step"]
-
-
-def test_a_rate_for_grpo_that_the_snr_divides_is_tiny():
-    (finding,) = diagnose(log({"learning_rate": 5e-8, LR_MULTIPLIER: 0.05}))
-    assert finding.evidence == "median 5e-08, after a multiplier of 0.05; GRPO's default is 1e-06"
-    # The multiplier is held back in the first ten batches of every run.
-    assert names(log({"learning_rate": 5e-8}, 10)) == []
 
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():
@@ -255,13 +233,6 @@ def test_one_process_of_several_warns(caplog, is_zero):
     state = TrainerState(global_step=12, max_steps=12, log_history=rows, is_world_process_zero=is_zero)
     DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
     assert bool(warnings(caplog)) == is_zero
-
-
-@pytest.mark.parametrize(("warmup_steps", "found"), [(12, []), (0, ["Step 11: Tiny learning rate"])])
-def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog, warmup_steps, found):
-    options = {"learning_rate": 1e-7, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup_steps}
-    train(GRPOTrainer, GRPOConfig, tmp_path, max_steps=12, callbacks=[DiagnosisCallback()], **options)
-    assert [warning.split("\n")[0] for warning in warnings(caplog)] == found
 
 
 def test_the_training_script_warns_and_tells(tmp_path, caplog, capsys):

@@ -2,18 +2,14 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
 
-from oblr_trl import OBLRPOTrainer
 from oblr_trl.scripts.train import main, parse
 from tests import recipe_stand_ins
 
@@ -201,48 +197,6 @@ def test_the_launch_line_trains_saves_and_evaluates_at_start_and_end(small, tmp_
     assert AutoTokenizer.from_pretrained(run)("1").input_ids
 
 
-@pytest.mark.slow
-def test_the_control_is_trained_by_the_grpo_of_trl(train):
-    trainer = train(recipe=GRPO)
-
-    assert type(trainer) is GRPOTrainer
-    assert type(trainer.args) is GRPOConfig
-    assert (trainer.loss_type, trainer.scale_rewards) == ("dapo", "group")
-    assert not any(key.startswith(("baseline/", "gradient_snr/")) for row in trainer.state.log_history for key in row)
-    assert steps_with(trainer.state.log_history, "eval_accuracy") == [0, 2]
-
-
-@pytest.mark.slow
-def test_the_last_step_is_evaluated_once(train):
-    trainer = train("--eval_steps", "2")
-
-    assert type(trainer) is OBLRPOTrainer
-    assert steps_with(trainer.state.log_history, "eval_accuracy") == [0, 2]
-
-
-@pytest.mark.slow
-def test_a_run_resumed_from_its_last_checkpoint_equals_an_uninterrupted_one(train, tmp_path):
-    uninterrupted, resumed = tmp_path / "run", tmp_path / "resumed"
-    options = ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"]
-    options += ["--reward_funcs", "tests.custom_rewards.length_reward"]  # an untaught model has no sum right
-    train(*options)
-    # As if it had been interrupted in its third step.
-    shutil.copytree(uninterrupted / "checkpoint-2", resumed / "checkpoint-2")
-
-    train(*options, "--output_dir", str(resumed), "--resume_from_checkpoint", "true")
-
-    def training_rows(output_dir):
-        clocks = ("step_time", "score/pass_time")
-        rows = [row for row in history(output_dir) if "lr_multiplier" in row]
-        return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
-
-    assert [row["step"] for row in training_rows(resumed)] == [1, 2, 3]
-    assert training_rows(resumed) == training_rows(uninterrupted)
-    assert all(row["grad_norm"] > 0 for row in training_rows(uninterrupted))
-    assert (resumed / "checkpoint-3").is_dir()
-    assert not (resumed / "checkpoint-1").exists()  # the first two steps were not taken again
-
-
 @pytest.mark.parametrize("resume", ["true", "path"])
 def test_a_checkpoint_of_oblr_po_is_refused_for_the_control(train, tmp_path, resume):
     train("--save_strategy", "steps", "--save_steps", "2", *NO_EVALUATION)
@@ -251,11 +205,3 @@ def test_a_checkpoint_of_oblr_po_is_refused_for_the_control(train, tmp_path, res
     message = r"written by `OBLRPOTrainer`, and `trainer` is 'grpo'.*trainer: oblrpo.*model_name_or_path: "
     with pytest.raises(ValueError, match=message):
         train("--resume_from_checkpoint", checkpoint, recipe=GRPO)
-
-
-@pytest.mark.slow
-def test_adapters_are_trained_and_saved_on_request(train, tmp_path):
-    train("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", *NO_EVALUATION)
-
-    assert PeftConfig.from_pretrained(tmp_path / "run").r == 4
-    assert not steps_with(history(tmp_path / "run"), "eval_accuracy")

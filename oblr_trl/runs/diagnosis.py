@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import TrainerCallback
-from trl import GRPOConfig
 
 from oblr_trl import metrics
 from oblr_trl.gradient_snr import MIN_PROMPTS
@@ -24,12 +23,10 @@ logger = logging.getLogger(__name__)
 REWARD_STD = "reward_std"
 # Fewer values of a metric are an anecdote.
 MIN_VALUES = 4
-# In the first ten batches the estimated signal is held back in every run: a small rate then means nothing.
+# In the first ten batches the estimated signal is held back in every run: a small rho then means nothing.
 MIN_SETTLED_VALUES = 11
 # Learning runs have had 0.04 to 0.4; below this the estimated signal is not told from zero.
 MIN_RHO = 0.02
-# What the multiplier of an ordinary run leaves of a GRPO user's rate.
-MIN_LEARNING_RATE = GRPOConfig.learning_rate / 5
 # A collapse takes the reward down from its best by this many of its standard deviations over completions.
 MAX_FALL_STDS = 0.5
 # And by this many standard deviations of such an average over batches: of few prompts each, healthy ones fall by up to 6.
@@ -43,7 +40,7 @@ ROUNDING = 1e-6
 MAX_PEAK = 3.0
 
 # Where the policy collapsed or all rewards are equal, all but these are consequences.
-CAUSES = ("Policy collapse", "Constant rewards", "Too few prompts per step", "Tiny learning rate")
+CAUSES = ("Policy collapse", "Constant rewards", "Too few prompts per step")
 
 Rows = Sequence[Mapping[str, Any]]
 # The metric that shows a failure and what was logged of it; of several the first counts.
@@ -95,9 +92,8 @@ class DiagnosisCallback(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        warms_up = state.global_step <= args.get_warmup_steps(state.max_steps)
         for finding in diagnose(state.log_history):
-            if finding.name not in self._warned and not (warms_up and finding.metric == metrics.LEARNING_RATE):
+            if finding.name not in self._warned:
                 self._warned.add(finding.name)
                 logger.warning("Step %d: %s", state.global_step, finding)
 
@@ -163,15 +159,6 @@ def _few_prompts(rows: Rows) -> Evidence:
     needed = MIN_PROMPTS if _values(rows, metrics.LR_MULTIPLIER) else 2
     if prompts and median(prompts) < needed:
         yield metrics.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
-
-
-@_rule("Tiny learning rate", "raise `learning_rate`: where the SNR multiplies it, to 5 to 20 times that of GRPO")
-def _tiny_learning_rate(rows: Rows) -> Evidence:
-    rates, multipliers = _recent(rows, metrics.LEARNING_RATE, MIN_SETTLED_VALUES), _recent(rows, metrics.LR_MULTIPLIER)
-    if rates and median(rates) <= MIN_LEARNING_RATE:
-        multiplied = f", after a multiplier of {median(multipliers):.2g}" if multipliers else ""
-        default = f"GRPO's default is {GRPOConfig.learning_rate:g}"
-        yield metrics.LEARNING_RATE, f"median {median(rates):.2g}{multiplied}; {default}"
 
 
 @_rule("Learning-rate collapse", "look at the rewards first (noise? all equal?), then take more prompts per step")

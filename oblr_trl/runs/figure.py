@@ -128,4 +128,5 @@ def draw_panel(axes: Axes, methods: Methods, lines: Mapping[str, str], *, title:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     if len(lines) > 1:
         handles = [Line2D([], [], color=GREY, linestyle=style) for _, style in zip(lines, LINE_STYLES, strict=False)]
-        axes.legend(handles, lines.values(), loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, fontsize=8.5)
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 3, "fontsize": 8.5}
+        axes.legend(handles, lines.values(), columnspacing=1.0, handlelength=1.7, handletextpad=0.5, **place)

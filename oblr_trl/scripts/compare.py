@@ -57,23 +57,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     try:
         directories = [split_label(run) for run in arguments.runs]
+        methods = {}
         if all(is_evaluation(directory) for _, directory in directories):
             comparison = _compare_evaluations(directories)
             table = format_comparison(comparison)
-            sys.stdout.write(table)
-            if arguments.output is not None:
-                _write(arguments.output, table)
         else:
             methods = read_methods(arguments.runs)
             comparison = compare(methods)
-            sys.stdout.write(format_table(comparison))
+            table = format_table(comparison)
+        sys.stdout.write(table)
+        if arguments.json is not None:
+            _write(arguments.json, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
+        if methods:
             from oblr_trl.runs.figure import write_comparison  # the table does without matplotlib
 
             figure = arguments.output or Path("compare.png")
             write_comparison(methods, comparison["evaluation_metric"], figure)
             sys.stdout.write(f"\nfigure: {figure}\n")
-        if arguments.json is not None:
-            _write(arguments.json, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
+        elif arguments.output is not None:
+            _write(arguments.output, table)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"compare: {error}") from error
     return comparison
