@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -14,11 +13,8 @@ from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, R
 from oblr_trl.metrics import VARIANCE_VS_LEAVE_ONE_OUT as RATIO
 from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
-from oblr_trl.scripts import train as train_script
-from tests import recipe_stand_ins
 from tests.tiny_models import train
 
-RECIPE = str(Path(__file__).parent.parent / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml")
 EQUAL_GROUPS, DRIFT, SAMPLER = (
     "frac_reward_zero_std",
     "clip_ratio/region_mean",
@@ -233,21 +229,3 @@ def test_one_process_of_several_warns(caplog, is_zero):
     state = TrainerState(global_step=12, max_steps=12, log_history=rows, is_world_process_zero=is_zero)
     DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
     assert bool(warnings(caplog)) == is_zero
-
-
-def test_the_training_script_warns_and_tells(tmp_path, caplog, capsys):
-    settings = {
-        "model_name_or_path": recipe_stand_ins.write_model(tmp_path / "model"),
-        "output_dir": str(tmp_path / "run"),
-        "reward_funcs": "tests.custom_rewards.zero_reward",
-        "train_size": 32,
-        "per_device_train_batch_size": 16,
-        "max_steps": 4,
-        "eval_strategy": "no",
-        "eval_on_start": "false",
-        "disable_tqdm": "true",
-    }
-    flags = [token for key, value in settings.items() for token in (f"--{key}", str(value))]
-    train_script.main(*train_script.parse(["--config", RECIPE, *flags]))
-    assert any(warning.startswith("Step 4: Constant rewards") for warning in warnings(caplog))
-    assert f"Diagnosis of {tmp_path / 'run'}\n\nConstant rewards\n" in capsys.readouterr().out

@@ -50,9 +50,8 @@ def plan(path: Path) -> tuple[dict[Path, dict[str, Any]], str]:
                 written = directory / RECIPE_FILE
                 on_disk = yaml.safe_load(written.read_text()) if written.exists() else merged
                 if not runs.setdefault(directory, merged) == on_disk == merged:
-                    raise ValueError(
-                        f"{directory}: is also a run of other options; remove it, or set another `output_dir`"
-                    )
+                    what = "holds a run of other options, or two grids give it other options"
+                    raise ValueError(f"{directory}: {what}; remove it, or set another `output_dir`")
     return runs, sweep["launch"]
 
 
