@@ -20,8 +20,6 @@ EVAL_ACCURACY = "eval_accuracy"
 EVAL_REWARD = "eval_reward"
 EVALUATIONS = (EVAL_ACCURACY, EVAL_REWARD)
 LEARNING_RATE = "learning_rate"  # with the multiplier in it
-TRAIN_RUNTIME = "train_runtime"
-TRAIN_STEPS_PER_SECOND = "train_steps_per_second"
 
 # Of OBLRPOTrainer.
 BASELINE_MEAN = "baseline/mean"

@@ -7,10 +7,3 @@ def length_reward(completions, **kwargs):
 
 def difficulty_reward(completions, difficulty, bonus=0.0, **kwargs):
     return [value + bonus for value in difficulty]
-
-
-def zero_reward(completions, **kwargs):
-    return [0.0] * len(completions)
-
-
-not_a_function = 3

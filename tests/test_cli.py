@@ -59,8 +59,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train --config nowhere.yaml", "plan --help", "diagnose nowhere"])
-def test_a_script_has_the_output_and_exit_code_of_its_module(command):
-    script, *arguments = command.split()
-
-    assert run("-m", "oblr_trl.scripts.cli", script, *arguments) == run("-m", f"oblr_trl.scripts.{script}", *arguments)
+def test_a_script_has_the_output_and_exit_code_of_its_module():
+    assert run("-m", "oblr_trl.scripts.cli", "diagnose", "nowhere") == run(
+        "-m", "oblr_trl.scripts.diagnose", "nowhere"
+    )

@@ -2,15 +2,12 @@
 
 import json
 import math
-import runpy
-import struct
 import sys
 from pathlib import Path
 
 import pytest
 
 from oblr_trl import metrics
-from oblr_trl.runs.figure import smoothing_window
 from oblr_trl.runs.logs import RunLog, read_methods
 from oblr_trl.runs.summary import seed_curve, smooth
 from oblr_trl.runs.tables import markdown_table
@@ -18,7 +15,6 @@ from oblr_trl.scripts.compare import compare, format_table, main
 
 matplotlib = pytest.importorskip("matplotlib")
 
-TIME = "training and evaluation time (s)"
 OF_OBLRPO = (metrics.LR_MULTIPLIER, metrics.RHO, metrics.VARIANCE_VS_LEAVE_ONE_OUT)
 
 
@@ -35,18 +31,13 @@ def trained(step, reward, *of_oblrpo, learning_rate=8e-7):
         "learning_rate": learning_rate,
         "reward": reward,
         "reward_std": 0.44,
+        "step_time": 1.5,
         "step": step,
     }
     if of_oblrpo:
         row |= {metrics.SIGNAL: 0.01, metrics.NOISE: 1.0} | dict(zip(OF_OBLRPO, of_oblrpo, strict=True))
         row |= dict.fromkeys((metrics.VARIANCE_VS_GROUP_MEAN, metrics.VARIANCE_VS_LENGTH_WEIGHTED), of_oblrpo[2])
     return row
-
-
-def ended(step, runtime, steps_timed=None):
-    """The row that closes a training; it times `steps_timed` steps, all of them unless the run was resumed."""
-    steps_per_second = round((steps_timed or step) / runtime, 3)
-    return {"step": step, "train_runtime": runtime, "train_steps_per_second": steps_per_second}
 
 
 def write_state(directory, rows, num_steps=20):
@@ -63,12 +54,12 @@ def oblrpo_run(directory, *, final=0.75, num_steps=20):
         multiplier = 0.1 if step % 2 else 0.3
         reward = 0.5 if step > num_steps // 2 else 0.0
         rows.append(trained(step, reward, multiplier, 0.2, 0.6, learning_rate=3e-5 * multiplier))
-    return write_state(directory, [*rows, evaluated(num_steps, final), ended(num_steps, 40.0)], num_steps)
+    return write_state(directory, [*rows, evaluated(num_steps, final)], num_steps)
 
 
 def grpo_run(directory):
     rows = [evaluated(0, 0.5), *(trained(step, 0.4) for step in range(1, 21)), evaluated(20, 0.6)]
-    return write_state(directory, [*rows, ended(20, runtime=30.0)])
+    return write_state(directory, rows)
 
 
 def log(path, num_steps=4, **series):
@@ -78,10 +69,9 @@ def log(path, num_steps=4, **series):
 
 
 def compared(*arguments):
-    """What `main` does before it draws: the comparison, the text of its table, and the rows of that by their name."""
+    """What `main` does before it draws: the comparison, and the rows of its table by their name."""
     comparison = compare(read_methods([str(argument) for argument in arguments]))
-    text = format_table(comparison)
-    return comparison, text, table_cells(text)
+    return comparison, table_cells(format_table(comparison))
 
 
 def table_cells(text):
@@ -111,12 +101,12 @@ def drawn(monkeypatch):
 
 
 def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, figure, capsys):
-    comparison = main(
-        [f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)]
-    )
+    json_path = tmp_path / "not" / "there" / "compare.json"
+    runs = [f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}"]
+    comparison = main([*runs, "--output", str(figure), "--json", str(json_path)])
     assert table_cells(capsys.readouterr().out) == {
         "": ["OBLR-PO", "GRPO"],
-        "seeds": ["1", "1"],
+        "seeds (±: deviation)": ["1", "1"],
         "steps": ["20", "20"],
         "held-out accuracy, start": ["0.500", "0.500"],
         "held-out accuracy, final": ["0.750", "0.600"],
@@ -125,20 +115,21 @@ def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, figure, ca
         "training reward, last 10 steps": ["0.500", "0.400"],
         # 3e-5 times 0.1 at the 10 odd steps and 0.3 at the 10 even ones: (3e-6 + 9e-6) / 2; GRPO's is 8e-7 throughout.
         "effective learning rate, mean": ["6.00e-06", "8.00e-07"],
-        "effective learning rate, last": ["9.00e-06", "8.00e-07"],
         # GRPO does not log any of the next three.
         "learning-rate multiplier, mean": ["0.200", ""],
         "rho, mean": ["0.200", ""],
         "variance / leave-one-out's, mean": ["0.600", ""],
-        "training and evaluation time (s)": ["40.0", "30.0"],
+        "time per step (s), mean": ["1.50", "1.50"],
     }
-    assert comparison["notes"] == []
+    assert json.loads(json_path.read_text()) == comparison
+    assert comparison["evaluation_metric"] == "eval_accuracy"
+    assert comparison["methods"]["OBLR-PO"]["logs"] == [str(tmp_path / "a" / "trainer_state.json")]
 
 
 def test_seeds_are_summarised_by_mean_and_sample_standard_deviation(tmp_path):
     for seed, final in enumerate((0.6, 0.7, 0.8)):
         oblrpo_run(tmp_path / "oblrpo" / f"seed-{seed}", final=final)
-    comparison, text, cells = compared(tmp_path / "oblrpo")
+    comparison, cells = compared(tmp_path / "oblrpo")
     entry = comparison["methods"]["oblrpo"]
     assert entry["num_seeds"] == 3
     assert entry["final_evaluation"]["values"] == [0.6, 0.7, 0.8]
@@ -146,17 +137,16 @@ def test_seeds_are_summarised_by_mean_and_sample_standard_deviation(tmp_path):
     assert entry["final_evaluation"]["mean"] == pytest.approx(0.7)
     assert entry["final_evaluation"]["std"] == pytest.approx(0.1)
     assert (cells["held-out accuracy, final"], cells["gain"]) == (["0.700 ± 0.100"], ["0.200 ± 0.100"])
-    assert "sample standard deviation over seeds" in text
 
 
 def test_a_quantity_that_only_one_seed_knows_has_no_spread(tmp_path):
-    _, _, cells = compared(f"M={oblrpo_run(tmp_path / 'a')}", f"M={grpo_run(tmp_path / 'b')}")
+    _, cells = compared(f"M={oblrpo_run(tmp_path / 'a')}", f"M={grpo_run(tmp_path / 'b')}")
     assert cells["rho, mean"] == ["0.200"]
 
 
 def test_nulls_and_non_finite_numbers_count_as_not_logged(tmp_path, figure, capsys):
     rows = [
-        evaluated(0, 0.5),
+        evaluated(1, 0.5),  # not the start
         trained(1, 0.2, 0.1, None, math.nan),
         trained(2, None, None, None, math.inf),
         trained(3, 0.4, 0.3, None, 0.5),
@@ -169,7 +159,8 @@ def test_nulls_and_non_finite_numbers_count_as_not_logged(tmp_path, figure, caps
     assert entry["lr_multiplier"]["mean"] == pytest.approx(0.2)  # (0.1 + 0.3) / 2
     assert entry["variance_ratio"]["mean"] == 0.5
     assert entry["rho"] == {"mean": None, "std": None, "values": [None]}
-    assert [entry[name]["mean"] for name in ("final_evaluation", "evaluation_gain", "train_runtime")] == [None] * 3
+    evaluations = ("start_evaluation", "final_evaluation", "evaluation_gain")
+    assert [entry[name]["mean"] for name in evaluations] == [None, 0.5, None]
     output = capsys.readouterr().out
     assert table_cells(output)["rho, mean"] == table_cells(output)["gain"] == [""]
     assert "nan" not in (output + (tmp_path / "compare.json").read_text()).lower()
@@ -189,57 +180,16 @@ def test_without_accuracy_in_every_evaluated_run_the_reward_is_compared_and_name
     output = capsys.readouterr().out
     assert table_cells(output)["held-out reward, start"] == ["0.100", "0.500"]
     assert table_cells(output)["held-out reward, final"] == ["0.400", "0.500"]
-    assert "not every evaluated run logs eval_accuracy, so the held-out rows show eval_reward" in output
     assert drawn[0].axes[1].get_title(loc="left") == "Held-out reward"
 
 
-EVALUATED = [evaluated(0, 0.5), trained(20, 0.2), evaluated(20, 0.5)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "cells", "notes"),
-    [
-        (
-            [trained(5, 0.2), evaluated(5, 0.6), trained(18, 0.2)],
-            {"held-out accuracy, start": "", "held-out accuracy, final": "0.600", "gain": ""},
-            ["first evaluated at step 5; `eval_on_start=True` would give the start", "last evaluated at step 5 of 20"],
-        ),
-        (
-            [trained(20, 0.2)],
-            {"training reward, last 10 steps": "0.200"},
-            ["no run was evaluated: set `eval_strategy`"],
-        ),
-        # 5 of the 20 steps were timed, in 10 s: 0.5 steps a second.
-        ([*EVALUATED, ended(20, 10.0, steps_timed=5)], {TIME: ""}, ["was resumed and timed only from there"]),
-        # 20 steps in 13500 s are 0.00148 steps a second, which the trainer writes as 0.001: 13.5 steps.
-        ([*EVALUATED, ended(20, 13500.0)], {TIME: "13500.0"}, []),
-    ],
-)
-def test_a_run_is_compared_by_what_it_has_and_notes_say_what_is_missing(tmp_path, figure, rows, cells, notes):
-    comparison = main([str(write_state(tmp_path / "run", rows)), "--output", str(figure)])
-    assert len(comparison["notes"]) == len(notes)
-    for found, expected in zip(comparison["notes"], notes, strict=True):
-        assert expected in found
-    text = format_table(comparison)
-    assert {name: [cell] for name, cell in cells.items()}.items() <= table_cells(text).items()
-    assert all(note in text for note in comparison["notes"])
-
-
-def test_differing_numbers_of_steps_are_a_warning(tmp_path):
+def test_differing_numbers_of_steps_are_seen_and_a_bar_splits_no_column(tmp_path):
     for seed, num_steps in enumerate((20, 30)):
         oblrpo_run(tmp_path / "a" / f"seed-{seed}", num_steps=num_steps)
-    comparison, text, cells = compared(tmp_path / "a", f"b|c={grpo_run(tmp_path / 'b')}")
-    assert "warning: the runs differ in their number of steps (a 20 to 30, b|c 20)" in text
-    assert text.splitlines()[0].endswith(r" b\|c |")  # does not split a column
-    assert cells["steps"] == ["20 to 30", "20"]
+    comparison, cells = compared(tmp_path / "a", f"b|c={grpo_run(tmp_path / 'b')}")
+    assert format_table(comparison).splitlines()[0].endswith(r" b\|c |")
+    assert cells["steps"] == ["25 ± 7", "20"]
     assert comparison["methods"]["a"]["steps"]["values"] == [20.0, 30.0]
-
-
-def test_json_holds_what_main_returns(tmp_path, figure):
-    json_path = tmp_path / "not" / "there" / "compare.json"
-    comparison = main([str(oblrpo_run(tmp_path / "a")), "--output", str(figure), "--json", str(json_path)])
-    assert json.loads(json_path.read_text()) == comparison
-    assert comparison["methods"]["a"]["logs"] == [str(tmp_path / "a" / "trainer_state.json")]
 
 
 # Which logs are read
@@ -251,19 +201,12 @@ def test_json_holds_what_main_returns(tmp_path, figure):
         # Runs with the same label are seeds of one method, in the order given; folders are in the order of their numbers.
         ({"x": 20, "y": 20, "z": 20}, ["A=y", "z", "A=x"], {"A": ["y", "x"], "z": ["z"]}),
         ({"o/seed-10": 20, "o/seed-2": 20, "o/seed-1": 20}, ["o"], {"o": ["seed-1", "seed-2", "seed-10"]}),
-        # A run named by its seed or checkpoint is called after the method.
+        # A run named by its seed is called after the method; a label ends at the first equals sign.
         ({"o/seed-0": 20}, ["o/seed-0"], {"o": ["seed-0"]}),
-        ({"o/checkpoint-20": 20}, ["o/checkpoint-20"], {"o": ["checkpoint-20"]}),
-        ({"o/seed-0/checkpoint-20": 20}, ["o/seed-0/checkpoint-20"], {"o": ["checkpoint-20"]}),
-        # A folder may have an equals sign in its name.
-        ({"lr=1e-3": 20}, ["lr=1e-3"], {"lr=1e-3": ["lr=1e-3"]}),
         ({"lr=1e-3": 20}, ["SGD=lr=1e-3"], {"SGD": ["lr=1e-3"]}),
         # The newest checkpoint (as text, "5" is the largest) under a name that a trainer gives, where no state was saved.
         ({"o/checkpoint-5": 5, "o/checkpoint-100": 100, "o/checkpoint-best": 300}, ["o"], {"o": ["checkpoint-100"]}),
-        # The state with most steps, and the saved one at equal steps.
         ({"o": 20, "o/checkpoint-20": 20}, ["o"], {"o": ["o"]}),
-        ({"o": 30, "o/checkpoint-20": 20}, ["o"], {"o": ["o"]}),
-        ({"o": 10, "o/checkpoint-20": 20}, ["o"], {"o": ["checkpoint-20"]}),
     ],
 )
 def test_methods_seeds_and_checkpoints_are_found_by_their_folders(tmp_path, monkeypatch, steps, arguments, expected):
@@ -279,26 +222,17 @@ def test_methods_seeds_and_checkpoints_are_found_by_their_folders(tmp_path, monk
 # The figure
 
 
-def test_the_figure_is_a_png_in_a_folder_that_is_made_and_leaves_the_callers_settings_alone(tmp_path):
+def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_method(tmp_path, drawn):
     figure = tmp_path / "new" / "folder" / "compare.png"
     with matplotlib.rc_context({"font.size": 7.0, "axes.grid": False}):
         settings = dict(matplotlib.rcParams)
-        main([str(oblrpo_run(tmp_path / "a")), str(grpo_run(tmp_path / "b")), "--output", str(figure)])
-        assert dict(matplotlib.rcParams) == settings
-    header = figure.read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", header[16:24]) == (1800, 1170)  # 12 x 7.8 inches at 150 dots an inch
-    assert 50_000 < figure.stat().st_size < 1_000_000
-
-
-def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_method(tmp_path, figure, drawn):
-    main([f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)])
-    reward, evaluation, multiplier, rho, moments, variance = drawn[0].axes
+        main([f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)])
+        assert dict(matplotlib.rcParams) == settings  # the caller's are left alone
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    reward, evaluation, _, _, moments, variance = drawn[0].axes
     blue, vermillion = "#0072B2", "#D55E00"
     colours = [{line.get_color() for line in axes.get_lines()} - {"#5f5f5f"} for axes in drawn[0].axes]
     assert colours == [{blue, vermillion}] * 2 + [{blue}] * 4
-    absent = [axes for axes in drawn[0].axes if axes.get_xlabel() == "optimizer step (not logged by GRPO)"]
-    assert absent == [multiplier, rho, moments, variance]
     assert list(evaluation.get_lines()[0].get_xydata().flatten()) == [0, 0.5, 20, 0.75]
     assert moments.get_yscale() == "log"
     assert [text.get_text() for text in moments.get_legend().get_texts()] == ["signal", "noise"]
@@ -308,16 +242,13 @@ def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_meth
     assert all(axes.get_ylabel() for axes in drawn[0].axes)
 
 
-def test_the_legend_says_what_the_band_of_each_method_is(tmp_path, figure, drawn):
+def test_the_legend_names_the_methods_and_several_seeds_have_a_band(tmp_path, figure, drawn):
     for name, seed in (("three", 0), ("three", 1), ("three", 2), ("_two$", 0), ("_two$", 1)):
         oblrpo_run(tmp_path / name / f"seed-{seed}")
     grpo_run(tmp_path / "one")
     main([*(str(tmp_path / name) for name in ("three", "_two$", "one")), "--output", str(figure)])
-    assert [text.get_text().replace("\\", "") for text in drawn[0].legends[0].get_texts()] == [
-        "three (mean of 3 seeds, band: min to max)",
-        "_two$ (mean of 2 seeds, band: min to max)",
-        "one (1 seed)",
-    ]
+    texts = [text.get_text().replace("\\", "") for text in drawn[0].legends[0].get_texts()]
+    assert texts == ["three", "_two$", "one"]
     bands = [len(axes.collections) for axes in drawn[0].axes]
     assert bands == [2, 2, 2, 2, 4, 6]  # two methods with several seeds, times one, two and three metrics
 
@@ -326,12 +257,6 @@ def test_panels_that_nothing_was_logged_for_say_so(tmp_path, figure, drawn):
     main([str(grpo_run(tmp_path / "grpo")), "--output", str(figure)])
     texts = [[text.get_text() for text in axes.texts] for axes in drawn[0].axes]
     assert ["not logged" in text for text in texts] == [False, False, True, True, True, True]
-
-
-@pytest.mark.parametrize(("num_values", "window"), [(5, 1), (24, 3), (60, 5), (6000, 25)])
-def test_the_moving_average_is_odd_and_follows_the_shortest_run(num_values, window):
-    short, long = (log("a", reward=dict.fromkeys(range(num), 0.0)) for num in (num_values, num_values + 100))
-    assert smoothing_window({"long": [long], "short": [short]}) == window
 
 
 def test_smoothing_is_a_centred_mean_of_the_values_that_exist():
@@ -354,22 +279,19 @@ def test_a_curve_is_mean_and_range_over_seeds_until_the_first_of_them_ends():
 
 # Errors
 
-BROKEN_STATES = {
-    "": r"not valid JSON \(Expecting value.*\), perhaps cut off while it was written; restore it, or remove it",
-    '{"global_step": 3, "log_history": [{"st': "not valid JSON .* perhaps cut off while it was written",
-    "\xff": r"not valid JSON \('utf-8' codec can't decode",
-    "[]": "not the state of a trainer, it has no list `log_history`; restore it",
-    '{"global_step": 3}': "not the state of a trainer, it has no list `log_history`",
-    '{"log_history": [{"step": 1}]}': "not the state of a trainer, it has no whole number `global_step`",
-    '{"global_step": 3, "log_history": [{"step": 1}, {"reward": 1}]}': "row 1 of log_history has no `step`",
-    '{"global_step": 0, "log_history": []}': "log_history is empty, so .*; train for at least `logging_steps` steps",
-}
 
-
-@pytest.mark.parametrize("content", BROKEN_STATES)
-def test_a_broken_state_is_an_error_with_path_reason_and_remedy(tmp_path, figure, content):
-    (tmp_path / "trainer_state.json").write_text(content, encoding="latin-1")
-    with pytest.raises(SystemExit, match=rf"^compare: .*trainer_state\.json: {BROKEN_STATES[content]}"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"global_step": 3, "log_history": [{"st', "not the state of a trainer .*; restore it, or remove it"),
+        ("[]", "not the state of a trainer"),
+        ('{"global_step": 3}', "not the state of a trainer .*log_history"),
+        ('{"global_step": 0, "log_history": []}', "log_history is empty; train for at least `logging_steps` steps"),
+    ],
+)
+def test_a_broken_state_is_an_error_with_path_reason_and_remedy(tmp_path, figure, content, message):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(SystemExit, match=rf"^compare: .*trainer_state\.json: {message}"):
         main([str(tmp_path), "--output", str(figure)])
     assert not figure.exists()
 
@@ -377,24 +299,14 @@ def test_a_broken_state_is_an_error_with_path_reason_and_remedy(tmp_path, figure
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no runs given: name at least one output directory of a trainer, for example"),
-        (["missing"], "missing: does not exist; name a directory"),
-        (["run/trainer_state.json"], r"trainer_state\.json: is a file; name a directory"),
+        (["missing"], "missing: holds neither"),
         (["empty"], r"empty: holds neither trainer_state\.json nor checkpoint-\*.*call `trainer\.save_state\(\)`"),
         (["partial"], "seed-1: holds neither"),
-        (["both"], r"both: holds both a run of its own and `seed-\*` runs; name the one that is meant"),
-        (["A=run", "B=run/../run"], "given twice, it would count as two seeds; name every run once"),
-        (["=run"], "=run: an empty label or path; write `LABEL=PATH`, or the path alone"),
-        ([" =run"], "an empty label or path"),
-        (["A="], "an empty label or path"),
-        (
-            ["run", "--output", "run/trainer_state.json/compare.png"],
-            "give --output and --json names in a folder that can",
-        ),
+        (["run", "--output", "run/trainer_state.json/compare.png"], "compare: .*trainer_state.json"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_with_path_reason_and_remedy(tmp_path, monkeypatch, arguments, message):
-    for folder in ("run", "partial/seed-0", "both", "both/seed-0"):
+    for folder in ("run", "partial/seed-0"):
         oblrpo_run(tmp_path / folder)
     for folder in ("empty/checkpoint-5", "partial/seed-1"):
         (tmp_path / folder).mkdir(parents=True)
@@ -409,27 +321,11 @@ def test_more_methods_than_colours_are_refused_after_the_table(tmp_path, figure,
     assert table_cells(capsys.readouterr().out)["gain"] == ["0.100"] * 8
 
 
-def test_without_matplotlib_the_table_is_printed_and_the_error_names_the_extra(tmp_path, figure, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"the figure needs matplotlib .*; run `pip install 'oblr_trl\[demo\]'`"):
+def test_without_matplotlib_the_table_is_printed_all_the_same(tmp_path, figure, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "oblr_trl.runs.figure", None)
+    with pytest.raises(SystemExit, match="compare: "):
         main([str(oblrpo_run(tmp_path / "run")), "--output", str(figure)])
     assert table_cells(capsys.readouterr().out)["gain"] == ["0.250"]
-
-
-def test_an_output_that_is_not_a_png_is_refused_before_anything_is_read(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "missing"), "--output", str(tmp_path / "compare.pdf")])
-    assert "the figure is PNG; give it a name that ends in .png" in capsys.readouterr().err
-
-
-def test_the_module_runs_as_a_script_and_writes_where_it_was_called(tmp_path, monkeypatch, capsys):
-    oblrpo_run(tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare", "run"])
-    monkeypatch.delitem(sys.modules, "oblr_trl.scripts.compare")
-    runpy.run_module("oblr_trl.scripts.compare", run_name="__main__")
-    assert capsys.readouterr().out.endswith("figure: compare.png\n")
-    assert (tmp_path / "compare.png").is_file()
 
 
 def test_a_column_of_single_characters_is_still_a_table():

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -77,11 +79,12 @@ def test_seeds_choose_the_prompts_of_a_task():
         assert first[split]["prompt"][:] != other[split]["prompt"][:]
 
 
-def test_entries_survive_json_with_their_tuples_and_number_keys():
+def test_entries_survive_as_text_with_their_tuples_and_number_keys():
     metadata = {"grid": ((1, 2), [3, (4,)]), "costs": {0: 1.5, (1, 2): None}}
     entry = {"question": "q", "answer": "a", "metadata": metadata}
 
     assert decode_entry(encode_entry(entry)) == entry
+    assert decode_entry(encode_entry({"share": Fraction(1, 4), "name": np.str_("A")})) == {"share": "1/4", "name": "A"}
 
 
 def test_a_task_that_names_no_answer_has_no_solution():
@@ -93,8 +96,10 @@ def test_a_task_that_names_no_answer_has_no_solution():
 @pytest.mark.parametrize("name", ["rearc", "knights_knaves", "countdown", "gsm_symbolic"])
 def test_scorers_give_the_reference_answer_of_a_decoded_entry_full_marks(name):
     # rearc compares tuples: through plain JSON its right answers would score 0.05.
-    task = make_task(name, size=3, seed=1)
-    for entry in task_entries(name, size=3, seed=1):
+    task = make_task(name, size=5, seed=30)
+    for entry in task_entries(
+        name, size=5, seed=30
+    ):  # of gsm_symbolic the last one has a fraction, which JSON does not
         decoded = decode_entry(encode_entry(entry))
         assert task.score_answer(entry["answer"], decoded) == task.score_answer(entry["answer"], entry) >= 0.99
 
@@ -167,12 +172,10 @@ def test_prompts_get_their_template_conversation_and_system_prompt(write, row, a
     [
         ({}, r"Exactly one source of prompts is needed, got task=None and dataset_name=None"),
         ({"task": "chain_sum", "dataset_name": "x"}, r"Exactly one source of prompts.*leave the other out"),
-        ({"dataset_name": "x", "task_params": {"a": 1}}, r"`task_params` is for .* `task`, which is not set"),
-        ({"task": "x", "dataset_test_name": "y"}, r"`dataset_test_name` is for .* `dataset_name`, .*remove it"),
-        ({"task": "x", "dataset_config": "y"}, r"`dataset_config` is for .* `dataset_name`, .*remove it"),
-        ({"dataset_name": "x", "answer_pattern": "y"}, r"`answer_pattern` is for the answers of `answer_column`"),
+        ({"dataset_name": "x", "task_params": {"a": 1}}, r"`task_params` is for `task`, which is not set"),
+        ({"task": "x", "dataset_test_name": "y"}, r"`dataset_test_name` is for `dataset_name`, .*remove it"),
+        ({"dataset_name": "x", "answer_pattern": "y"}, r"`answer_pattern` is for `answer_column`"),
         ({"task": "x", "task_params": "max_terms=3"}, r"`task_params` is 'max_terms=3', which is not a JSON object"),
-        ({"task": "x", "task_params": "[3]"}, r"`task_params` is '\[3\]', which is not a JSON object"),
         ({"task": "x", "train_size": 0}, r"`train_size` is 0, but a prompt set needs at least one"),
         ({"task": "x", "test_size": -1}, r"`test_size` is -1, .*set test_size >= 1"),
         ({"task": "x", "prompt_template": "Q:"}, r"`prompt_template` is 'Q:', which would drop the prompt"),
@@ -187,11 +190,9 @@ def test_arguments_that_contradict_each_other_are_refused_at_once(arguments, mes
     ("arguments", "message"),
     [
         ({"task": "chain_sums"}, r"`task` is 'chain_sums'.*the nearest name is 'chain_sum'"),
-        ({"task_params": {"max_term": 3}}, r"'max_term', which task 'chain_sum' does not know; .* 'max_terms'"),
+        ({"task_params": {"max_term": 3}}, r"do not suit task 'chain_sum': .* keyword argument 'max_term'"),
         ({"task_params": {"min_terms": 3, "max_terms": 2}}, r"do not suit task 'chain_sum': max_terms must be >= min"),
-        ({"task_params": {"min_terms": "two"}}, r"`task_params` .* do not suit task 'chain_sum'.*Correct the value"),
-        ({"task_params": {"size": 3}}, r"`task_params` sets `size`: set `train_size` and `test_size` instead"),
-        ({"task_params": {"seed": 3}}, r"`task_params` sets `seed`: set `train_seed` and `test_seed` instead"),
+        ({"task_params": {"size": 3}}, r"do not suit task 'chain_sum': .* 'size'"),
         ({"test_size": 201}, r"gave only 200 of the 201 prompts wanted \(all distinct\).*widen `task_params`"),
         ({"test_size": 200}, r"gave only 0 of the 64 prompts wanted, not counting 200 test prompts.*lower"),
         ({"prompt_column": "question"}, r"`prompt_column` is 'question', which the train set of 'chain_sum' does not"),
@@ -216,7 +217,6 @@ def test_a_missing_reasoning_gym_is_reported_with_the_command_that_installs_it(m
         ({"prompt_column": "questoin"}, r"`prompt_column` is 'questoin'.*nearest name is 'question'. Its columns: "),
         ({"answer_column": "reply"}, r"`answer_column` is 'reply', which the train set of .* does not have.*Its col"),
         ({"train_size": 11}, r"`train_size` is 11, but the split has 10 rows: lower it"),
-        ({"test_size": 10}, r"`test_size` is 10, but .* has 10 rows: lower it"),
         ({"prompt_column": "messages", "prompt_template": "Q: {prompt}"}, r"is for string prompts.*remove it"),
     ],
 )
@@ -236,29 +236,23 @@ def test_a_single_file_without_test_prompts_is_refused_where_they_are_wanted(wri
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.jsonl", r"missing.jsonl', which could not be loaded .* no file"),
-        ("a.txt", r"files with the suffix '.txt' cannot be read, only .json, .jsonl, .parquet"),
+        ("missing.jsonl", r"missing.jsonl', which could not be loaded"),
+        ("a.txt", r"a.txt', which could not be loaded .* a .json, .jsonl or .parquet file"),
         ("broken.jsonl", r"broken.jsonl', which could not be loaded"),
         ("empty.json", r"empty.json', which could not be loaded .*(no data|no rows)"),
-        ("empty.jsonl", r"empty.jsonl', which could not be loaded .*(no data|no rows)"),
         ("empty.parquet", r"empty.parquet', which could not be loaded .*(no data|no rows)"),
         ("nowhere", r"nowhere', which could not be loaded .*Give a hub id, a local directory"),
         ("d", r"split 'test'\).*Unknown split \"test\". Should be one of \['train'\]"),
     ],
 )
 def test_sources_that_do_not_exist_or_are_empty_are_refused(tmp_path, name, message):
-    for file, text in (("a.txt", "1+1="), ("broken.jsonl", "{1+1=\n"), ("empty.json", "[]"), ("empty.jsonl", "")):
+    for file, text in (("a.txt", "1+1="), ("broken.jsonl", "{1+1=\n"), ("empty.json", "[]")):
         (tmp_path / file).write_text(text)
     Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "empty.parquet")
     Dataset.from_list([{"prompt": "1+1="}]).to_parquet(tmp_path / "d" / "data" / "train-00000-of-00001.parquet")
 
     with pytest.raises(ValueError, match=rf"`dataset_name` is .*{message}"):
         load_prompts(DataArguments(dataset_name=str(tmp_path / name)))
-
-
-def test_a_hub_dataset_out_of_reach_is_refused():
-    with pytest.raises(ValueError, match=r"`dataset_name` is 'no-such-user/no-such-set', which could not be loaded"):
-        load_prompts(DataArguments(dataset_name="no-such-user/no-such-set"))
 
 
 @pytest.mark.parametrize(
@@ -269,13 +263,6 @@ def test_rows_without_a_prompt_are_refused_by_number(write, prompts, number):
 
     with pytest.raises(ValueError, match=rf"Row {number} of .* neither text nor a list of messages.*remove the row"):
         load_train(path)
-
-
-def test_a_training_set_of_test_prompts_alone_is_refused(write):
-    path = write([{"prompt": "1+1="}])
-
-    with pytest.raises(ValueError, match=r"Every training prompt is also a test prompt"):
-        load_prompts(DataArguments(dataset_name=path, dataset_test_name=path))
 
 
 def test_a_slice_of_a_split_is_taken_of_a_file_too(tmp_path):

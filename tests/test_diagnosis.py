@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -10,15 +9,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.metrics import BASELINE_SHIFT as SHIFT
-from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, PASS_TIME, RHO
+from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, RHO
 from oblr_trl.metrics import VARIANCE_VS_LEAVE_ONE_OUT as RATIO
 from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
-from oblr_trl.scripts import train as train_script
-from tests import recipe_stand_ins
 from tests.tiny_models import train
 
-RECIPE = str(Path(__file__).parent.parent / "recipes" / "tiny-Qwen3" / "oblrpo" / "config_chain_sum.yaml")
 EQUAL_GROUPS, DRIFT, SAMPLER = (
     "frac_reward_zero_std",
     "clip_ratio/region_mean",
@@ -34,14 +30,12 @@ HEALTHY = {
     EQUAL_GROUPS: 0.1,
     DRIFT: 0.0,
     SAMPLER: 0.01,
-    "grad_norm": 1.0,
-    "step_time": 4.0,
     NUM_PROMPTS: 16,
     SHIFT: 0.2,
     EFFECTIVE_GROUP_SIZE: 4.0,
+    RATIO: 0.6,
     RHO: 0.2,
     LR_MULTIPLIER: 0.2,
-    PASS_TIME: 1.0,
 }
 
 
@@ -49,8 +43,7 @@ def log(changed=None, num_steps=12, **more):
     """Rows of a run; `changed` and `more` hold numbers, or lists with a number for each step."""
     rows = []
     for i in range(num_steps):
-        # A ratio that varies, as every baseline's but GRPO's does.
-        row = HEALTHY | {"step": i + 1, RATIO: 0.6 + 0.01 * i}
+        row = HEALTHY | {"step": i + 1}
         for name, value in ((changed or {}) | more).items():
             row[name] = value[i] if isinstance(value, list) else value
         rows.append(row)
@@ -79,17 +72,13 @@ def test_a_healthy_log_has_no_findings():
     [
         ({RHO: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", RHO),
         ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
-        ({"grad_norm": [1.0] * 11 + [11.0]}, "Exploding baseline", "grad_norm"),
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
-        ({RATIO: 0.765625}, "A baseline that sees its own completion", RATIO),
         ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),
         ({NUM_PROMPTS: 15}, "Too few prompts per step", NUM_PROMPTS),
-        ({"learning_rate": 2e-7}, "Tiny learning rate", "learning_rate"),
         ({"rewards/verifier/std": 0.0}, "Constant rewards", "rewards/verifier/mean"),
         ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),
         ({DRIFT: [0.0, 0.2] * 6}, "Off-policy drift", DRIFT),
         ({SAMPLER: 0.5}, "Off-policy drift", SAMPLER),
-        ({PASS_TIME: 2.1}, "Slow scoring pass", PASS_TIME),
         ({"reward": [0.5] * 6 + [0.1] * 6}, "Policy collapse", "reward"),
     ],
 )
@@ -127,14 +116,15 @@ def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, m
         # Within the spread of the rewards, 0.5, the baseline may jump.
         ({SHIFT: [0.1] * 11 + [0.45]}, []),
         ({SHIFT: [0.1] * 11 + [0.55]}, ["Exploding baseline"]),
-        # One pass for four optimizer steps: 2.1 / (4 x 4) of the time.
-        ({PASS_TIME: [2.1, None, None, None] * 3}, []),
         # A run's beginning does not count.
         ({RHO: [0.0] * 6 + [0.2] * 6}, []),
         ({RHO: [0.2] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
         # Undefined values are left out.
-        ({RHO: None, "grad_norm": None}, []),
-        ({RHO: math.nan, "grad_norm": math.inf}, []),
+        ({RHO: None, SHIFT: None}, []),
+        ({RHO: math.nan, SHIFT: math.inf}, []),
+        # Few values are no evidence, nor is a rho of so few prompts that it is noise.
+        ({RHO: [0.0] * 10 + [None] * 2}, []),
+        ({RHO: 0.0, NUM_PROMPTS: 15}, ["Too few prompts per step"]),
     ],
 )
 def test_what_looks_like_a_failure_is_told_from_it(changed, expected):
@@ -147,20 +137,6 @@ def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_star
     assert (finding.name, finding.metric) == ("Policy collapse", "reward")
     assert finding.evidence == "0.5 at first, later at most 0.05 (last 6 logged), at learning rates of up to 0.003"
     assert "learning rate is too large" in finding.remedy
-
-
-def test_the_demo_at_a_hundred_times_its_rate_is_told_that_its_rate_is_too_large():
-    # As logged by `train --config recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml --learning_rate 6e-2 --max_steps 12`.
-    logged = {
-        "reward": [0.484, 0.0924, 0.0409, 0.0753, 0.0745, 0.0523, 0.0311, 0.0485, 0.0135, 0.0205, 0.0579, 0.0389],
-        "reward_std": [0.498, 0.284, 0.153, 0.197, 0.183, 0.118, 0.0773, 0.132, 0.0497, 0.075, 0.142, 0.105],
-        EQUAL_GROUPS: [0.0, 0.75, 0.688, 0.812, 0.625, 0.688, 0.562, 0.688, 0.812, 0.875, 0.75, 0.688],
-        SHIFT: [0.386, 0.084, 0.047, 0.068, 0.064, 0.094, 0.044, 0.048, 0.0093, 0.016, 0.039, 0.035],
-        RATIO: [0.314, 0.43, 0.903, 1.91, 0.77, 1.18, 0.923, 1.28, 3.08, 1.06, 1.82, 1.62],
-    }
-    (finding,) = diagnose(log(logged | {RHO: 0.0, LR_MULTIPLIER: 0.05, "learning_rate": 0.003}))
-    assert finding.name == "Policy collapse"
-    assert finding.remedy.startswith("the learning rate is too large: divide `learning_rate` by 10")
 
 
 @pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])
@@ -184,7 +160,7 @@ def test_few_values_are_no_evidence():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_rewards_that_are_always_the_same_are_a_fault_and_not_a_difficulty(value):
-    (finding,) = diagnose(log({"reward": value, "reward_std": 1e-9, EQUAL_GROUPS: 1.0, "grad_norm": 0.0}))
+    (finding,) = diagnose(log({"reward": value, "reward_std": 1e-9, EQUAL_GROUPS: 1.0}))
     assert finding.evidence == f"{value:g} for every completion of 12 logged values"
     assert "fault of the verifier" in finding.remedy
 
@@ -203,29 +179,6 @@ def test_the_prior_needs_two_prompts_and_the_snr_more():
     # It is a setting, not a consequence: a collapse does not hide it.
     lost = log({"reward": [0.5] + [0.05] * 11, NUM_PROMPTS: 2})
     assert names(lost) == ["Policy collapse", "Too few prompts per step"]
-
-
-def test_a_rate_for_grpo_that_the_snr_divides_is_tiny():
-    (finding,) = diagnose(log({"learning_rate": 5e-8, LR_MULTIPLIER: 0.05}))
-    assert finding.evidence == "median 5e-08, after a multiplier of 0.05; GRPO's default is 1e-06"
-    # The multiplier is held back in the first ten batches of every run.
-    assert names(log({"learning_rate": 5e-8}, 10)) == []
-
-
-# 11 steps of 16 prompts; the error of the mean signal is as 1 / (prompts x sqrt(steps)), so 11 x 2^2 of 8, 11 x 4^2 of 4.
-@pytest.mark.parametrize(("num_prompts", "num_steps"), [(64, 11), (16, 11), (8, 44), (4, 176)])
-def test_the_fewer_prompts_the_more_steps_before_the_rate_is_said_to_collapse(num_prompts, num_steps):
-    floor = {RHO: 0.0, LR_MULTIPLIER: 0.05, NUM_PROMPTS: num_prompts}
-    assert "Learning-rate collapse" in names(log(floor, num_steps))
-    assert "Learning-rate collapse" not in names(log(floor, num_steps - 1))
-
-
-def test_a_learning_run_of_eight_prompts_is_not_told_that_its_rate_collapsed():
-    # As logged by the tiny model on `chain_sum`, 8 prompts x 4 completions, rate 6e-4, seed 4: its reward rose from 0.47 to 0.56.
-    rho = [0.024, 0.032] + [0.0] * 29
-    rho += [0.103, 0.101, 0.108, 0.103, 0.1, 0.121, 0.165, 0.152, 0.144, 0.126, 0.086, 0.083, 0.097]
-    for num_steps in range(11, len(rho) + 1):
-        assert names(log({RHO: rho, NUM_PROMPTS: 8}, num_steps)) == ["Too few prompts per step"]
 
 
 def test_the_rate_does_not_collapse_where_it_is_not_adapted():
@@ -276,28 +229,3 @@ def test_one_process_of_several_warns(caplog, is_zero):
     state = TrainerState(global_step=12, max_steps=12, log_history=rows, is_world_process_zero=is_zero)
     DiagnosisCallback().on_log(GRPOConfig(use_cpu=True, bf16=False), state, TrainerControl())
     assert bool(warnings(caplog)) == is_zero
-
-
-@pytest.mark.parametrize(("warmup_steps", "found"), [(12, []), (0, ["Step 11: Tiny learning rate"])])
-def test_a_rate_that_still_warms_up_is_not_called_tiny(tmp_path, caplog, warmup_steps, found):
-    options = {"learning_rate": 1e-7, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup_steps}
-    train(GRPOTrainer, GRPOConfig, tmp_path, max_steps=12, callbacks=[DiagnosisCallback()], **options)
-    assert [warning.split("\n")[0] for warning in warnings(caplog)] == found
-
-
-def test_the_training_script_warns_and_tells(tmp_path, caplog, capsys):
-    settings = {
-        "model_name_or_path": recipe_stand_ins.write_model(tmp_path / "model"),
-        "output_dir": str(tmp_path / "run"),
-        "reward_funcs": "tests.custom_rewards.zero_reward",
-        "train_size": 32,
-        "per_device_train_batch_size": 16,
-        "max_steps": 4,
-        "eval_strategy": "no",
-        "eval_on_start": "false",
-        "disable_tqdm": "true",
-    }
-    flags = [token for key, value in settings.items() for token in (f"--{key}", str(value))]
-    train_script.main(*train_script.parse(["--config", RECIPE, *flags]))
-    assert any(warning.startswith("Step 4: Constant rewards") for warning in warnings(caplog))
-    assert f"Diagnosis of {tmp_path / 'run'}\n\nConstant rewards\n" in capsys.readouterr().out

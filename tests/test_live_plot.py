@@ -60,10 +60,3 @@ def test_a_panel_holds_the_values_as_logged_and_an_undefined_metric_none(monkeyp
     assert list(reward.lines[0].get_ydata()) == [row["reward"] for row in ROWS]
     assert [text.get_text() for text in rho.texts] == ["not logged"]
     assert not rho.lines
-
-
-def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="`metrics` is empty"):
-        LivePlot([])
-    with pytest.raises(ValueError, match="`every` counts logging events, got 0"):
-        LivePlot(every=0)

@@ -9,9 +9,6 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.dataclasses import DeepSpeedPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trl import GRPOConfig, GRPOTrainer
 
 from examples.tiny_qwen3 import start_model
@@ -80,8 +77,7 @@ def test_a_recipe_parses_strictly_and_builds_the_configuration_of_its_trainer(pa
     assert type(training_args) is (GRPOConfig if script_args.trainer == "grpo" else OBLRPOConfig)
     assert training_args.learning_rate == written["learning_rate"]  # "6e-4" without a dot is a string to YAML
     assert data_args.task_params == written.get("task_params")
-    columns = ["prompt", "solution", "entry"]
-    assert len(load_rewards(reward_args, data_args, columns=columns, max_completion_length=9)) == 1
+    assert len(load_rewards(reward_args, data_args, max_completion_length=9)) == 1
 
 
 @each(RECIPES)
@@ -174,24 +170,6 @@ def test_the_launch_line_of_a_gpu_recipe_names_the_recipe_and_an_accelerate_conf
     assert ("trl vllm-serve" in header) == (parsed(path)[1].vllm_mode == "server")
 
 
-@each(GPU_RECIPES)
-def test_every_product_in_the_header_is_right(path):
-    """For example `16 bytes x 4.02e9 parameters / 8 = 8.0 GB`."""
-    text = " ".join(line.lstrip("# ") for line in split_recipe(path)[0].splitlines()).replace(". ", "; ")
-    number = r"(?<![\w.])\d[\d.]*(?:e-?\d+)?"
-    checked = 0
-    for product, result in re.findall(rf"([^=;:,(]+) = ({number})", text):
-        factors = re.findall(rf"(?:([x/]) )?({number})(?= |$)", product)
-        if len(factors) < 2:
-            continue  # a sum, or a number with its unit
-        value = 1e-9 if "bytes" in product else 1.0
-        for sign, factor in factors:
-            value = value / float(factor) if sign == "/" else value * float(factor)
-        assert abs(value - float(result)) <= 0.51 * 10 ** -len(result.partition(".")[2]), product
-        checked += 1
-    assert checked >= 3
-
-
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     path = tmp_path_factory.mktemp("stand-ins")
@@ -217,58 +195,18 @@ def test_a_gpu_recipe_trains_two_steps_and_evaluates_without_vllm(path, stand_in
     assert list((tmp_path / "run").glob("*.safetensors"))
 
 
-def launch_arguments(name, monkeypatch, prepare=None):
-    """What `accelerate launch --config_file` makes of its arguments; `prepare` gives the environment of its processes."""
-    args = launch_command_parser().parse_args(["--config_file", str(ACCELERATE_CONFIGS[name]), "script.py"])
-    args = _validate_launch_command(args)[0]
-    args.deepspeed_fields_from_accelerate_config = (
-        ""  # the fields that a DeepSpeed file, if there was one, may not repeat
-    )
-    environment = {} if prepare is None else prepare(args)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    return args
-
-
-def test_accelerate_knows_every_key_of_its_configs_and_launches_as_they_say(monkeypatch):
+def test_accelerate_knows_every_key_of_its_configs_and_launches_as_they_say():
     eight = ["ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
     processes = {"single_gpu": (1, 1), "multi_node_zero3": (16, 2)} | dict.fromkeys(eight, (8, 1))
     assert set(ACCELERATE_CONFIGS) == set(processes)
-    known = {action.dest for action in launch_command_parser()._actions}
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
 
     for name, path in ACCELERATE_CONFIGS.items():
-        written, args = yaml.safe_load(path.read_text()), launch_arguments(name, monkeypatch)
+        written = yaml.safe_load(path.read_text())
+        args = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))[0]
         assert type(load_config_from_file(str(path))) is ClusterConfig  # which refuses unknown keys
         for section in ("deepspeed_config", "fsdp_config"):  # of which accelerate itself checks no key
             assert set(written.get(section, {})) <= known
         assert (args.use_deepspeed, args.use_fsdp, args.multi_gpu) == ("zero" in name, name == "fsdp2", name == "ddp")
         assert (args.num_processes, args.num_machines, args.mixed_precision) == (*processes[name], "bf16")
-
-
-@pytest.mark.parametrize(
-    ("name", "stage", "device"),
-    [("zero2", 2, "none"), ("zero3", 3, "none"), ("zero3_offload", 3, "cpu"), ("multi_node_zero3", 3, "none")],
-)
-def test_a_deepspeed_plugin_is_built_from_its_config(name, stage, device, monkeypatch):
-    pytest.importorskip("deepspeed")
-    launch_arguments(name, monkeypatch, lambda args: prepare_deepspeed_cmd_env(args)[1])
-
-    plugin = DeepSpeedPlugin()
-
-    zero = plugin.deepspeed_config["zero_optimization"]
-    assert plugin.zero_stage == zero["stage"] == stage
-    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == device
-    assert plugin.zero3_init_flag == zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        assert plugin.deepspeed_config[key] == "auto"  # which the trainer fills in from the recipe
-
-
-def test_an_fsdp_2_plugin_is_built_from_its_config(monkeypatch):
-    launch_arguments("fsdp2", monkeypatch, prepare_multi_gpu_env)
-
-    plugin = FullyShardedDataParallelPlugin()
-
-    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    assert plugin.cpu_ram_efficient_loading
-    assert not plugin.activation_checkpointing

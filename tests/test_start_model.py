@@ -1,7 +1,6 @@
 """The start model: its tokenizer, its size, its accuracy's bounds, and the same weights for the same settings."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -117,22 +116,6 @@ def test_wrong_options_are_refused_by_name():
 
 
 @pytest.mark.slow
-def test_the_supervised_problems_do_not_hold_the_held_out_ones(monkeypatch, tmp_path):
-    seen = []
-
-    def record(prompts, *arguments):
-        seen.extend(prompts["prompt"])
-        return supervised_set(prompts, *arguments)
-
-    monkeypatch.setattr(start_model, "supervised_set", record)
-    # Of the 4000 problems there are: about 1024 * 512 / 4000 = 131 would be held-out ones if nobody took care.
-    make(tmp_path / "m", max_steps=1, batch_size=1024, test_size=512)
-
-    assert len(seen) == 1024
-    assert not set(load_sums(train_size=2048, test_size=512)["test"]["prompt"]) & set(seen)
-
-
-@pytest.mark.slow
 def test_the_model_loads_with_its_tokenizer_and_the_record_says_how_it_was_made(made):
     path, record = made
 
@@ -178,9 +161,3 @@ def test_an_accuracy_out_of_bounds_is_an_error_and_leaves_nothing_behind(tmp_pat
         make(tmp_path / "m", min_accuracy=0.9)
 
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_default_cache_is_one_that_git_ignores():
-    folder = StartModelArguments().output_dir.split("/")[0] + "/"
-
-    assert folder in (Path(__file__).parent.parent / ".gitignore").read_text().splitlines()

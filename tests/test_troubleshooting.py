@@ -42,8 +42,7 @@ def healthy(tmp_path_factory):
 def test_a_healthy_run_learns_and_shows_no_failure(healthy):
     rewards = logged(healthy, "reward")
     assert sum(rewards[4:]) / 8 > sum(rewards[:4]) / 4
-    # Which are so, on a model of this size and with 4 prompts per step.
-    assert set(names(healthy)) <= {"Slow scoring pass", "Too few prompts per step"}
+    assert set(names(healthy)) <= {"Too few prompts per step"}  # 4 of them
 
 
 def test_rewards_at_random_take_the_learning_rate_to_its_floor(tmp_path):
@@ -130,7 +129,6 @@ def test_weights_that_say_nothing_of_the_rewards_make_a_noisy_baseline_without_a
 def test_the_group_mean_shows_itself_by_a_constant_ratio(tmp_path):
     trainer = run(tmp_path, baseline="group_mean", max_steps=5)
     assert logged(trainer, "variance_ratio/leave_one_out") == pytest.approx([(7 / 8) ** 2] * 5)
-    assert "A baseline that sees its own completion" in names(trainer)
 
 
 def test_equal_rewards_give_no_gradient_at_all(tmp_path):
@@ -163,25 +161,15 @@ def test_the_page_names_only_metrics_and_options_that_exist(healthy):
     assert {"snr_min_multiplier", "baseline_prior_strength", "score_scope"} <= words
 
 
-def test_links_and_anchors_of_the_page_exist():
-    headings = re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", PAGE)
-    assert len(links) > 20
-    for text, target in links:
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-            continue
-        path = ROOT / "docs" / target
-        assert path.is_file(), target
-        if text.startswith("`test_"):
-            assert f"def {text.strip('`')}(" in path.read_text(), text
-
-
 def test_every_failure_has_its_section_a_row_and_a_reproduction():
     found_in_code = {name for name, _, _ in RULES}
     sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
     assert set(CAUSES) < found_in_code <= set(sections)
     assert re.findall(r"^\| \[(.+?)\]", PAGE, flags=re.MULTILINE) == list(sections)
+    anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in sections}
+    assert set(re.findall(r"\(#([^)]+)\)", PAGE)) <= anchors
     for name, text in sections.items():
-        assert "../tests/" in text or "../notebooks/" in text, name
+        reproductions = re.findall(r"`(test_\w+)`\]\(([^)]+)\)", text)
+        assert reproductions or "../notebooks/" in text, name
+        for test, file in reproductions:
+            assert f"def {test}(" in (ROOT / "docs" / file).read_text(), test

@@ -93,10 +93,7 @@ class DataArguments:
             )
         for name, owner in OWNERS.items():
             if getattr(self, name) not in (None, {}) and getattr(self, owner) is None:
-                what = "answers" if owner == "answer_column" else "prompts"
-                raise ValueError(
-                    f"`{name}` is for the {what} of `{owner}`, which is not set: remove it or set `{owner}`."
-                )
+                raise ValueError(f"`{name}` is for `{owner}`, which is not set: remove it or set `{owner}`.")
         if isinstance(self.task_params, str):
             self.task_params = parse_json_object("task_params", self.task_params)
         for name in ("train_size", "test_size"):
@@ -148,19 +145,14 @@ def _task_row(entry: dict[str, Any]) -> dict[str, str | None]:
 def _load_dataset(args: DataArguments, with_test: bool) -> dict[str, Dataset]:
     assert args.dataset_name is not None
     splits = {"train": _load_split(args, "dataset_name", args.dataset_train_split)}
-    is_single_file = args.dataset_test_name is None and is_file(args.dataset_name)
-    if is_single_file and args.test_size is not None:  # held out also where nobody evaluates, as for a task
-        rows = splits["train"]
-        if args.test_size >= len(rows):
+    if args.dataset_test_name is None and is_file(args.dataset_name):
+        if args.test_size is not None:  # held out also where nobody evaluates, as for a task
+            splits = dict(splits["train"].train_test_split(test_size=args.test_size, seed=args.test_seed))
+        elif with_test:
             raise ValueError(
-                f"`test_size` is {args.test_size}, but {args.dataset_name!r} has {len(rows)} rows: lower it."
+                f"`dataset_name` is the single file {args.dataset_name!r}, so there is no test split to evaluate on: set "
+                "`test_size` to hold out that many of its rows, set `dataset_test_name`, or set `eval_strategy: no`."
             )
-        splits = dict(rows.train_test_split(test_size=args.test_size, seed=args.test_seed))
-    elif is_single_file and with_test:
-        raise ValueError(
-            f"`dataset_name` is the single file {args.dataset_name!r}, so there is no test split to evaluate on: set "
-            "`test_size` to hold out that many of its rows, set `dataset_test_name`, or set `eval_strategy: no`."
-        )
     elif with_test:
         test_field = "dataset_name" if args.dataset_test_name is None else "dataset_test_name"
         splits["test"] = _load_split(args, test_field, args.dataset_test_split)
@@ -226,11 +218,6 @@ def _replace_column(rows: Dataset, name: str, values: list[Any]) -> Dataset:
 def _without_test_prompts(train: Dataset, test: Dataset) -> Dataset:
     held_out = {json.dumps(prompt) for prompt in test["prompt"]}
     kept = [i for i, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in held_out]
-    if not kept:
-        raise ValueError(
-            "Every training prompt is also a test prompt, so nothing is left to train on: choose another "
-            "`dataset_train_split`, or test on another `dataset_test_split` or `dataset_test_name`."
-        )
     if len(kept) == len(train):
         return train
     logger.warning("Left %d training prompts out because they are test prompts too.", len(train) - len(kept))

@@ -1,8 +1,6 @@
-"""Strict recipes: unknown keys are refused with the nearest name, help begins with our options, an error takes one line."""
+"""Strict recipes: unknown keys are refused with the nearest name, an error takes one line."""
 
-import argparse
 import dataclasses
-import inspect
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -26,38 +24,18 @@ def option(default: Any, text: str) -> Any:
 
 class RecipeParser(TrlParser):
     """
-    Differs from `TrlParser` in its help, which begins with `--config`, an example (the arguments of a command that works) and the
-    options that this package declares, and in that it raises its errors, without a usage of hundreds of lines.
+    Differs from `TrlParser` in that it raises its errors, without a usage of hundreds of lines, and in that its help begins with
+    an `example`, the arguments of a command that works.
     """
 
     def __init__(self, dataclass_types: Sequence[Any], *, module: str, description: str, example: str):
         super().__init__(
-            list(dataclass_types), prog=f"python -m {module}", description=description, allow_abbrev=False
+            list(dataclass_types),
+            prog=f"python -m {module}",
+            usage=f"%(prog)s --config RECIPE [--KEY VALUE ...]\nexample: %(prog)s {example}",
+            description=description,
+            allow_abbrev=False,
         )
-        self.example = f"{self.prog} {example}"
-
-    def format_help(self) -> str:
-        config = argparse.Action(
-            ["--config"],
-            "config",
-            default=argparse.SUPPRESS,
-            metavar="RECIPE",
-            help="YAML file of any of the keys below",
-        )
-        ours, theirs = {}, {}
-        for kind in self.dataclass_types:
-            names = {field.name for field in dataclasses.fields(kind)}
-            declared = set() if kind.__module__.startswith("trl.") else set(inspect.get_annotations(kind))
-            ours[kind.__name__] = names & declared
-            theirs[f"{kind.__name__}, options of TRL and transformers"] = names - declared
-        formatter = self._get_formatter()
-        formatter.add_arguments([config])
-        for title, names in (ours | theirs).items():
-            formatter.start_section(title)
-            formatter.add_arguments([action for action in self._actions if action.dest in names])
-            formatter.end_section()
-        usage = f"usage: {self.prog} --config RECIPE [--KEY VALUE ...]"
-        return f"{usage}\n\n{self.description}\n\nexample:\n  {self.example}\n\n{formatter.format_help()}"
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `--help` lists the keys.")

@@ -15,7 +15,7 @@ FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 def is_file(name: str) -> bool:
     """Whether `name` means a single file, which has no splits, rather than a hub id or a directory."""
-    return Path(name).suffix in FILE_BUILDERS or Path(name).is_file()
+    return Path(name).suffix in FILE_BUILDERS
 
 
 def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> Dataset:
@@ -23,16 +23,11 @@ def load_rows(name: str, *, field_name: str, config: str | None, split: str) -> 
     Load one split of a hub dataset or of a local directory laid out like one, or a `.json`, `.jsonl` or `.parquet` file, which
     has neither configuration nor split; a slice as in `test[:100]` is taken of its rows. `field_name` is the field that gave the name, for errors.
     """
-    path = Path(name)
     try:
-        if not is_file(name):
-            return load_dataset(name, config, split=split)
-        if path.suffix not in FILE_BUILDERS:
-            raise ValueError(f"files with the suffix {path.suffix!r} cannot be read, only {', '.join(FILE_BUILDERS)}")
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path} (looked for from {Path.cwd()})")
-        part = split[split.find("[") :] if "[" in split else ""  # the slice of `test[:100]`
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=name, split=f"train{part}")
+        if is_file(name):
+            _, bracket, part = split.partition("[")
+            return load_dataset(FILE_BUILDERS[Path(name).suffix], data_files=name, split=f"train{bracket}{part}")
+        return load_dataset(name, config, split=split)
     except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:  # StopIteration: a file without rows
         raise ValueError(
             f"`{field_name}` is {name!r}, which could not be loaded (configuration {config!r}, split {split!r}): "
@@ -49,24 +44,16 @@ def check_model(name: str | None, *, revision: str | None = None) -> str:
     if name is None:
         raise ValueError("`model_name_or_path` is not set: give a hub id or a local directory.")
     name = os.path.expanduser(name)
-    if Path(name).is_dir():
-        return name
-    problem = (
-        f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory)"
-    )
-    if name.startswith((".", "/")):
-        remedy = (
-            f"correct the path. In a clone of the repository `python -m examples.tiny_qwen3 --output_dir {name}` makes the "
-            "model of the tiny recipes"
-        )
-        raise ValueError(f"{problem}: {remedy}.")
-    try:
-        PreTrainedConfig.get_config_dict(name, revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-    else:
-        return name
-    raise ValueError(f"{problem}, and the hub gives none of that name ({reason}): correct the path or the hub id.")
+    if not Path(name).is_dir():
+        try:
+            PreTrainedConfig.get_config_dict(name, revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"`model_name_or_path` is {name!r}, but there is no such directory (looked for from the working directory), and "
+                f"the hub gives no such model ({str(error).splitlines()[0]}). In a clone of the repository `python -m "
+                "examples.tiny_qwen3` makes the model of the tiny recipes."
+            ) from None  # the hub's traceback says no more
+    return name
 
 
 def check_column(column: str, columns: Collection[str], *, field_name: str, source: str) -> None:

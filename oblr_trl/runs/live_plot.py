@@ -5,13 +5,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from oblr_trl import metrics
 from oblr_trl.runs.figure import STYLE, draw_panel
 from oblr_trl.runs.logs import RunLog
 
-PANEL_INCHES = (3.3, 2.5)
 # Values that one point of the bold line averages; the faint line has them as logged.
 SMOOTHING = 5
 
@@ -28,9 +29,6 @@ class LivePlot(TrainerCallback):
             Names as logged. Defaults to reward, rho and the variance relative to RLOO's.
         every (`int`, *optional*, defaults to `5`):
             Logging events between two figures.
-
-    Raises:
-        `ValueError`: If there is no metric, or `every` is below 1.
     """
 
     def __init__(
@@ -39,22 +37,16 @@ class LivePlot(TrainerCallback):
         *,
         every: int = 5,
     ) -> None:
-        if not metrics:
-            raise ValueError("`metrics` is empty: name at least one, for example 'reward'.")
-        if every < 1:
-            raise ValueError(f"`every` counts logging events, got {every}: use at least 1.")
-        self.metrics = tuple(metrics)
+        self.metrics = metrics
         self.every = every
-        self._num_logs = 0
         self._display: Any = None
 
     def on_log(self, args, state, control, **kwargs):
-        self._num_logs += 1
-        if state.is_world_process_zero and self._num_logs % self.every == 0:
+        if state.is_world_process_zero and len(state.log_history) % self.every == 0:
             self._show(state.log_history)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.log_history:
+        if state.is_world_process_zero:
             self._show(state.log_history)
         self._display = None  # another training gets a figure of its own
 
@@ -70,12 +62,9 @@ class LivePlot(TrainerCallback):
 
 def draw_metrics(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> bytes:
     """One panel per metric over the optimizer steps, as PNG; `rows` is `trainer.state.log_history`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     runs = {"": [RunLog(path=Path(), num_steps=len(rows), rows=list(rows))]}
     with rc_context(STYLE | {"axes.titlesize": 10}):
-        figure = Figure(figsize=(PANEL_INCHES[0] * len(metrics), PANEL_INCHES[1]), dpi=90, layout="constrained")
+        figure = Figure(figsize=(3.3 * len(metrics), 2.5), dpi=90, layout="constrained")
         for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
             draw_panel(axes, runs, {metric: ""}, title=metric, window=SMOOTHING)
         stream = BytesIO()

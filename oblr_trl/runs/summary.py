@@ -13,21 +13,14 @@ from oblr_trl.runs.logs import RunLog
 FINAL_STEPS = 10
 
 
-def choose_evaluation_metric(methods: Mapping[str, Sequence[RunLog]]) -> str | None:
-    """
-    The metric by which all methods are compared on held-out prompts: `eval_accuracy` if every evaluated run logged it, else
-    `eval_reward` if every one logged that, else whichever of the two any run logged. `None`: no run was evaluated.
-    """
-    logged = [{name for name in metrics.EVALUATIONS if run.series(name)} for runs in methods.values() for run in runs]
-    evaluated = [names for names in logged if names]
-    for enough in (all, any):
-        for candidate in metrics.EVALUATIONS:
-            if evaluated and enough(candidate in names for names in evaluated):
-                return candidate
-    return None
+def choose_evaluation_metric(methods: Mapping[str, Sequence[RunLog]]) -> str:
+    """The metric that compares all methods on held-out prompts: accuracy, or the reward if a run logged only that."""
+    runs = [run for runs in methods.values() for run in runs]
+    only_reward = any(run.series(metrics.EVAL_REWARD) and not run.series(metrics.EVAL_ACCURACY) for run in runs)
+    return metrics.EVAL_REWARD if only_reward else metrics.EVAL_ACCURACY
 
 
-def summarize(runs: Sequence[RunLog], evaluation_metric: str | None) -> dict[str, dict[str, Any]]:
+def summarize(runs: Sequence[RunLog], evaluation_metric: str) -> dict[str, dict[str, Any]]:
     """
     Each quantity of the table over the seeds of one method: the `values` of the seeds, `None` where a log does not hold it, the
     `mean` of the known ones, and their sample standard deviation `std` (n - 1), `None` for fewer than two.
@@ -42,46 +35,31 @@ def summarize(runs: Sequence[RunLog], evaluation_metric: str | None) -> dict[str
     return summary
 
 
-def _quantities(run: RunLog, evaluation_metric: str | None) -> dict[str, float | None]:
-    evaluations = {} if evaluation_metric is None else run.series(evaluation_metric)
+def _quantities(run: RunLog, evaluation_metric: str) -> dict[str, float | None]:
+    evaluations = run.series(evaluation_metric)
     start = evaluations.get(0)  # by `eval_on_start`; a later one is not the start
     final = next((evaluations[step] for step in reversed(evaluations) if step > 0), None)
     last_rewards = [value for step, value in run.series(metrics.REWARD).items() if step > run.num_steps - FINAL_STEPS]
-    rates = run.series(metrics.LEARNING_RATE)
+    means = {
+        "learning_rate": metrics.LEARNING_RATE,
+        "lr_multiplier": metrics.LR_MULTIPLIER,
+        "rho": metrics.RHO,
+        "variance_ratio": metrics.VARIANCE_VS_LEAVE_ONE_OUT,
+        "step_time": "step_time",  # of TRL
+    }
     return {
         "steps": float(run.num_steps),
         "start_evaluation": start,
         "final_evaluation": final,
         "evaluation_gain": None if start is None or final is None else final - start,
         "final_reward": _mean(last_rewards),
-        "learning_rate": _mean(rates.values()),
-        "last_learning_rate": rates[max(rates)] if rates else None,
-        "lr_multiplier": _mean(run.series(metrics.LR_MULTIPLIER).values()),
-        "rho": _mean(run.series(metrics.RHO).values()),
-        "variance_ratio": _mean(run.series(metrics.VARIANCE_VS_LEAVE_ONE_OUT).values()),
-        "train_runtime": train_runtime(run),
+        **{name: _mean(run.series(metric).values()) for name, metric in means.items()},
     }
 
 
 def _mean(values: Iterable[float]) -> float | None:
     numbers = list(values)
     return float(np.mean(numbers)) if numbers else None
-
-
-def train_runtime(run: RunLog) -> float | None:
-    """
-    Seconds that training took, evaluations included. `None` for a run that was resumed: the trainer times only the part
-    after it resumed, which the steps it counted in that time reveal.
-    """
-    runtimes = run.series(metrics.TRAIN_RUNTIME)
-    if not runtimes:
-        return None
-    step, runtime = max(runtimes.items())
-    steps_per_second = run.series(metrics.TRAIN_STEPS_PER_SECOND).get(step)
-    # The trainer rounds steps per second to 3 decimals, which a long run multiplies up.
-    rounding = 0.0005 * runtime + 0.5
-    resumed = steps_per_second is not None and steps_per_second * runtime < run.num_steps - rounding
-    return None if resumed else runtime
 
 
 class Curve(NamedTuple):

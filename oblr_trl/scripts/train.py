@@ -58,12 +58,7 @@ def main(
     evaluates = training_args.eval_strategy != "no"
     assert training_args.max_completion_length is not None
     prompts = load_prompts(data_args, with_test=evaluates)
-    reward_funcs = load_rewards(
-        reward_args,
-        data_args,
-        columns=prompts["train"].column_names,
-        max_completion_length=training_args.max_completion_length,
-    )
+    reward_funcs = load_rewards(reward_args, data_args, max_completion_length=training_args.max_completion_length)
     model = check_model(model_args.model_name_or_path, revision=model_args.model_revision)
     checkpoint = _checkpoint_to_resume(training_args)
     if checkpoint is not None and script_args.trainer == "grpo":
@@ -96,20 +91,17 @@ def main(
 
 def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
     """The checkpoint directory; `true` means the last complete one in `output_dir`."""
-    wanted: Any = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    wanted = str(training_args.resume_from_checkpoint).lower()
+    if wanted in ("none", "false"):
         return None
-    if str(wanted).lower() == "true":
-        output_dir = str(training_args.output_dir)
-        last = last_complete_checkpoint(output_dir)
-        if last is None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is true, but {output_dir!r} holds no complete checkpoint: leave it out."
-            )
-        return last
-    if not os.path.isdir(wanted):
-        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, but there is no such directory.")
-    return wanted
+    last = last_complete_checkpoint(str(training_args.output_dir))
+    checkpoint = last if wanted == "true" else training_args.resume_from_checkpoint
+    if checkpoint is None or not os.path.isdir(checkpoint):
+        where = f"{training_args.output_dir!r} holds no complete checkpoint" if wanted == "true" else "there is none"
+        raise ValueError(
+            f"`resume_from_checkpoint` is {training_args.resume_from_checkpoint}, but {where}: leave it out."
+        )
+    return checkpoint
 
 
 def make_parser(trainer: str = "oblrpo") -> TrlParser:

@@ -202,7 +202,7 @@ def test_a_template_puts_latex_answers_between_the_dollar_signs_that_accuracy_re
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"answer_pattern": "#### (.+)"}, r"`answer_pattern` is for the answers of `answer_column`, which is not set"),
+        ({"answer_pattern": "#### (.+)"}, r"`answer_pattern` is for `answer_column`, which is not set"),
         ({"answer_column": "a", "answer_pattern": "#### .+"}, r"`answer_pattern` is '#### .\+', which has 0 groups"),
         ({"answer_column": "a", "answer_template": "$$"}, r"`answer_template` is '\$\$', which would drop the answer"),
     ],
