@@ -9,7 +9,15 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.metrics import BASELINE_SHIFT as SHIFT
-from oblr_trl.metrics import EFFECTIVE_GROUP_SIZE, LR_MULTIPLIER, NUM_PROMPTS, RHO
+from oblr_trl.metrics import (
+    EFFECTIVE_GROUP_SIZE,
+    KL,
+    KL_TARGET,
+    LR_MULTIPLIER,
+    NUM_PROMPTS,
+    PREDICTED_GAIN,
+    RHO,
+)
 from oblr_trl.metrics import VARIANCE_VS_LEAVE_ONE_OUT as RATIO
 from oblr_trl.runs.diagnosis import DiagnosisCallback, diagnose, format_findings
 from oblr_trl.scripts import diagnose as script
@@ -62,6 +70,17 @@ def found(rows):
     return [(finding.name, finding.metric) for finding in diagnose(rows)]
 
 
+def test_a_gain_that_the_reward_does_not_show_is_found():
+    noise = [0.01, -0.01] * 20
+    flat = [0.5 + value for value in noise]
+    rising = [0.5 + 0.002 * i + value for i, value in enumerate(noise)]
+    gains = {PREDICTED_GAIN: 0.01}  # 0.39 over the run
+    assert names(log(gains | {"reward": flat}, num_steps=40)) == ["Gain not realised"]
+    assert names(log(gains | {"reward": rising}, num_steps=40)) == []  # a fifth of it
+    assert names(log({PREDICTED_GAIN: 0.0001} | {"reward": flat}, num_steps=40)) == []
+    assert names(log(gains | {"reward": flat[:19]}, num_steps=19)) == []  # too few to say
+
+
 def test_a_healthy_log_has_no_findings():
     assert diagnose(log()) == diagnose([]) == []
     assert "no proof of health" in format_findings([])
@@ -71,6 +90,7 @@ def test_a_healthy_log_has_no_findings():
     ("changed", "name", "metric"),
     [
         ({RHO: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", RHO),
+        ({KL: [0.02, 0.0] * 6, KL_TARGET: 9e-4}, "Policy moved too far", KL),
         ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
         ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),

@@ -12,7 +12,7 @@ from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, le
 from oblr_trl.baselines import PRIOR_STRENGTH_GRID, AutomaticPriorStrength, gradient_variance
 from oblr_trl.metrics import METRICS
 from oblr_trl.runs.diagnosis import CAUSES, RULES, diagnose
-from tests.tiny_models import digit_reward, logged, train
+from tests.tiny_models import digit_reward, logged, tiny_model, train
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -20,6 +20,9 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 TRL_METRICS = {"reward", "reward_std", "learning_rate", "frac_reward_zero_std", "clip_ratio/region_mean", "grad_norm"}
 TRL_METRICS |= {"step_time"}
 VLLM_METRICS = {"sampling/sampling_logp_difference/mean"}
+
+
+TRUST = {"lr_adaptation": "trust_region", "lr_scheduler_type": "constant"}
 
 
 def run(output_dir, **options):
@@ -36,7 +39,7 @@ def normal(*size, generator):
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("healthy"), max_steps=12)
+    return run(tmp_path_factory.mktemp("healthy"), max_steps=12, trust_region_kl=0.05, **TRUST)
 
 
 def test_a_healthy_run_learns_and_shows_no_failure(healthy):
@@ -55,6 +58,40 @@ def test_rewards_at_random_take_the_learning_rate_to_its_floor(tmp_path):
     trainer = run(tmp_path, reward=broken_verifier, **options)
     assert "Learning-rate collapse" in names(trainer)
     assert sum(multiplier == pytest.approx(0.05) for multiplier in logged(trainer, "lr_multiplier")[-6:]) >= 4
+
+
+class FixedSteps(torch.optim.SGD):
+    """Steps of its own length, whatever its rate is."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad.sign(), alpha=-2e-3)
+
+
+def test_an_optimizer_that_ignores_its_rate_moves_the_policy_too_far(tmp_path):
+    model = tiny_model(num_layers=2)
+    optimizers = (FixedSteps(model.parameters(), lr=1.0), None)
+    trainer = run(tmp_path, model=model, optimizers=optimizers, max_steps=12, trust_region_kl=1e-3, **TRUST)
+    assert "Policy moved too far" in names(trainer)
+    rates = logged(trainer, "learning_rate")
+    assert rates[-1] < rates[4] / 100  # the search lowers it in vain
+
+
+def test_a_reward_that_drifts_away_hides_the_predicted_gain(tmp_path):
+    num_calls = 0
+
+    def stricter_and_stricter(completions, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        return [reward - 0.025 * num_calls for reward in digit_reward(completions)]
+
+    options = {"max_steps": 30, "trust_region_kl": 0.05, **TRUST}
+    steady, drifting = run(tmp_path / "a", **options), run(tmp_path / "b", reward=stricter_and_stricter, **options)
+    gains = [[gain for gain in logged(t, "trust_region/predicted_gain") if gain] for t in (steady, drifting)]
+    assert sum(gains[1]) == pytest.approx(sum(gains[0]), rel=0.5)
+    assert "Gain not realised" in names(drifting)
+    assert "Gain not realised" not in names(steady)
 
 
 @pytest.mark.parametrize("prior_strength", PRIOR_STRENGTH_GRID)

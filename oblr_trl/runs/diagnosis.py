@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,11 @@ MAX_SHARE_LEFT, MAX_LOST_STDS, MAX_ACCURACY_STD = 0.5, 0.25, 0.5
 ROUNDING = 1e-6
 # Over the run's median; healthy runs have stayed below 4, but at shifts well within the rewards' deviation.
 MAX_PEAK = 3.0
+
+# Mean KL over mean target; the search itself stays within 3 on average.
+MAX_KL_RATIO = 10.0
+# Realised over predicted gain, of at least so many logged values. First-order predictions are too high by the curvature.
+MIN_GAIN_SHARE, MIN_GAINS = 0.1, 20
 
 # Where the policy collapsed or all rewards are equal, all but these are consequences.
 CAUSES = ("Policy collapse", "Constant rewards", "Too few prompts per step")
@@ -169,6 +174,29 @@ def _learning_rate_collapse(rows: Rows) -> Evidence:
     if enough and ratios and multipliers and median(ratios) < MIN_RHO:
         multiplier = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
         yield metrics.RHO, f"median {median(ratios):.2g}, so that {multiplier}: the signal is not told from zero"
+
+
+@_rule("Policy moved too far", "use an optimizer that steps by its `lr`, or lower `trust_region_kl`")
+def _overstepped(rows: Rows) -> Evidence:
+    # One batch's KL may be many times the target: few completions, of which one moved far.
+    kls, targets = _recent(rows, metrics.KL), _recent(rows, metrics.KL_TARGET)
+    if kls and targets and mean(kls) > MAX_KL_RATIO * mean(targets):
+        yield metrics.KL, f"mean {mean(kls):.2g}, {mean(kls) / mean(targets):.0f} times its target"
+
+
+@_rule("Gain not realised", "look for a reward that is not what was scored: stale data, a random or cached verifier")
+def _unrealised_gain(rows: Rows) -> Evidence:
+    predicted, rewards = _values(rows, metrics.PREDICTED_GAIN, MIN_GAINS), _values(rows, metrics.REWARD, MIN_GAINS)
+    steps = [row["step"] for row in rows if metrics.PREDICTED_GAIN in row]
+    if not predicted or not rewards:
+        return
+    total = mean(predicted) * (steps[-1] - steps[0])
+    half = len(rewards) // 2
+    # Between the means of the two halves lies half of the run.
+    realised = 2 * (mean(rewards[half:]) - mean(rewards[:half]))
+    error = 4 * stdev(rewards) / math.sqrt(half)
+    if realised + error < MIN_GAIN_SHARE * total:
+        yield metrics.PREDICTED_GAIN, f"{total:.2g} over the run, of which the reward shows {realised:.2g}"
 
 
 @_rule("Exploding baseline", "return None for what cannot be scored, not a large penalty; set scale_rewards='none'")
