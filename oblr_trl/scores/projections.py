@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient
+
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
 # The axes of a parameter. A vector is a matrix of one column.
@@ -106,16 +108,8 @@ class Projections:
         values = values.to(self.dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
-    def empty_sum(self, batch_size: int) -> Tensor:
-        """What gradients are added to, of shape `(B, 2 k)`: a block that wraps around goes into the second half."""
-        return torch.zeros(batch_size, 2 * self.sketch_dim, dtype=self.dtype, device=self.device)
-
-    def sketch(self, total: Tensor) -> Tensor:
-        """The sketch `(B, k)` of everything that was added to `total`."""
-        return total[:, : self.sketch_dim] + total[:, self.sketch_dim :]
-
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place."""
+        """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
         parameter, values = self._parameters[name], values.flatten(1)
         signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1))
         for i, start in enumerate(parameter.starts):
@@ -128,12 +122,9 @@ class Projections:
                 # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
                 place.addcmul_(block, signs[entries])
 
-    def add(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add tensors of the parameter's own shape, `(B, *shape)` or flattened `(B, R C)`, to `total` (B, 2 k), in place:
-        gradients, or whatever else is to be compared with scores by inner products of sketches."""
-        values = values.to(total.dtype).reshape(-1, *self._parameters[name].dims)  # (B, R, C)
-        rows = self.project(name, ROWS, values.mT).mT  # (B, r, C)
-        self.add_projected(total, name, self.project(name, COLUMNS, rows))
+    def unflatten(self, name: str, values: Tensor) -> Tensor:
+        """Values of the parameter's shape, `(B, *shape)` or flattened, as matrices `(B, R, C)`."""
+        return values.reshape(-1, *self._parameters[name].dims)
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
@@ -162,6 +153,43 @@ class Projections:
             orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
         return self._drawn[key]
+
+
+class SketchAccumulator:
+    """Sums projected gradients of one micro-batch, added in any order, into sketches; at least in float32."""
+
+    def __init__(self, batch_size: int, projections: Projections) -> None:
+        self._projections = projections
+        shape = (batch_size, 2 * projections.sketch_dim)
+        self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
+
+    def add(self, name: str, gradient: PerSequenceGradient) -> None:
+        """Add `P^T G Q` for the gradient G of one use of a parameter. A [`~scores.factors.DenseGradient`] may hold anything else of
+        the parameter's shape, whose inner products with scores are then those of the sketches."""
+        drawn = self._projections
+        if isinstance(gradient, DenseGradient):
+            values = drawn.unflatten(name, gradient.values.to(drawn.dtype))
+            # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
+            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT).mT)
+        else:
+            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
+            rows, columns = self._project_rows(name, gradient), drawn.project(name, COLUMNS, gradient.columns)
+            projected = torch.einsum("btr,btc->brc", rows, columns)
+        drawn.add_projected(self._total, name, projected)
+
+    def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
+        match gradient.rows:
+            case IndexRows(indices):
+                return self._projections.projection(name, ROWS)[indices]
+            case HeadRows(projected=projected):
+                assert projected is not None, "the head pass was not given this accumulator's row projection"
+                return projected
+            case values:
+                return self._projections.project(name, ROWS, values)
+
+    def result(self) -> Tensor:
+        """The sketches, of shape `(B, k)`."""
+        return self._total.unflatten(1, (2, -1)).sum(dim=1)
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:
