@@ -42,20 +42,27 @@ class HeadRows:
     projected: Tensor | None = None  # (B, T, r), the factor times a projection, where it was asked for
 
     def at(self, tokens: Tensor) -> Tensor:
-        """The columns of the factor for `tokens`, (B, S) or (1, S), of shape `(B, T, S)`."""
-        # In the precision of the pass, whose normaliser belongs to logits rounded like these.
-        logits = self.hidden @ self.weight[tokens].to(self.hidden.dtype).mT
-        if self.bias is not None:
-            logits += self.bias[tokens].to(self.hidden.dtype).unsqueeze(1)
-        logits = logits.to(self.log_normalizer.dtype) / self.temperature
-        probs = torch.exp(logits - self.log_normalizer.unsqueeze(2))
-        is_target = self.targets.unsqueeze(2) == tokens.unsqueeze(1)
-        return torch.where(is_target, self.other_probs.unsqueeze(2), -probs) * self.coefficients.unsqueeze(2)
+        """The columns of the factor for `tokens`, (B, S), of shape `(B, T, S)`."""
+        bias = None if self.bias is None else self.bias[tokens].unsqueeze(1)
+        return self._columns(tokens, self.weight[tokens], bias)
 
     def tiles(self) -> Iterator[Tensor]:
         """All columns, a vocabulary slice at a time."""
-        vocabulary = torch.arange(self.weight.size(0), device=self.weight.device)
-        return (self.at(tokens.unsqueeze(0)) for tokens in vocabulary.split(_VOCAB_TILE))
+        tokens = torch.arange(self.weight.size(0), device=self.weight.device).unsqueeze(0)
+        for start in range(0, self.weight.size(0), _VOCAB_TILE):
+            vocab = slice(start, start + _VOCAB_TILE)
+            bias = None if self.bias is None else self.bias[vocab]
+            yield self._columns(tokens[:, vocab], self.weight[vocab], bias)
+
+    def _columns(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # In the precision of the pass, whose normaliser belongs to logits rounded like these.
+        logits = self.hidden @ weight.to(self.hidden.dtype).mT
+        if bias is not None:
+            logits += bias.to(self.hidden.dtype)
+        logits = logits.to(self.log_normalizer.dtype).div_(self.temperature)
+        probs = logits.sub_(self.log_normalizer.unsqueeze(2)).exp_()
+        is_target = self.targets.unsqueeze(2) == tokens.unsqueeze(1)
+        return torch.where(is_target, self.other_probs.unsqueeze(2), -probs) * self.coefficients.unsqueeze(2)
 
 
 Rows = Tensor | IndexRows | HeadRows
