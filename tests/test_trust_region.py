@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.scores.factors import DenseGradient
 from oblr_trl.scores.parameters import local_entries, local_parameter_sketch
-from oblr_trl.scores.projections import Projections
+from oblr_trl.scores.projections import Projections, SketchAccumulator
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
 from oblr_trl.trust_region import TrustRegion, kl_of_update
@@ -93,15 +94,15 @@ def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
     projections = Projections(
         shapes, tables={"table"}, sketch_dim=sketch_dim, seed=3, dtype=torch.float64, device=torch.device("cpu")
     )
-    whole, shards = projections.empty_sum(1), projections.empty_sum(1)
+    whole, shards = SketchAccumulator(1, projections), SketchAccumulator(1, projections)
     for i, (name, shape) in enumerate(shapes.items()):
         values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        projections.add(whole, name, values.unsqueeze(0))
+        whole.add(name, DenseGradient(values.unsqueeze(0)))
         cut = data.draw(st.integers(0, values.numel()))
         for start, part in ((0, values[:cut]), (cut, values[cut:])):
             if part.numel():
-                projections.add_entries(shards, name, part, start)
-    torch.testing.assert_close(projections.sketch(shards), projections.sketch(whole))
+                shards.add_entries(name, part, start)
+    torch.testing.assert_close(shards.result(), whole.result())
 
 
 def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():

@@ -58,15 +58,12 @@ _REFUSALS = (
     ),
     _Refusal(
         "baseline_prior_strength",
-        lambda args: args.baseline_prior_strength is not None and args.baseline != "gradient_weighted",
-        "only 'gradient_weighted' has a prior",
-        "leave it unset",
-    ),
-    _Refusal(
-        "baseline_prior_strength",
-        lambda args: args.baseline_prior_strength is not None and not args.baseline_prior_strength >= 0,
-        "it counts completions",
-        "use a number of at least 0",
+        lambda args: (
+            args.baseline_prior_strength is not None
+            and not (args.baseline == "gradient_weighted" and args.baseline_prior_strength >= 0)
+        ),
+        "it counts completions, and only 'gradient_weighted' has a prior",
+        "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
     _Refusal(
         "scale_rewards",
@@ -76,15 +73,9 @@ _REFUSALS = (
     ),
     _Refusal(
         "score_last_k",
-        lambda args: (args.score_scope == "last_k") != (args.score_last_k is not None),
-        "score_scope is {args.score_scope!r}",
-        "set it together with score_scope='last_k', and only then",
-    ),
-    _Refusal(
-        "score_last_k",
-        lambda args: args.score_last_k is not None and args.score_last_k < 1,
-        "it counts blocks",
-        "use at least 1",
+        lambda args: (args.score_last_k or 0) < 1 if args.score_scope == "last_k" else args.score_last_k is not None,
+        "it counts the blocks of score_scope='last_k', and score_scope is {args.score_scope!r}",
+        "set it to at least 1 together with score_scope='last_k', and only then",
     ),
     _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 1, "it is a length", "use at least 1"),
     _Refusal(

@@ -12,11 +12,12 @@ theta stands for, the method what is kept of s_i; any scope goes with either met
 | method | result | arithmetic for a matrix (R x C), T positions | memory for it |
 |---|---|---|---|
 | `"sketch"` | z_i, `(B, k)`: E<z_i, z_j> = <s_i, s_j> | T (R r + C c + r c) with r c <= k | B x 2k for all; bases shared by shape |
-| `"exact"` | ||s_i||^2, `(B,)` | T^2 (R + C), or T R C where that is less | B x T x T, or B x R x C |
+| `"exact"` | ||s_i||^2, `(B,)` | T^2 (R + C), or T R C where that is less | B x T x T, or B x R x C; a copy of the head |
 
 For both the output projection takes one further sweep of its logits by tiles (`head.py`). Who calls the pass ([`ScorePass`]): the
 trainer by `scoring_model.py`, anybody else by [`score_sketches`]; [`reference_scores`] is the oracle. Below it lie `scopes` (which
-parameters), `taps` (hooks), `rules` (a layer's gradient in `factors`), `head`, and `accumulators` with `projections`.
+parameters), `taps` (hooks), `rules` (a layer's gradient in `factors`), `head`, and one module for each method: `projections` and
+`exact_norms`.
 """
 
 from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct

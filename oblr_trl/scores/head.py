@@ -11,14 +11,14 @@ The softmax is that over all tokens but the target y, because a low-entropy poli
 Shapes: B sequences, T completion tokens, M of these tokens with a weight, d hidden features, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.factors import HeadRows, OuterProduct, locate
+from oblr_trl.scores.factors import HeadRows, OuterProduct
 
 # Tiles of at most 1024 x 8192 logits (32 MiB in float32): large enough for full arithmetic speed, far below M x V.
 _TOKEN_TILE = 1024
@@ -73,7 +73,8 @@ def head_pass(
         logits = nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype)
         logits.div_(temperature)  # in place: one tile at a time
         # Taken from the tile, rounded as every other logit: the loss does the same, so that its ratio to these is 1.
-        inside, index = locate(targets.unsqueeze(1), start, logits.size(1))
+        local = targets.unsqueeze(1) - start
+        inside, index = (local >= 0) & (local < logits.size(1)), local.clamp(0, logits.size(1) - 1)
         at_target = logits.gather(1, index)
         target_logits += torch.where(inside, at_target, 0.0)
         logits.scatter_(1, index, torch.where(inside, -torch.inf, at_target))
@@ -109,7 +110,8 @@ def score_head(
     hidden: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    projections: Mapping[str, Tensor | None],
+    names: Collection[str],
+    projections: Mapping[str, Tensor],
     *,
     temperature: float,
     needs_grad_hidden: bool,
@@ -119,7 +121,7 @@ def score_head(
     Gradients of \\( \sum_t c_t \log p(y_t) \\) by the head's parameters and its inputs `hidden`, (B, T, d); tokens whose weight c
     is 0 take no arithmetic.
 
-    `projections` names the parameters and, for sketches, holds the projections of their rows, `(V, r)`. `copy_parameters` is for
+    `names` are those of the parameters in question, and `projections` of their rows, `(V, r)`, are there for sketches. `copy_parameters` is for
     exact norms, which are taken after the head's call, where the backend frees the weight at its end.
     """
     scored = token_weights != 0
@@ -130,9 +132,7 @@ def score_head(
         out[scored] = values
         return out
 
-    matrices = [matrix for matrix in projections.values() if matrix is not None]
-    if needs_grad_hidden:
-        matrices.append(head.weight)
+    matrices = [*projections.values(), *([head.weight] if needs_grad_hidden else [])]
     result = head_pass(hidden[scored], head.weight, head.bias, targets[scored], matrices, temperature=temperature)
     token_weights = token_weights.to(result.log_probs.dtype)
     gradients = [spread(gradient).mul_(token_weights.unsqueeze(-1)) for gradient in result.gradients]
@@ -155,10 +155,8 @@ def score_head(
         temperature=temperature,
     )
     columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
-    products = {
-        name: OuterProduct(replace(rows, projected=None if matrix is None else gradients.pop(0)), columns[name])
-        for name, matrix in projections.items()
-    }
+    projected = dict(zip(projections, gradients, strict=True))
+    products = {name: OuterProduct(replace(rows, projected=projected.get(name)), columns[name]) for name in names}
     return HeadScores(spread(result.log_probs), scale, products, grad_hidden)
 
 

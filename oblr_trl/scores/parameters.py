@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from oblr_trl.scores.projections import SketchAccumulator
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 
@@ -88,10 +89,10 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     head = next(scoped.head.parameters(recurse=False))
     projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
     dtype = torch.float32 if head.device.type == "mps" else torch.float64  # which MPS does not have
-    total = projections.empty_sum(1, dtype)
+    accumulator = SketchAccumulator(1, projections, dtype)
     for name in scoped.shapes:
         values, start, num_copies = local_entries(parameters[name])
         for part in values.split(_CHUNK) if values.numel() else ():
-            projections.add_entries(total, name, part.to(total) / num_copies, start)
+            accumulator.add_entries(name, part.to(dtype) / num_copies, start)
             start += part.numel()
-    return projections.sketch(total)[0].double()
+    return accumulator.result()[0].double()

@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient
+
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
 # The axes of a parameter. A vector is a matrix of one column.
@@ -106,16 +108,8 @@ class Projections:
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
-    def empty_sum(self, batch_size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """What gradients are added to, of shape `(B, 2 k)`: a block that wraps around goes into the second half."""
-        return torch.zeros(batch_size, 2 * self.sketch_dim, dtype=dtype or self.dtype, device=self.device)
-
-    def sketch(self, total: Tensor) -> Tensor:
-        """The sketch `(B, k)` of everything that was added to `total`."""
-        return total[:, : self.sketch_dim] + total[:, self.sketch_dim :]
-
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place."""
+        """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
         parameter, values = self._parameters[name], values.flatten(1)
         signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1)).to(values.dtype)
         for i, start in enumerate(parameter.starts):
@@ -128,15 +122,8 @@ class Projections:
                 # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
                 place.addcmul_(block, signs[entries])
 
-    def add(self, total: Tensor, name: str, values: Tensor) -> None:
-        """Add tensors of the parameter's own shape, `(B, *shape)` or flattened `(B, R C)`, to `total` (B, 2 k), in place:
-        gradients, or whatever else is to be compared with scores by inner products of sketches."""
-        values = values.to(total.dtype).reshape(-1, *self._parameters[name].dims)  # (B, R, C)
-        rows = self.project(name, ROWS, values.mT).mT  # (B, r, C)
-        self.add_projected(total, name, self.project(name, COLUMNS, rows))
-
-    def add_entries(self, total: Tensor, name: str, values: Tensor, start: int) -> None:
-        """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to `total` (1, 2 k), in place."""
+    def project_entries(self, name: str, values: Tensor, start: int) -> Tensor:
+        """`P^T G Q`, of shape `(1, r, c)`, of a parameter G that is 0 but for `(n,)` consecutive entries of it, flattened, from `start` on."""
         (num_rows, num_columns), (row_width, _) = self._parameters[name].dims, self._parameters[name].widths
         first, last = start // num_columns, (start + values.numel() - 1) // num_columns + 1
         block = values.new_zeros((last - first) * num_columns)
@@ -146,7 +133,11 @@ class Projections:
             rows = self.projection(name, ROWS)[first:last].to(block.dtype).T @ block
         else:
             rows = self.project(name, ROWS, nn.functional.pad(block.T, (first, num_rows - last))).T
-        self.add_projected(total, name, rows.unsqueeze(0))
+        return rows.unsqueeze(0)
+
+    def unflatten(self, name: str, values: Tensor) -> Tensor:
+        """Values of the parameter's shape, `(B, *shape)` or flattened, as matrices `(B, R, C)`."""
+        return values.reshape(-1, *self._parameters[name].dims)
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
@@ -175,6 +166,47 @@ class Projections:
             orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
         return self._drawn[key]
+
+
+class SketchAccumulator:
+    """Sums projected gradients of one micro-batch, added in any order, into sketches; at least in float32."""
+
+    def __init__(self, batch_size: int, projections: Projections, dtype: torch.dtype | None = None) -> None:
+        self._projections = projections
+        shape = (batch_size, 2 * projections.sketch_dim)
+        self._total = torch.zeros(shape, dtype=dtype or projections.dtype, device=projections.device)
+
+    def add(self, name: str, gradient: PerSequenceGradient) -> None:
+        """Add `P^T G Q` for the gradient G of one use of a parameter."""
+        drawn = self._projections
+        if isinstance(gradient, DenseGradient):
+            values = drawn.unflatten(name, gradient.values.to(drawn.dtype))
+            # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
+            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT).mT)
+        else:
+            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
+            rows, columns = self._project_rows(name, gradient), drawn.project(name, COLUMNS, gradient.columns)
+            projected = torch.einsum("btr,btc->brc", rows, columns)
+        drawn.add_projected(self._total, name, projected)
+
+    def add_entries(self, name: str, values: Tensor, start: int) -> None:
+        """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to a batch of one."""
+        projected = self._projections.project_entries(name, values.to(self._total), start)
+        self._projections.add_projected(self._total, name, projected)
+
+    def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
+        match gradient.rows:
+            case IndexRows(indices):
+                return self._projections.projection(name, ROWS)[indices]
+            case HeadRows(projected=projected):
+                assert projected is not None, "the head pass was not given this accumulator's row projection"
+                return projected
+            case values:
+                return self._projections.project(name, ROWS, values)
+
+    def result(self) -> Tensor:
+        """The sketches, of shape `(B, k)`."""
+        return self._total.unflatten(1, (2, -1)).sum(dim=1)
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:

@@ -41,7 +41,7 @@ def reference_scores(
         if scope != "all":
             # The hidden states are detached where a smaller scope ends; parameters below then get no gradient.
             layers = [head] if scope == "lm_head" else decoder_blocks(model)
-            hook = layers[-(last_k or 1)].register_forward_pre_hook(_detach_input, with_kwargs=True)
+            hook = layers[-(last_k or 1)].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
             stack.callback(hook.remove)
         for parameter in parameters:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -56,7 +56,3 @@ def reference_scores(
                 gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
             scores.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(scores)
-
-
-def _detach_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return (args[0].detach(), *args[1:]), kwargs

@@ -74,6 +74,7 @@ def embedding_rule(module: nn.Embedding, inputs: Tensor, grad_output: Tensor) ->
 def layer_norm_rule(module: nn.LayerNorm, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`nn.LayerNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat a_t \\), `bti,bti->bi`; \\( \nabla \beta = \sum_t \delta_t \\),
     `bti->bi`."""
+    assert len(module.normalized_shape) == 1, "no rule for a norm over several axes"
     normalized = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
     gradients: Gradients = {"weight": _sum_positions(grad_output * normalized)}
     return gradients if module.bias is None else gradients | {"bias": _sum_positions(grad_output)}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.accumulators import ExactNormAccumulator, SketchAccumulator
+from oblr_trl.scores.exact_norms import ExactNormAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
-from oblr_trl.scores.projections import ROWS, Projections
+from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
 from oblr_trl.scores.rules import find_score_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 from oblr_trl.scores.taps import frozen_parameters, intercepted_head, non_reentrant_checkpointing, tapped
@@ -31,18 +31,11 @@ METHODS = ("sketch", "exact")
 
 @dataclass
 class ScoreOutput:
-    """
-    What the pass knows about each sequence.
+    """What the pass knows about each sequence."""
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, C)`): Log-probability of every completion token; 0 where the token weight is.
-        sketches (`torch.Tensor` of shape `(B, k)`, *optional*): Score sketches, if the method "sketch" was asked for.
-        squared_norms (`torch.Tensor` of shape `(B,)`, *optional*): Exact squared score norms, for the method "exact".
-    """
-
-    log_probs: Tensor
-    sketches: Tensor | None = None
-    squared_norms: Tensor | None = None
+    log_probs: Tensor  # (B, C), of every completion token; 0 where the token weight is
+    sketches: Tensor | None = None  # (B, k), for the method "sketch"
+    squared_norms: Tensor | None = None  # (B,), exact, for the method "exact"
 
 
 @dataclass(eq=False)
@@ -154,7 +147,7 @@ class _MicroBatch:
                 norms = torch.zeros(batch_size, dtype=self._dtype, device=self._targets.device)
                 self._accumulators["exact"] = ExactNormAccumulator(norms, shared=scoped.shared(calls))
             # Autocast is for the model: the products of scores keep the precision that they come in.
-            stack.enter_context(_no_autocast(hidden))
+            stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
             with torch.no_grad():
                 for name, product in head.products.items():
                     self._add(scoped.head_names[name], product)
@@ -175,18 +168,15 @@ class _MicroBatch:
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> HeadScores:
         hidden = hidden[:, -self._targets.size(1) - 1 : -1]
         dtype = self._settings.head_dtype or _compute_dtype(head, hidden)
-        drawn = self._projections
-        projections = {
-            name: None if drawn is None else drawn.projection(ours, ROWS)
-            for name, ours in self._scoped.head_names.items()
-        }
-        with torch.no_grad(), _no_autocast(hidden):
+        drawn, names = self._projections, self._scoped.head_names
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             return score_head(
                 head,
                 hidden.to(dtype),
                 self._targets,
                 self._token_weights,
-                projections,
+                names,
+                {} if drawn is None else {name: drawn.projection(ours, ROWS) for name, ours in names.items()},
                 temperature=self._settings.temperature,
                 needs_grad_hidden=bool(self._scoped.names),
                 copy_parameters="exact" in self._settings.methods,
@@ -211,13 +201,9 @@ class _MicroBatch:
         uncalled = [next(iter(names.values())) for module, names in self._scoped.names.items() if not calls[module]]
         if uncalled:
             warnings.warn(
-                f"{len(uncalled)} layers with trainable parameters were not called in the scoring pass and count as zero "
-                f"score: {', '.join(uncalled[:3])}{', ...' if len(uncalled) > 3 else ''}. Freeze them if they are unused."
+                f"{len(uncalled)} layers with trainable parameters, the first with `{uncalled[0]}`, were not called in the scoring "
+                "pass and count as zero score. Freeze them if they are unused."
             )
-
-
-def _no_autocast(reference: Tensor) -> torch.autocast:
-    return torch.autocast(reference.device.type, enabled=False)
 
 
 def _compute_dtype(head: nn.Linear, hidden: Tensor) -> torch.dtype:

@@ -57,12 +57,9 @@ class ScoringModel:
 
     def result(self, gather: Callable[[Tensor], Tensor], sequence_weights: Tensor | None = None) -> ScoreOutput:
         """
-        All chunks of all processes.
+        The scores of all chunks, gathered over processes by `gather`, and the log-probabilities of this one.
 
-        Args:
-            gather (`Callable`): Gathers a tensor over processes.
-            sequence_weights (`torch.Tensor` of shape `(B, 1)`, *optional*):
-                What every token weight of a sequence is multiplied by, where that became known after the pass.
+        `sequence_weights` (B, 1) is what every token weight of a sequence is multiplied by, where that became known after the pass.
         """
         log_probs = torch.cat([output.log_probs for output in self._outputs])
         weights = torch.ones_like(self._token_weights[:, :1]) if sequence_weights is None else sequence_weights
