@@ -1,0 +1,89 @@
+"""The study of the trust region: its statistics against arithmetic, its grid, its optimizer, and real runs of an untrained policy."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import kl_measures, trust_region, trust_region_summary
+from benchmarks.learning_runs import Lion
+from benchmarks.sections import kl_measures as kl_section
+from benchmarks.sections import trust_region as section
+from tests.tiny_policies import install_tiny_policy
+
+
+@pytest.fixture
+def tiny_settings(tmp_path, monkeypatch):
+    install_tiny_policy(monkeypatch, tmp_path, vocab_size=130)
+    small = {"policy": "tiny", "num_prompts": 4, "num_steps": 10}
+    settings = {"AdamW": (small, 1e-3), "Lion": (small | {"optimizer": "lion"}, 1e-4)}
+    settings["LoRA"] = (small | {"lora_rank": 2}, 1e-3)
+    monkeypatch.setattr(trust_region, "SETTINGS", settings)
+    return trust_region.TrustRegionArguments(
+        settings=list(settings),
+        tuning_seeds=1,
+        evaluation_seeds=1,
+        num_workers=0,
+        test_size=8,
+        runs=str(tmp_path / "runs"),
+    )
+
+
+def test_a_share_is_the_ratio_of_mean_gains_over_paired_seeds():
+    # (0.1 + 0.3) / (0.2 + 0.2); resampling picks 0.1 / 0.2 twice, or 0.3 / 0.2 twice, in more than 2.5 % of the cases.
+    assert trust_region_summary.share([0.1, 0.3], [0.2, 0.2]) == pytest.approx({"mean": 1.0, "low": 0.5, "high": 1.5})
+
+
+def test_a_grid_is_extended_until_its_best_rate_has_neighbours(monkeypatch):
+    gains = {1.0: 0.1, 2.0: 0.2, 4.0: 0.3, 8.0: 0.5, 16.0: 0.4, 0.5: 0.05}
+    asked = []
+
+    def tuned(args, method, rates):
+        asked.append(list(rates["one"]))
+        return {"one": {rate: gains[rate] for rate in rates["one"]}}
+
+    monkeypatch.setattr(trust_region, "SETTINGS", {"one": ({}, 2.0)})
+    monkeypatch.setattr(trust_region, "tuned", tuned)
+    found = trust_region.best_constant_rates(trust_region.TrustRegionArguments(settings=["one"]))
+    assert asked == [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0, 16.0]]
+    assert found["one"] == {rate: gains[rate] for rate in (1.0, 2.0, 4.0, 8.0, 16.0)}
+
+
+def test_lion_steps_by_the_sign_of_its_interpolated_momentum():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Lion([parameter], 0.5)
+    for gradient in ([1.0, -1.0], [-0.05, -1.0]):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+    # Momentum after one step 0.01 x (1, -1); then 0.9 x 0.01 - 0.1 x 0.05 = 0.004 > 0 although the gradient is negative.
+    assert parameter.tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
+    tiny_settings.output = str(tmp_path / "record.json")
+    trust_region.main(tiny_settings)
+    record = json.loads((tmp_path / "record.json").read_text())
+    methods = record["summary"]["LoRA"]["methods"]
+    assert set(methods) == {"constant", "trust_region", "linear", "snr", *trust_region.FIXED_KL}
+    assert methods["trust_region"]["learning_rate"] == 1e-6
+    assert methods["trust_region"]["found_rate"] > 1e-5  # which is not where it was told to start
+    assert methods["constant"]["share"]["mean"] == 1.0
+    assert set(record["collapse"]["curves"]) == {"grpo", "trust_region"}
+    assert len(record["collapse"]["curves"]["grpo"]) == 2
+    table = section.markdown(record)
+    assert table.count("\n| ") == 2 + len(tiny_settings.settings) + 1
+    assert section.figure(record).axes
+
+    monkeypatch.setattr("benchmarks.learning_runs.run", lambda spec: pytest.fail("made again"))
+    trust_region.main(tiny_settings)
+    assert json.loads((tmp_path / "record.json").read_text())["summary"] == record["summary"]
+
+
+def test_measures_of_kl_agree_on_a_real_run(tiny_settings, monkeypatch):
+    monkeypatch.setattr(kl_measures, "NUM_SEARCH_STEPS", 4)
+    result = kl_measures.measure("AdamW", 10)
+    assert result["sketches"] == pytest.approx(result["float32"], rel=0.5)
+    assert result["float32, few"] > 0
+    table = kl_section.markdown({"results": {"AdamW": result}})
+    assert f"{result['float32']:.2g}" in table
