@@ -14,9 +14,9 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
-demo demo-seeds notebooks ablation study bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
+demo demo-seeds notebooks ablation study study-trust-region bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks notebooks-write results report study bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks notebooks-write results report study study-trust-region bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -80,7 +80,7 @@ notebooks-write: install  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
-results: study bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
+results: study study-trust-region bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
 
 report: install  ## Write tables and figures of docs/results.md from benchmarks/results
 	$(BIN)/python -m benchmarks.report
@@ -105,6 +105,10 @@ bench-gpu: install  ## Measure time and memory of the scoring pass at 4B and 8B;
 bench-variance: install  ## Measure the gradient's variance under each baseline and score scope
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.variance
+
+study-trust-region: install  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
+	$(BIN)/python -m benchmarks.trust_region
+	$(BIN)/python -m benchmarks.kl_measures
 
 bench-snr: install  ## Measure how right rho is
 	$(BIN)/python -m examples.tiny_qwen3

@@ -435,7 +435,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
             "gradient_snr": self._gradient_snr.averages.state_dict(),
-            "trust_region": self._trust_region.state_dict(),
+            "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
             "prior_strength": None if automatic is None else automatic.state_dict(),
         }
 
@@ -445,7 +445,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
-        self._trust_region.load_state_dict(state["trust_region"])
+        if args.lr_adaptation == "trust_region":
+            self._trust_region.load_state_dict(state["trust_region"])
         if automatic is not None and state["prior_strength"] is not None:
             automatic.load_state_dict(state["prior_strength"])
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import learning, learning_runs, learning_summary, policies
 from benchmarks.completion_pool import answer_batch
-from benchmarks.learning_runs import METHODS, RunSpec
+from benchmarks.learning_runs import RunSpec
 from benchmarks.sections import learning as section
 from tests.tiny_policies import install_tiny_policy
 
@@ -118,7 +118,7 @@ def test_the_tables_say_what_the_record_holds(record):
 
 def test_the_group_mean_without_adaptation_has_the_curve_of_dr_grpo(tiny_policy, monkeypatch):
     options = {"baseline": "group_mean", "lr_adaptation": "none"}
-    monkeypatch.setitem(METHODS, "plain", ("oblrpo", options))
+    monkeypatch.setitem(learning_runs.ALL_METHODS, "plain", ("oblrpo", options))
     curves = {method: learning_runs.run(tiny_spec(method))["accuracies"] for method in ("dr_grpo", "plain", "rloo")}
     assert curves["dr_grpo"] == curves["plain"]
     assert curves["dr_grpo"] != curves["rloo"]

@@ -329,7 +329,7 @@ def test_keys_of_the_recipe_and_the_launch_can_be_given(capsys):
             ["plan: OBLR-PO cannot honour lr_adaptation='snr': an optimizer step has 1 prompt x 8 completions"],
         ),
         (["--model_name_or_path", ".cache/none"], ["no such directory", "python -m examples.tiny_qwen3"]),
-        (["--model_name_or_path", "Qwen/Qwen3-5B-Base"], ["the hub gives none of that name"]),
+        (["--model_name_or_path", "Qwen/Qwen3-5B-Base"], ["the hub gives no such model"]),
         (["--accelerate_config", "none.yaml"], ["`--accelerate_config` names 'none.yaml', but there is no such file"]),
         (["--load_in_4bit", "true"], ["does not cover quantized weights: plan without load_in_4bit"]),
     ],

@@ -293,7 +293,7 @@ def test_problems_whose_answer_cannot_be_parsed_are_left_out_named_and_counted(t
         ({"pass_at": [0]}, r"`pass_at` of benchmark 'gsm8k' has k = 0"),
         ({"num_completions": 0}, rf"`{ENTRY}num_completions` is 0: give a whole number, at least 1"),
         ({"num_completions": 2}, r"`temperature` is 0, which makes the 2 completions .* equal"),
-        ({"dataset_name": "missing.jsonl"}, rf"`{ENTRY}dataset_name` is 'missing.jsonl', .* there is no file"),
+        ({"dataset_name": "missing.jsonl"}, rf"`{ENTRY}dataset_name` is 'missing.jsonl', which could not be loaded"),
         ({"dataset_name": "no-user/no-set"}, rf"`{ENTRY}dataset_name` is 'no-user/no-set', which could not be loaded"),
         ({"dataset_name": "empty.jsonl"}, rf"`{ENTRY}dataset_name` is 'empty.jsonl', which could not be loaded"),
         ({"dataset_name": "empty.json"}, rf"`{ENTRY}dataset_name` is 'empty.json', which could not be loaded"),
