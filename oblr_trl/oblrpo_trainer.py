@@ -46,6 +46,7 @@ _AVERAGED_OPTIONS = (
     "temperature",
     "num_generations",
 )
+_PROJECTION_OPTIONS = ("score_sketch_dim", "seed")
 
 
 class OBLRPOTrainer(ResumableGRPOTrainer):
@@ -434,6 +435,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         automatic = self._baseline_estimator.automatic
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
+            **{name: getattr(self.args, name) for name in _PROJECTION_OPTIONS},
             "gradient_snr": self._gradient_snr.averages.state_dict(),
             "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
             "prior_strength": None if automatic is None else automatic.state_dict(),
@@ -446,7 +448,9 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
         if args.lr_adaptation == "trust_region":
-            self._trust_region.load_state_dict(state["trust_region"])
+            # A sketch of parameters says nothing under other projections: the next batch then measures nothing.
+            same = all(state[name] == getattr(args, name) for name in _PROJECTION_OPTIONS)
+            self._trust_region.load_state_dict(state["trust_region"] | ({} if same else {"parameters": None}))
         if automatic is not None and state["prior_strength"] is not None:
             automatic.load_state_dict(state["prior_strength"])
 

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What the rate may change by from one generation batch to the next.
-_MAX_GROWTH = 10.0
+# What the rate may change by from one generation batch to the next; up while it is searched for, and once it was found.
+_MAX_SEARCH_GROWTH = 10.0
+_MAX_GROWTH = 2.0
 _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 _TINY = 1e-300  # keeps a bound finite where scores or rates vanish
-_STATE = ("rate", "_taken", "_position", "_curvature", "_weight", "_step")
+_STATE = ("rate", "_taken", "_position", "_curvature", "_weight", "_is_searching", "_step")
 
 
 def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) -> float:
@@ -81,8 +82,8 @@ class TrustRegion:
     Finds the learning rate that moves the policy by \\( \delta \rho \\).
 
     The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta \rho / c} \\), at most 10 times and at least a fifth of the last: with a
-    constant schedule the policy moves by \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). Without information (nothing
+    part of its initial rate. The next rate is \\( \sqrt{\delta \rho / c} \\), at least a fifth of the last and at most twice that, or 10 times
+    until it is found: with a constant schedule the policy moves by \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). Without information (nothing
     moved, a KL that is not finite, no rho) the rate stays.
 
     Args:
@@ -104,6 +105,7 @@ class TrustRegion:
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
         self._weight = 0.0
+        self._is_searching = True
         # Of the last batch: the sketch of the parameters that generated it, and the step that it was for.
         self._parameters: Tensor | None = None
         self._step = -1
@@ -149,6 +151,8 @@ class TrustRegion:
         rate = self.rate * self._position
         # A step that was skipped moved nothing and says nothing.
         if bool(update.any()) and math.isfinite(kl) and rate > 0:
+            if self._weight and self.rate < _MAX_SEARCH_GROWTH * self._taken:
+                self._is_searching = False
             self._taken = self.rate
             self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
             self._weight = _DECAY * self._weight + (1 - _DECAY)
@@ -165,10 +169,16 @@ class TrustRegion:
         self._position = position
         if math.isnan(rho) or not self._weight:
             return self.rate
-        low, high = self._taken / _MAX_SHRINKAGE, self._taken * _MAX_GROWTH
+        low, high = (
+            self._taken / _MAX_SHRINKAGE,
+            self._taken * (_MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH),
+        )
         curvature = self._curvature / self._weight
-        # So little movement that its estimate is noise around zero: a longer step will tell.
-        self.rate = min(max(math.sqrt(self.target(rho) / curvature), low), high) if curvature > 0 else high
+        if curvature > 0:
+            wanted = math.sqrt(self.target(rho) / curvature)
+            self.rate = min(max(wanted, low), high)
+        else:  # the estimate from few completions may be negative
+            self.rate = high if self._is_searching else self._taken
         return self.rate
 
     def state_dict(self) -> dict[str, Any]:

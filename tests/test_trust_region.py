@@ -165,6 +165,25 @@ def test_the_rate_is_held_where_a_batch_says_nothing():
     assert step(region, 10, 1e6)[1] == pytest.approx(rate / 5)  # far too far: the bound of a change
 
 
+def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=4)
+    step, total = policy(1.0), 0.0
+    for index in range(10):
+        _, rate = step(region, index, total)
+        total += rate
+    state = region.state_dict()
+    flat, total = policy(1e-12), total + rate
+    # A batch without curvature leaves 0.8 of the average.
+    assert flat(region, 10, total)[1] == pytest.approx(rate * math.sqrt(1 / 0.8), rel=0.03)
+    region.load_state_dict(state | {"_curvature": 1e-20})
+    assert flat(region, 10, total)[1] == pytest.approx(2 * rate)
+    region.load_state_dict(state | {"_curvature": -1.0})
+    assert flat(region, 10, total)[1] == rate
+    region.load_state_dict(state | {"_curvature": -1.0, "_is_searching": True, "_taken": rate / 10})
+    assert flat(region, 10, total)[1] == 10 * rate
+
+
 def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
     region = TrustRegion(0.02)
     region.start(squared_norm=2.0, num_parameters=4)
@@ -258,6 +277,15 @@ def test_another_learning_rate_changes_nothing_of_a_resumed_run(tmp_path):
     changed = options | {"learning_rate": 0.3, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-5")}
     resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", **changed)
     assert logged(resumed, "learning_rate") == pytest.approx(logged(whole, "learning_rate"), rel=1e-6)
+
+
+def test_another_sketch_does_not_spoil_a_resumed_run(tmp_path):
+    options = TRUST | {"max_steps": 10, "save_strategy": "steps", "save_steps": 8}
+    whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
+    changed = options | {"score_sketch_dim": 1024, "resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-8")}
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", **changed)
+    assert logged(resumed, "trust_region/kl")[8] is None
+    assert logged(resumed, "learning_rate")[8:] == pytest.approx(logged(whole, "learning_rate")[8:], rel=0.5)
 
 
 def test_a_second_train_searches_anew(tmp_path):

@@ -88,11 +88,10 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
     head = next(scoped.head.parameters(recurse=False))
     projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
-    dtype = torch.float32 if head.device.type == "mps" else torch.float64  # which MPS does not have
-    accumulator = SketchAccumulator(1, projections, dtype)
+    accumulator = SketchAccumulator(1, projections, torch.float64)
     for name in scoped.shapes:
         values, start, num_copies = local_entries(parameters[name])
         for part in values.split(_CHUNK) if values.numel() else ():
-            accumulator.add_entries(name, part.to(dtype) / num_copies, start)
+            accumulator.add_entries(name, part.double() / num_copies, start)
             start += part.numel()
-    return accumulator.result()[0].double()
+    return accumulator.result()[0]
