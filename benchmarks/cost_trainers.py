@@ -21,11 +21,12 @@ from oblr_trl.scores import ScoreOutput, reference_scores
 # Description and options; `grpo` is TRL's own trainer.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("TRL's `GRPOTrainer`", {}),
-    "all": ("scope `all`, sketches (the default)", {}),
+    "all": ("scope `all`, sketches, SNR multiplier", {"lr_adaptation": "snr"}),
+    "trust_region": ("the same with the trust region (the default)", {}),
     "baseline_only": ("the same without the SNR learning rate", {"lr_adaptation": "none"}),
-    "last_k": ("scope `last_k`, 1 block", {"score_scope": "last_k", "score_last_k": 1}),
-    "lm_head": ("scope `lm_head`", {"score_scope": "lm_head"}),
-    "exact": ("scope `all`, exact norms in addition to the sketches", {"score_method": "exact"}),
+    "last_k": ("scope `last_k`, 1 block", {"lr_adaptation": "snr", "score_scope": "last_k", "score_last_k": 1}),
+    "lm_head": ("scope `lm_head`", {"lr_adaptation": "snr", "score_scope": "lm_head"}),
+    "exact": ("exact norms in addition to the sketches", {"lr_adaptation": "snr", "score_method": "exact"}),
     # One number per sequence serves the baseline; its SNR would mean nothing, and no learning rate follows it.
     "per_sequence": ("one forward and backward per sequence, norms alone", {"lr_adaptation": "none"}),
 }

@@ -32,7 +32,7 @@ _BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
 _FIXED_KL = {"lr_adaptation": "trust_region", "snr_min_multiplier": 1.0}
 # Trainer, and its options in addition to the study's common settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "oblrpo": ("oblrpo", {}),
+    "oblrpo": ("oblrpo", {"lr_adaptation": "snr"}),
     "baseline_only": ("oblrpo", _BASELINE_ONLY),
     "snr_only": ("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "snr"}),
     "grpo": ("grpo", {}),

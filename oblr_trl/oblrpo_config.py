@@ -44,7 +44,7 @@ class OBLRPOConfig(GRPOConfig):
             SNR always comes from sketches.
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
-        lr_adaptation (`str`, *optional*, defaults to `"snr"`):
+        lr_adaptation (`str`, *optional*, defaults to `"trust_region"`):
             `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
             training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
@@ -70,15 +70,15 @@ class OBLRPOConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"dr_grpo"` instead of `"dapo"`: the paper's objective sums over tokens and divides by a
     >   constant.
     > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
-    > - `learning_rate`: Defaults to `5e-6` with `lr_adaptation="snr"`: the multiplier averages about 0.2 in the demo (`make
-    >   demo` prints it), which brings the average step back to GRPO's. With `"none"` it is [`~trl.GRPOConfig`]'s own.
+    > - `learning_rate`: Without effect on the size of the steps by default. Defaults to `5e-6` with `lr_adaptation="snr"`: the
+    >   multiplier averages about 0.2 in the demo (`make demo` prints it), which brings the average step back to GRPO's.
     """
 
     learning_rate: float = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "The initial learning rate, before the SNR multiplier. None: 5e-6 with lr_adaptation='snr', TRL's default "
-            "with 'none'."
+            "help": "The initial learning rate; with lr_adaptation='trust_region' only its ratio between parameter groups counts. "
+            "None: 5e-6 with lr_adaptation='snr', TRL's default otherwise."
         },
     )
     loss_type: str = field(
@@ -127,7 +127,7 @@ class OBLRPOConfig(GRPOConfig):
     )
     score_sketch_dim: int = field(default=4096, metadata={"help": "Length of a score sketch."})
     lr_adaptation: str = field(
-        default="snr",
+        default="trust_region",
         metadata={
             "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
             "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR).",

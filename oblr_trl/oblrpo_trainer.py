@@ -54,7 +54,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     Trainer for Optimal Baseline and Learning-Rate Policy Optimization (OBLR-PO).
 
     [OBLR-PO](https://huggingface.co/papers/2511.23310) weights the baseline of a group by the squared norms of its policy
-    scores, \\( b^* = E[w r] / E[w] \\), which minimises the variance of the policy gradient, and multiplies the learning rate
+    scores, \\( b^* = E[w r] / E[w] \\), which minimises the variance of the policy gradient, and scales the learning rate
     by \\( \rho = N\,\mathrm{SNR} / (1 + N\,\mathrm{SNR}) \\). Both come from one scoring pass over the generated batch, before
     any training step on it.
 
@@ -68,7 +68,9 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
 
     - scores are random sketches, not full gradients (`score_method="exact"` gives exact norms to the baseline);
     - the baseline has a prior from the other prompts (`baseline_prior_strength=0`);
-    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and the multiplier has a floor (`snr_min_multiplier=0`);
+    - the constant of the learning rate is measured: every step moves the policy by `trust_region_kl` x rho (`lr_adaptation="snr"`
+      multiplies `learning_rate` by rho instead);
+    - signal and noise are smoothed over batches (`snr_ema_decay=0`), and rho has a floor (`snr_min_multiplier=0`);
     - the score is that of the loss in use: completion and tool masks, vLLM's importance ratio and, for
       `loss_type="grpo"`, the division by length are part of it (`loss_type="dr_grpo"`, the default, is the plain sum);
     - a KL or entropy term (`beta`, `entropy_coef`), off by default, is not part of signal and noise.

@@ -113,7 +113,7 @@ def test_defaults_are_the_papers_objective_and_an_automatic_prior(tmp_path):
     assert (args.loss_type, args.scale_rewards, args.beta, args.num_iterations) == ("dr_grpo", "none", 0.0, 1)
     assert args.baseline == "gradient_weighted"
     assert args.baseline_prior_strength is None
-    assert args.lr_adaptation == "snr"
+    assert args.lr_adaptation == "trust_region"
     assert args.needs_scores
 
 
@@ -126,7 +126,8 @@ def test_every_own_field_has_help_and_a_docstring_entry():
 
 
 def test_the_default_rate_is_trls_where_nothing_multiplies_it(tmp_path):
-    assert config(tmp_path).learning_rate == 5e-6
+    assert config(tmp_path, lr_adaptation="snr").learning_rate == 5e-6
+    assert config(tmp_path).learning_rate == GRPOConfig(str(tmp_path), bf16=False).learning_rate
     assert config(tmp_path, lr_adaptation="none").learning_rate == GRPOConfig(str(tmp_path), bf16=False).learning_rate
     assert config(tmp_path, lr_adaptation="none", learning_rate=3e-6).learning_rate == 3e-6
 
@@ -134,7 +135,7 @@ def test_the_default_rate_is_trls_where_nothing_multiplies_it(tmp_path):
 # Prompts per step: TRL's batch defaults are 8 completions, one prompt, on one process.
 def test_one_prompt_per_step_is_refused_where_two_are_needed(tmp_path):
     with pytest.raises(
-        ValueError, match=r"lr_adaptation='snr': an optimizer step has 1 prompt x 8 .* Remedy: raise grad"
+        ValueError, match=r"lr_adaptation='trust_region': an optimizer step has 1 prompt x 8 .* Remedy: raise grad"
     ):
         config(tmp_path, per_device_train_batch_size=8)
     with pytest.warns(UserWarning, match="The baseline has no prior"):

@@ -113,7 +113,7 @@ def test_the_reused_forward_checkpoints_as_training_does(tmp_path):
     ],
 )
 def test_the_configuration_knows_when_the_forward_is_reused(tmp_path, options, reuses):
-    options = {"per_device_train_batch_size": 32, "bf16": False, "use_cpu": True} | options
+    options = {"per_device_train_batch_size": 32, "bf16": False, "use_cpu": True, "lr_adaptation": "snr"} | options
     assert OBLRPOConfig(str(tmp_path), **options).reuses_old_logps_forward == reuses
 
 

@@ -21,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from oblr_trl import OBLRPOConfig
+
 ALPHABET = "0123456789+-=? abcdefghij"
 VOCAB_SIZE = 40
 ARCHITECTURES = ("qwen3", "qwen3_untied", "llama", "gpt2", "qwen2", "qwen3_lora")
@@ -126,6 +128,8 @@ def construct(trainer_class, config_class, output_dir, *, model=None, reward=dig
         "disable_tqdm": True,
         "seed": 3,
     }
+    if issubclass(config_class, OBLRPOConfig):
+        options["lr_adaptation"] = "snr"  # a rate that is known; the trust region has tests of its own
     arguments = {"train_dataset": prompts(), "processing_class": tiny_tokenizer()}
     return trainer_class(
         model=tiny_model(num_layers=2) if model is None else model,

@@ -126,7 +126,7 @@ def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
     return values[len(values) // 2 :]
 
 
-@_rule("Policy collapse", "the learning rate is too large: divide `learning_rate` by 10, resume from before the fall")
+@_rule("Policy collapse", "steps are too large: divide `learning_rate` (or `trust_region_kl`) by 10, resume from before the fall")
 def _collapse(rows: Rows) -> Evidence:
     rate = f"at learning rates of up to {max(_values(rows, metrics.LEARNING_RATE, 1), default=math.nan):.2g}"
     # An evaluation is of many prompts, so that one is enough.

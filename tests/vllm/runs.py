@@ -16,8 +16,9 @@ import yaml
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds, on a busy machine; an engine that waits for a dead peer waits indefinitely
 
-# Everything but the algorithm, which is left at its defaults.
+# The algorithm is left at its defaults but for the learning rate, which is to be known.
 RECIPE = {
+    "lr_adaptation": "snr",
     "reward_funcs": ["tests.tiny_models.digit_reward"],
     "use_vllm": True,
     "vllm_max_model_length": 64,
