@@ -57,7 +57,7 @@ def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) ->
     squares = products.sum(dim=1).square()
     if not is_exact:
         k = update.numel()
-        squares = (squares - products.square().sum(dim=1)) * (k / (k - 1))
+        squares = (squares - products.square().sum(dim=1)) * (k / max(k - 1, 1))
     return 0.5 * squares.mean().item()
 
 
