@@ -22,7 +22,7 @@ from oblr_trl.scores import ScoreOutput, reference_scores
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("TRL's `GRPOTrainer`", {}),
     "all": ("scope `all`, sketches, SNR multiplier", {"lr_adaptation": "snr"}),
-    "trust_region": ("the same with the trust region (the default)", {}),
+    "trust_region": ("the same with the trust region (the default)", {"trust_region_kl": 1e-12}),  # hardly moves
     "baseline_only": ("the same without the SNR learning rate", {"lr_adaptation": "none"}),
     "last_k": ("scope `last_k`, 1 block", {"lr_adaptation": "snr", "score_scope": "last_k", "score_last_k": 1}),
     "lm_head": ("scope `lm_head`", {"lr_adaptation": "snr", "score_scope": "lm_head"}),

@@ -69,6 +69,7 @@ class SNRScheduler(LRScheduler):
     @property
     def position(self) -> float:
         """Where the wrapped schedule stands, as a part of its initial rate: the largest of all parameter groups."""
+        self._take_foreign_lrs()
         pairs = zip(self._scheduled_lrs, initial_lrs(self.scheduler), strict=True)
         return max((lr / initial for lr, initial in pairs if initial > 0), default=0.0)
 

@@ -63,8 +63,6 @@ METRICS = (
     VARIANCE_VS_LEAVE_ONE_OUT,
     VARIANCE_VS_LENGTH_WEIGHTED,
 )
-# Of these METRICS those that are measured from the batch after a step: unknown at the first.
-OF_LAST_STEP = (KL, CURVATURE, PREDICTED_GAIN)
 
 
 def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]:

@@ -44,8 +44,8 @@ class OBLRPOConfig(GRPOConfig):
             SNR always comes from sketches.
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
-        lr_adaptation (`str`, *optional*, defaults to `"trust_region"`):
-            `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
+        lr_adaptation (`str`, *optional*):
+            Defaults to `"trust_region"`, which needs `score_scope="all"`, and to `"snr"` with another scope. `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
             training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
@@ -54,13 +54,14 @@ class OBLRPOConfig(GRPOConfig):
             Movement of the policy at rho = 1, in nats per completion, for a schedule at its initial rate.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
-            estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds the
-            multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
+            estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and with
+            `lr_adaptation="snr"` as long holds the multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
         snr_min_multiplier (`float`, *optional*, defaults to `0.05`):
-            Minimum multiplier of the learning rate, in [0, `snr_max_multiplier`], and its value while rho is unknown. Above 0, a
-            run whose signal drowns in noise continues slowly instead of stopping. 0 is the paper.
+            Minimum of rho, in [0, `snr_max_multiplier`], where it multiplies the learning rate or the KL; with
+            `lr_adaptation="snr"` also the multiplier while rho is unknown. Above 0, a run whose signal drowns in noise continues
+            slowly instead of stopping. 0 is the paper.
         snr_max_multiplier (`float`, *optional*, defaults to `1.0`):
-            Maximum multiplier of the learning rate.
+            Maximum of rho there.
         reward_timeout (`float`, *optional*):
             Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
             on all processes. If `None` (default), it may take indefinitely long, as in TRL. Reward models are not limited.
@@ -126,11 +127,12 @@ class OBLRPOConfig(GRPOConfig):
         metadata={"help": "Source of the baseline's weights: 'sketch' or 'exact' norms.", "choices": METHODS},
     )
     score_sketch_dim: int = field(default=4096, metadata={"help": "Length of a score sketch."})
-    lr_adaptation: str = field(
-        default="trust_region",
+    lr_adaptation: str = field(  # type: ignore[assignment]
+        default=None,
         metadata={
             "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
-            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR).",
+            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', with another "
+            "score_scope than 'all' 'snr'.",
             "choices": LR_ADAPTATIONS,
         },
     )
@@ -143,17 +145,19 @@ class OBLRPOConfig(GRPOConfig):
     )
     snr_min_multiplier: float = field(
         default=0.05,
-        metadata={
-            "help": "Minimum multiplier of the learning rate, and its value while rho is unknown. 0 is the paper."
-        },
+        metadata={"help": "Minimum of rho as multiplier of the learning rate or of the KL. 0 is the paper."},
     )
-    snr_max_multiplier: float = field(default=1.0, metadata={"help": "Maximum multiplier of the learning rate."})
+    snr_max_multiplier: float = field(
+        default=1.0, metadata={"help": "Maximum of rho as multiplier of the learning rate or of the KL."}
+    )
     reward_timeout: float | None = field(
         default=None,
         metadata={"help": "Longest time in seconds that a reward function may take for one batch. None: no limit."},
     )
 
     def __post_init__(self) -> None:
+        if self.lr_adaptation is None:
+            self.lr_adaptation = "trust_region" if self.score_scope == "all" else "snr"
         if self.learning_rate is None:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
         super().__post_init__()

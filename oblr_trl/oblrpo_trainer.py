@@ -178,7 +178,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         baselines = self._baseline_estimator(batch)
         advantages = self._advantages(output, batch.rewards, baselines)
         if batch.sketches is not None:
-            self._adapt_learning_rate(batch, advantages, output["num_items_in_batch"])
+            self._adapt_learning_rate(batch, baselines, advantages, output["num_items_in_batch"])
         self._log_train_metrics(
             {metrics.PRIOR_STRENGTH: self._baseline_estimator.prior_strength}
             | metrics.baseline_metrics(batch, baselines)
@@ -217,19 +217,18 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
         if self._score_pass is not None:
-            scores = self._score_completions(output, loss_mask, old_logps_forward)
+            scores, token_weights = self._score_completions(output, loss_mask, old_logps_forward)
             assert scores.sketches is not None  # the first of the methods
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
-            token_weights = loss_token_weights(self.args.loss_type, loss_mask).sum(dim=1)
-            batch.token_weights = self.accelerator.gather(token_weights).view_as(rewards) / batch.lengths
+            batch.token_weights = self.accelerator.gather(token_weights.sum(dim=1)).view_as(rewards) / batch.lengths
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         return batch
 
     def _score_completions(
         self, output: dict[str, Any], loss_mask: Tensor, old_logps_forward: OldLogpsForward | None = None
-    ) -> ScoreOutput:
-        """The scores of all processes: from the parent's forward pass for the old log-probabilities, if the scoring pass took its
+    ) -> tuple[ScoreOutput, Tensor]:
+        """The scores of all processes, and the weights of the local tokens in them: from the parent's forward pass for the old log-probabilities, if the scoring pass took its
         place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
         vllm_ratio = output.get("importance_sampling_ratio")
         if vllm_ratio is not None:
@@ -239,15 +238,14 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
                 loss_type=self.args.loss_type,
                 importance_sampling_level=self.args.importance_sampling_level,
             )
+        token_weights = loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
         scoring_model = None if old_logps_forward is None else old_logps_forward.scoring_model
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
         else:
             assert self._score_pass is not None
-            scoring_model = ScoringModel(
-                self._score_pass, loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
-            )
+            scoring_model = ScoringModel(self._score_pass, token_weights)
             self._get_per_token_logps_and_entropies(
                 scoring_model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
@@ -264,9 +262,9 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             raise ValueError(
                 f"The score of step {self.state.global_step} is not finite on process {finite.tolist().index(False)}: the model's "
                 "activations or logits are not. No weight was changed by it. Resume from the last checkpoint with a lower "
-                "learning rate, gradient clipping, or bf16 instead of fp16."
+                "`trust_region_kl` (or learning rate), gradient clipping, or bf16 instead of fp16."
             )
-        return scores
+        return scores, token_weights
 
     def _advantages(self, output: dict[str, Any], rewards: Tensor, baselines: Tensor) -> Tensor:
         """r - b, in the place of the parent's; `nan` where a completion could not be scored."""
@@ -293,16 +291,21 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             logged.pop()
         logged.extend(advantages.tolist())
 
-    def _adapt_learning_rate(self, batch: GroupedBatch, advantages: Tensor, num_tokens: Any) -> None:
+    def _adapt_learning_rate(
+        self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any
+    ) -> None:
         """Signal, noise and rho of the optimizer step at hand, and its learning rate."""
         assert self.args.steps_per_generation is not None  # set by the configuration
         sketches = batch.sketches
         assert sketches is not None  # or there is no learning rate to adapt
-        movement = self._measure_movement(batch, advantages) if self.args.lr_adaptation == "trust_region" else {}
-        if self.args.loss_type in _DIVIDED_BY_TOKENS:
-            advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
         # Optimizer steps that share the batch, where above 1.
         steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
+        movement = {}
+        if self.args.lr_adaptation == "trust_region":
+            num_steps = max(steps * self.num_iterations, 1)
+            movement = self._measure_movement(batch, batch.rewards - baselines, num_steps)
+        if self.args.loss_type in _DIVIDED_BY_TOKENS:
+            advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
         snr = self._gradient_snr
         self._rho = snr.add(
             per_prompt_gradients(sketches, advantages),
@@ -312,7 +315,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         if snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
-                "multiplier stays as it was, `snr_min_multiplier` at the start. See for what the reward functions return None."
+                "learning rate stays as it was. See for what the reward functions return None."
             )
         values = {
             metrics.SIGNAL: snr.averages.signal,
@@ -325,7 +328,9 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
-                self._set_rate(self._trust_region.next_rate(self._rho, schedule.position))
+                rate = self._trust_region.next_rate(self._rho, schedule.position)
+                if not math.isnan(rate):  # or no token could be scored yet
+                    self._set_rate(rate)
                 values[metrics.KL_TARGET] = self._trust_region.target(self._rho, schedule.position)
             elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
@@ -333,21 +338,32 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(values, replace=snr.num_batches > 1)
 
-    def _measure_movement(self, batch: GroupedBatch, advantages: Tensor) -> dict[str, float]:
+    def _measure_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
         """How far the policy has moved since the last generation batch, from this one's completions."""
         assert self._score_pass is not None
         assert batch.sketches is not None
         assert batch.token_weights is not None
-        scores = batch.sketches / batch.token_weights.unsqueeze(2)
-        scores = scores.nan_to_num(nan=0.0)  # a completion without tokens has no weights
-        if math.isnan(self._trust_region.rate):
-            self._trust_region.start(scores.square().sum(dim=2).mean().item(), self._num_parameters)
-        movement = self._trust_region.observe(
+        region, position = self._trust_region, self._schedule.position
+        if position > 1 + 1e-6:
+            warnings.warn(
+                f"The schedule stands at {position:g} times its initial learning rate, and the KL of a step follows its square: the "
+                "trust region takes the initial rate for the largest. Use a schedule that starts there or rises to it (warm-up)."
+            )
+        weighted = batch.token_weights > 0  # others are masked, and say nothing of how far they moved
+        scores = batch.sketches[weighted] / batch.token_weights[weighted].unsqueeze(1)
+        num_parameters = resolve_scope(self.model, self.args.score_scope, None).num_parameters
+        if num_parameters != self._num_parameters:  # some were frozen or unfrozen
+            self._num_parameters = num_parameters
+            region.forget_parameters()
+        if math.isnan(region.rate) and bool(scores.any()):
+            region.start(scores.square().sum(dim=1).mean().item(), num_parameters, num_steps=num_steps)
+        movement = region.observe(
             scores,
-            advantages,
+            advantages[weighted],
             self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum"),
             step=self.state.global_step,
-            is_exact=self._num_parameters <= self.args.score_sketch_dim,
+            position=position,
+            is_exact=num_parameters <= self.args.score_sketch_dim,
         )
         values = {metrics.KL: movement.kl, metrics.CURVATURE: movement.curvature}
         return values | {metrics.PREDICTED_GAIN: movement.predicted_gain}

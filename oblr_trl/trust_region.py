@@ -26,8 +26,8 @@ _MAX_GROWTH = 2.0
 _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
-_TINY = 1e-300  # keeps a bound finite where scores or rates vanish
-_STATE = ("rate", "_taken", "_position", "_curvature", "_weight", "_is_searching", "_step")
+_TINY = 1e-300  # keeps the curvature of no update finite
+_STATE = ("rate", "_unit_rate", "_taken", "_position", "_curvature", "_weight", "_is_searching", "_step")
 
 
 def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) -> float:
@@ -43,7 +43,9 @@ def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) ->
     the policy that it made: on the batch that it was computed from, every completion's own push is in the sum, which is up to
     a hundred times the movement of others. With sketches, the square of an inner product also contains the variance of its
     coordinates' sum, about \\( \|s\|^2 \|\Delta\theta\|^2 / k \\), as large as the KL itself: products of a coordinate with itself are
-    left out, \\( \tfrac{k}{k-1} \sum_{a \ne b} x_a x_b \\) with \\( x = z \odot u \\), which is unbiased and may be negative.
+    left out, \\( \tfrac{k}{k-1} \sum_{a \ne b} x_a x_b \\) with \\( x = z \odot u \\), which may be negative. It is unbiased where coordinates
+    are independent; those of a matrix that is projected from both sides share rows and columns, which leaves a small positive part
+    (`benchmarks.kl_measures`).
 
     Args:
         sketches (`torch.Tensor` of shape `(n, k)`): Score sketches of the completions, of the plain sum over tokens.
@@ -68,8 +70,8 @@ class Movement(NamedTuple):
     Args:
         kl (`float`): [`kl_of_update`], in nats per completion.
         curvature (`float`): Curvature of the policy along the update, \\( 2\, \mathrm{KL} / \|\Delta\theta\|^2 \\).
-        predicted_gain (`float`): First-order change of the mean reward, \\( \langle \hat g, \Delta\theta \rangle \\), with the gradient of the
-            batch after the steps; in units of advantages.
+        predicted_gain (`float`): First-order change of the mean reward by one step, \\( \langle \hat g, \Delta\theta \rangle \\), with the
+            gradient of the batch after the steps.
     """
 
     kl: float = math.nan
@@ -82,9 +84,9 @@ class TrustRegion:
     Finds the learning rate that moves the policy by \\( \delta \rho \\).
 
     The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta \rho / c} \\), at least a fifth of the last and at most twice that, or 10 times
-    until it is found: with a constant schedule the policy moves by \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). Without information (nothing
-    moved, a KL that is not finite, no rho) the rate stays.
+    part of its initial rate. The next rate is \\( \sqrt{\delta / c} \sqrt{\rho} \\): with a constant schedule the policy moves by
+    \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
+    10 times until it is found. Without information (nothing moved, a KL that is not finite, no rho) the rate stays.
 
     Args:
         kl (`float`): delta, in nats per completion at rho = 1.
@@ -101,6 +103,7 @@ class TrustRegion:
     def restart(self) -> None:
         """Search anew, with another optimizer state or another schedule."""
         self.rate = math.nan  # of the step at hand; unknown before the first batch
+        self._unit_rate = math.nan  # the same at rho = 1
         self._taken = math.nan  # that of the last step that moved the policy, or to start with
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
@@ -110,53 +113,70 @@ class TrustRegion:
         self._parameters: Tensor | None = None
         self._step = -1
 
-    def start(self, squared_norm: float, num_parameters: int) -> None:
+    def forget_parameters(self) -> None:
+        """Let the next batch measure nothing: it has other parameters or other projections than the last one."""
+        self._parameters = None
+
+    def start(self, squared_norm: float, num_parameters: int, *, num_steps: float = 1) -> None:
         r"""
-        Begin where no first step can move the policy by more than delta: the entries of an update are at most the rate (Adam, Lion,
+        Begin where no first batch can move the policy by more than delta: the entries of an update are at most the rate (Adam, Lion,
         Muon, SGD with clipped gradients), so that by Cauchy and Schwarz \\( \langle s, \Delta\theta \rangle^2 \le \eta^2 P \|s\|^2 \\).
 
         Args:
-            squared_norm (`float`): Mean squared norm of a score.
+            squared_norm (`float`): Mean squared norm of a score, above 0.
             num_parameters (`int`): P.
+            num_steps (`float`, *optional*, defaults to `1`): Optimizer steps on a generation batch.
         """
-        self.rate = self._taken = math.sqrt(2 * self.kl / max(num_parameters * squared_norm, _TINY))
+        self.rate = self._unit_rate = self._taken = (
+            math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
+        )
 
     def target(self, rho: float, position: float = 1.0) -> float:
         """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
         return self.kl * min(max(rho, self.min_rho), self.max_rho) * position**2
 
     def observe(
-        self, sketches: Tensor, advantages: Tensor, parameters: Tensor, *, step: int, is_exact: bool = False
+        self,
+        sketches: Tensor,
+        advantages: Tensor,
+        parameters: Tensor,
+        *,
+        step: int,
+        position: float,
+        is_exact: bool = False,
     ) -> Movement:
         """
         Take in a generation batch: how far the parameters have moved the policy since the batch of an earlier step.
 
         Args:
-            sketches (`torch.Tensor` of shape `(N, G, k)`): Score sketches, of the plain sum over tokens.
-            advantages (`torch.Tensor` of shape `(N, G)`): Advantages; `nan` where a completion was not scored.
+            sketches (`torch.Tensor` of shape `(n, k)`): Score sketches, of the plain sum over tokens.
+            advantages (`torch.Tensor` of shape `(n,)`): r - b; `nan` where a completion was not scored.
             parameters (`torch.Tensor` of shape `(k,)`): Sketch of the parameters that generated the batch.
             step (`int`): Number of the optimizer step that the batch is for; several batches may be for one.
+            position (`float`): Where the schedule stands, as a part of its initial rate.
             is_exact (`bool`, *optional*, defaults to `False`): As for [`kl_of_update`].
 
         Returns:
-            [`Movement`]: All `nan` for the first batch, and for a second one of a step.
+            [`Movement`]: All `nan` for the first batch, for a second one of a step, and without completions.
         """
         before, self._parameters = self._parameters, parameters
-        moved, self._step = step != self._step, step
-        if before is None or not moved:
+        num_steps, self._step = step - self._step, step
+        if before is None or not num_steps or not len(sketches):
             return Movement()
         update = parameters - before.to(parameters.device)
-        kl = kl_of_update(sketches.flatten(0, 1), update, is_exact=is_exact)
-        gains = advantages * (sketches.double() @ update)
-        rate = self.rate * self._position
+        kl = kl_of_update(sketches, update, is_exact=is_exact)
+        gain = (advantages * (sketches.double() @ update)).nanmean().item() / num_steps
+        # The mean over the steps, on a schedule that is about linear between two batches.
+        mean_position = self._position + (num_steps - 1) / (2 * num_steps) * (position - self._position)
+        rate = self.rate * mean_position
         # A step that was skipped moved nothing and says nothing.
         if bool(update.any()) and math.isfinite(kl) and rate > 0:
-            if self._weight and self.rate < _MAX_SEARCH_GROWTH * self._taken:
-                self._is_searching = False
-            self._taken = self.rate
+            self._taken = self._unit_rate
             self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
             self._weight = _DECAY * self._weight + (1 - _DECAY)
-        return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gains.nanmean().item())
+            if self._wanted() < _MAX_SEARCH_GROWTH * self._taken:
+                self._is_searching = False
+        return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain)
 
     def next_rate(self, rho: float, position: float) -> float:
         """
@@ -165,21 +185,26 @@ class TrustRegion:
         Args:
             rho (`float`): Of the batch that the step is made from; `nan` if unknown.
             position (`float`): Where the schedule stands, as a part of its initial rate.
+
+        Returns:
+            `float`: `nan` before [`start`][TrustRegion.start].
         """
         self._position = position
-        if math.isnan(rho) or not self._weight:
+        if math.isnan(rho):
             return self.rate
-        low, high = (
-            self._taken / _MAX_SHRINKAGE,
-            self._taken * (_MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH),
-        )
+        if self._weight:
+            growth = _MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH
+            self._unit_rate = min(max(self._wanted(), self._taken / _MAX_SHRINKAGE), self._taken * growth)
+        self.rate = self._unit_rate * math.sqrt(self.target(rho) / self.kl)
+        return self.rate
+
+    def _wanted(self) -> float:
+        """Rate that moves the policy by delta. An average that is not positive, which the estimate from few completions can be, says to
+        go on with the search, or else nothing."""
         curvature = self._curvature / self._weight
         if curvature > 0:
-            wanted = math.sqrt(self.target(rho) / curvature)
-            self.rate = min(max(wanted, low), high)
-        else:  # the estimate from few completions may be negative
-            self.rate = high if self._is_searching else self._taken
-        return self.rate
+            return math.sqrt(self.kl / curvature)
+        return math.inf if self._is_searching else self._taken
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain numbers."""

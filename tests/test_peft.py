@@ -189,3 +189,15 @@ def test_dora_trains_with_the_score_of_the_head(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, trainer.start[name]) != parameter.requires_grad, name
     assert all(value > 0 for value in logged(trainer, "score/norm/mean"))
+
+
+def test_a_head_copy_whose_forward_the_trainer_replaces_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=False"):
+        construct(
+            OBLRPOTrainer,
+            OBLRPOConfig,
+            tmp_path,
+            model=tiny_model("qwen3_untied", num_layers=2),
+            trainer={"peft_config": lora_config(modules_to_save=["lm_head"])},
+            cast_lm_head_to_fp32=True,
+        )

@@ -77,7 +77,10 @@ def test_a_recipe_parses_strictly_and_builds_the_configuration_of_its_trainer(pa
     assert type(training_args) is (GRPOConfig if script_args.trainer == "grpo" else OBLRPOConfig)
     assert training_args.learning_rate == written["learning_rate"]  # "6e-4" without a dot is a string to YAML
     assert data_args.task_params == written.get("task_params")
-    assert len(load_rewards(reward_args, data_args, max_completion_length=9)) == 1
+    assert (
+        len(load_rewards(reward_args, data_args, columns=["prompt", "solution", "entry"], max_completion_length=9))
+        == 1
+    )
 
 
 @each(RECIPES)

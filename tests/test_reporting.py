@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trl import GRPOConfig
 
 from oblr_trl import OBLRPOConfig
-from oblr_trl.metrics import KL_TARGET, METRICS, OF_LAST_STEP
+from oblr_trl.metrics import KL_TARGET, METRICS
 from tests.recording import Recording
-from tests.tiny_models import train
+from tests.tiny_models import OF_LAST_STEP, train
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "wandb_report.md").read_text()

@@ -11,10 +11,10 @@ SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ENTRY = make_task("chain_sum", SUMS, size=1, seed=3)[0]
 
 
-def load(*names, task=None, **arguments):
+def load(*names, task=None, columns=("prompt", "solution", "entry", "difficulty"), **arguments):
     data = DataArguments(task=task) if task else DataArguments(dataset_name="x")
     reward_args = RewardArguments(reward_funcs=list(names) or None, **arguments)
-    return load_rewards(reward_args, data, max_completion_length=20)
+    return load_rewards(reward_args, data, columns=list(columns), max_completion_length=20)
 
 
 def message(text):
@@ -113,3 +113,21 @@ def test_a_single_name_may_be_written_without_a_list():
 def test_unavailable_rewards_are_refused_with_field_reason_and_remedy(names, message):
     with pytest.raises(ValueError, match=message):
         load(*names)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "remedy"),
+    [
+        ("accuracy_reward", "solution", "set `answer_column`"),
+        ("reasoning_accuracy_reward", "solution", "set `answer_column`"),
+        ("tests.custom_rewards.difficulty_reward", "difficulty", "add the column 'difficulty'"),
+        ("task", "entry", "add the column 'entry'"),
+    ],
+)
+def test_a_reward_without_its_column_is_refused(name, column, remedy):
+    task = "chain_sum" if name == "task" else None
+
+    with pytest.raises(
+        ValueError, match=rf"'{name}', which reads the column '{column}', but .* only prompt: {remedy}"
+    ):
+        load(name, task=task, columns=("prompt",))

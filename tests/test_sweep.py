@@ -45,6 +45,12 @@ def test_every_grid_spans_its_own_combinations_of_values_and_their_options(tmp_p
         assert recipe["num_generations"] == 8  # from the recipe that every run starts from
 
 
+@pytest.mark.parametrize("changes", [{"grid": {"lr_adaptation": "snr"}}, {"seeds": 3}, {"seeds": []}])
+def test_an_axis_that_is_no_list_of_values_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"`(lr_adaptation|seeds)` is .*; set a list of values"):
+        plan(write_sweep(tmp_path, **changes))
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_run_of_the_ablations_is_one_that_the_training_script_takes(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -17,9 +17,9 @@ from oblr_trl import (
     leave_one_out_baseline,
 )
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
-from oblr_trl.metrics import METRICS, OF_LAST_STEP
+from oblr_trl.metrics import METRICS
 from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
-from tests.tiny_models import construct, digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
+from tests.tiny_models import OF_LAST_STEP, construct, digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
 
 # rho of a step's own batch, in a unit that the reference shares: the head's parameters fit a sketch without projection.
 HEAD = {"score_scope": "lm_head", "snr_ema_decay": 0.0, "snr_min_multiplier": 0.0}

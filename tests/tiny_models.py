@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from oblr_trl import OBLRPOConfig
+from oblr_trl.metrics import CURVATURE, KL, PREDICTED_GAIN
 
+# Metrics that are measured from the batch after a step: unknown at the first.
+OF_LAST_STEP = (CURVATURE, KL, PREDICTED_GAIN)
 ALPHABET = "0123456789+-=? abcdefghij"
 VOCAB_SIZE = 40
 ARCHITECTURES = ("qwen3", "qwen3_untied", "llama", "gpt2", "qwen2", "qwen3_lora")

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ TRL_REWARDS: dict[str, Any] = {
 }
 OVERLONG_REWARD = "get_soft_overlong_punishment"
 REWARD_NAMES = (TASK_REWARD, *TRL_REWARDS, OVERLONG_REWARD)
+# What TRL hands to every reward function in addition to the columns of the dataset.
+TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 @dataclass
@@ -49,16 +52,22 @@ class RewardArguments:
             self.reward_funcs = [self.reward_funcs]
 
 
-def load_rewards(args: RewardArguments, data_args: DataArguments, *, max_completion_length: int) -> list[Reward]:
+def load_rewards(
+    args: RewardArguments, data_args: DataArguments, *, columns: list[str], max_completion_length: int
+) -> list[Reward]:
     """
-    Resolve the names of `args.reward_funcs` to functions with TRL's calling convention. `max_completion_length` is in tokens.
+    Resolve the names of `args.reward_funcs` to functions with TRL's calling convention. `columns` are those of the training set,
+    `max_completion_length` is in tokens.
     """
     names = args.reward_funcs or ([TASK_REWARD] if data_args.task is not None else [])
     if not names:
         raise ValueError(
             "`reward_funcs` is empty: a dataset needs at least one reward, for example `accuracy_reward`."
         )
-    return [_load_reward(name, args, data_args, max_completion_length) for name in names]
+    reward_funcs = [_load_reward(name, args, data_args, max_completion_length) for name in names]
+    for name, reward_func in zip(names, reward_funcs, strict=True):
+        _check_columns(name, reward_func, columns)
+    return reward_funcs
 
 
 def _load_reward(name: str, args: RewardArguments, data_args: DataArguments, max_completion_length: int) -> Reward:
@@ -97,6 +106,21 @@ def _import_reward(path: str) -> Reward:
             f"`reward_funcs` names {path!r}, which cannot be imported ({error}): install it, or launch from the directory that "
             "holds it."
         ) from error
+
+
+def _check_columns(name: str, reward_func: Reward, columns: list[str]) -> None:
+    """TRL calls a reward with every column as a keyword: a parameter without a default must be one of them."""
+    for parameter in inspect.signature(reward_func).parameters.values():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if variadic or parameter.default is not parameter.empty or parameter.name in (*TRL_KEYWORDS, *columns):
+            continue
+        remedy = f"add the column {parameter.name!r} to the data, or choose another reward"
+        if parameter.name == "solution":
+            remedy = "set `answer_column` to the column that holds the reference answer"
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, which reads the column {parameter.name!r}, but the training set has only "
+            f"{', '.join(columns)}: {remedy}."
+        )
 
 
 def _on_messages(reward_func: Reward) -> Reward:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 REWARD_STD = "reward_std"
 # Fewer values of a metric are an anecdote.
 MIN_VALUES = 4
-# In the first ten batches the estimated signal is held back in every run: a small rho then means nothing.
+# In the first ten batches the estimated signal is chance or held back: a small rho then means nothing.
 MIN_SETTLED_VALUES = 11
 # Learning runs have had 0.04 to 0.4; below this the estimated signal is not told from zero.
 MIN_RHO = 0.02
@@ -126,7 +126,10 @@ def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
     return values[len(values) // 2 :]
 
 
-@_rule("Policy collapse", "steps are too large: divide `learning_rate` (or `trust_region_kl`) by 10, resume from before the fall")
+@_rule(
+    "Policy collapse",
+    "steps are too large: divide `learning_rate` (or `trust_region_kl`) by 10, resume from before the fall",
+)
 def _collapse(rows: Rows) -> Evidence:
     rate = f"at learning rates of up to {max(_values(rows, metrics.LEARNING_RATE, 1), default=math.nan):.2g}"
     # An evaluation is of many prompts, so that one is enough.
@@ -172,8 +175,10 @@ def _learning_rate_collapse(rows: Rows) -> Evidence:
     enough = median(_values(rows, metrics.NUM_PROMPTS) or [MIN_PROMPTS]) >= MIN_PROMPTS
     ratios, multipliers = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES), _recent(rows, metrics.LR_MULTIPLIER)
     if enough and ratios and multipliers and median(ratios) < MIN_RHO:
-        multiplier = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
-        yield metrics.RHO, f"median {median(ratios):.2g}, so that {multiplier}: the signal is not told from zero"
+        effect = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
+        if targets := _recent(rows, metrics.KL_TARGET):
+            effect = f"{metrics.KL_TARGET} is {median(targets):.2g}"
+        yield metrics.RHO, f"median {median(ratios):.2g}, so that {effect}: the signal is not told from zero"
 
 
 @_rule("Policy moved too far", "use an optimizer that steps by its `lr`, or lower `trust_region_kl`")
@@ -219,7 +224,9 @@ def _equal_rewards(rows: Rows) -> Evidence:
     return _mean_above(0.5, rows, "frac_reward_zero_std", metrics.REWARD)
 
 
-@_rule("Off-policy drift", "lower `num_iterations`, `steps_per_generation` or the learning rate")
+@_rule(
+    "Off-policy drift", "lower `num_iterations`, `steps_per_generation`, or `trust_region_kl` (or the learning rate)"
+)
 def _clipped_tokens(rows: Rows) -> Evidence:
     return _mean_above(0.05, rows, "clip_ratio/region_mean")  # a share of tokens; 0 on policy
 

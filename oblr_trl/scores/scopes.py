@@ -140,6 +140,11 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
 def _output_projection(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     if _qualified_name(head) == "peft.utils.other.ModulesToSaveWrapper":
+        if "forward" in vars(head):
+            raise ValueError(
+                "`cast_lm_head_to_fp32=True` replaces the forward of a head in `modules_to_save`, whose trained copy is then "
+                "never called. Set `cast_lm_head_to_fp32=False`, or remove the head from `modules_to_save`."
+            )
         head = head.modules_to_save[head.active_adapter]
     if forward_owner(head) is not nn.Linear:
         raise ValueError(

@@ -34,9 +34,13 @@ def plan(path: Path) -> tuple[dict[Path, dict[str, Any]], str]:
     for key in KEYS:
         if key not in sweep:
             raise ValueError(f"`{key}` is missing; set it")
+    grids = sweep["grid"] if isinstance(sweep["grid"], list) else [sweep["grid"]]
+    for name, values in [("seeds", sweep["seeds"]), *(axis for grid in grids for axis in grid.items())]:
+        if not values or not isinstance(values, list | dict):
+            raise ValueError(f"`{name}` is {values!r}; set a list of values")
     recipe = read_recipe_file(sweep["recipe"], flag="recipe")
     runs: dict[Path, dict[str, Any]] = {}
-    for grid in sweep["grid"] if isinstance(sweep["grid"], list) else [sweep["grid"]]:
+    for grid in grids:
         axes = [v.items() if isinstance(v, dict) else [(value, {}) for value in v] for v in grid.values()]
         for point in itertools.product(*axes):
             settings = dict(zip(grid, (value for value, _ in point), strict=True))
@@ -85,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(
             f"[{number}/{len(runs)}] {directory}: {'finished' if is_finished else 'FAILED, see launch.log'}\n"
         )
+        sys.stdout.flush()  # a run takes hours, and a log has no other sign of life
         if is_finished:
             # By the path, because the name of a hub model has a slash.
             methods.setdefault(str(directory.parent), []).append(read_run(directory))

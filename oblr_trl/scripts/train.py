@@ -58,7 +58,12 @@ def main(
     evaluates = training_args.eval_strategy != "no"
     assert training_args.max_completion_length is not None
     prompts = load_prompts(data_args, with_test=evaluates)
-    reward_funcs = load_rewards(reward_args, data_args, max_completion_length=training_args.max_completion_length)
+    reward_funcs = load_rewards(
+        reward_args,
+        data_args,
+        columns=prompts["train"].column_names,
+        max_completion_length=training_args.max_completion_length,
+    )
     model = check_model(model_args.model_name_or_path, revision=model_args.model_revision)
     checkpoint = _checkpoint_to_resume(training_args)
     if checkpoint is not None and script_args.trainer == "grpo":
