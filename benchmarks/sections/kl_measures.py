@@ -22,6 +22,7 @@ def markdown(record: dict[str, Any]) -> str:
         "spread: 8 completions",
         "cost: sketches",
         "cost: 8 completions",
+        "rate found",
     ]
     rows = []
     for setting, result in record["results"].items():
