@@ -12,6 +12,7 @@ from tests.backends import runs
 # Real random numbers here: whether their state comes back is part of the question. Rollouts serve three optimizer steps and
 # checkpoints are written after every second one, so that most fall between two steps on the same rollouts.
 SETTINGS = {
+    "lr_adaptation": "trust_region",  # whose state holds everything that the SNR multiplier's does
     "sampling": None,
     "per_device_train_batch_size": 16,
     "steps_per_generation": 3,
