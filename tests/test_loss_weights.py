@@ -113,7 +113,7 @@ def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, input_ids, attention_mask, batch["completion_ids"].size(1)
         )
-    scores = trainer._score_completions(batch, batch["completion_mask"], forward)
+    scores, _ = trainer._score_completions(batch, batch["completion_mask"], forward)
     truth = oracle(trainer.model, batch, token_weights(batch, "dr_grpo", level).double()).square().sum(dim=1).float()
     torch.testing.assert_close(scores.squared_norms, truth, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scores.sketches.square().sum(dim=1), truth, rtol=0.2, atol=1e-6)

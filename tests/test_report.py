@@ -32,7 +32,7 @@ def test_tables_figures_and_sentences_belong_to_the_records():
 def test_the_results_section_of_the_readme_is_short():
     section = report.hand_written()["README.md"]
     assert len(section.splitlines()) <= 20
-    assert "docs/figures/learning.png" in section
+    assert "docs/figures/trust_region.png" in section
 
 
 def test_what_the_page_says_of_effective_rates_and_collapse_is_so():

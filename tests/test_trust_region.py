@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import TrainerCallback
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.scores.factors import DenseGradient
@@ -116,6 +119,37 @@ def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():
     assert (entries.values.tolist(), entries.start, entries.num_copies) == ([5.5, 6.5], 5, 1)
     parameter._hp_mapping = None  # another process holds it
     assert local_entries(parameter).values.numel() == 0
+
+
+def test_a_shard_of_zero_3_is_read_without_its_padding(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group)
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.ds_id, parameter.ds_numel, parameter.ds_tensor = 0, 10, SimpleNamespace(ds_numel=6)  # 2 x 6 for 10
+    shards = {0: torch.arange(6.0), 1: torch.tensor([6.0, 7.0, 8.0, 9.0, -1.0, -1.0])}
+    for rank, shard in shards.items():
+        parameter.ds_process_group = rank
+        parameter._z3_optimizer = SimpleNamespace(get_local_fp32_param=lambda _, shard=shard: shard)
+        entries = local_entries(parameter)
+        assert entries.values.tolist() == [float(i) for i in range(10)][6 * rank : 6 * rank + 6]
+        assert (entries.start, entries.num_copies) == (6 * rank, 1)
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group):
+    mesh = init_device_mesh("cpu", (1, 1))
+    weight = torch.arange(12.0).view(4, 3)
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Replicate()]):
+        entries = local_entries(nn.Parameter(distribute_tensor(weight, mesh, placements)))
+        assert entries.values.tolist() == list(range(12))
+        assert (entries.start, entries.num_copies) == (0, 1)
+    with pytest.raises(ValueError, match="only along its first axis"):
+        local_entries(nn.Parameter(distribute_tensor(weight, mesh, [Replicate(), Shard(1)])))
 
 
 def policy(curvature):
@@ -290,6 +324,26 @@ def test_the_default_is_the_trust_region_where_all_parameters_are_scored(tmp_pat
     assert OBLRPOConfig(str(tmp_path), **options).lr_adaptation == "trust_region"
     assert OBLRPOConfig(str(tmp_path), **options, score_scope="lm_head").lr_adaptation == "snr"
     assert OBLRPOConfig(str(tmp_path), **options, score_scope="lm_head").learning_rate == 5e-6
+
+
+def test_a_schedule_that_rises_above_its_start_is_warned_of(tmp_path):
+    model = tiny_model(num_layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 + step)
+    options = {"model": model, "optimizers": (optimizer, schedule), "lr_adaptation": "trust_region"}
+    with pytest.warns(UserWarning, match="stands at 2 times its initial learning rate"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
+
+
+def test_parameters_that_are_frozen_on_the_way_do_not_pass_for_a_movement(tmp_path):
+    class Freeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.model.layers[0].requires_grad_(False)
+
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[Freeze()], **TRUST, max_steps=5)
+    kls = logged(trainer, "trust_region/kl")
+    assert [kl is None for kl in kls] == [True, False, False, True, False]
 
 
 def test_groups_of_parameters_keep_their_ratios(tmp_path):
