@@ -91,13 +91,14 @@ class Projections:
                 starts = torch.randint(sketch_dim, (num_blocks,), generator=generator).tolist()
             self._parameters[name] = _Parameter(dims, widths, factored is not None, starts)
 
-    def projection(self, name: str, axis: int) -> Tensor:
-        """P, of shape `(R, r)`, or Q, of shape `(C, c)`."""
+    def projection(self, name: str, axis: int, chosen: slice | Tensor = slice(None)) -> Tensor:
+        """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
         parameter = self._parameters[name]
         dim, width = parameter.dims[axis], parameter.widths[axis]
         identity = width == dim
         matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
-        return matrix * self._side_signs(name, axis).unsqueeze(1) if parameter.is_factored else matrix
+        matrix = matrix[chosen]
+        return matrix * self._side_signs(name, axis)[chosen].unsqueeze(-1) if parameter.is_factored else matrix
 
     def project(self, name: str, axis: int, values: Tensor) -> Tensor:
         """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases."""
@@ -130,7 +131,7 @@ class Projections:
         block[start - first * num_columns :][: values.numel()] = values
         block = self.project(name, COLUMNS, block.view(-1, num_columns))  # (last - first, c)
         if row_width < num_rows:
-            rows = self.projection(name, ROWS)[first:last].to(block.dtype).T @ block
+            rows = self.projection(name, ROWS, slice(first, last)).to(block.dtype).T @ block
         else:
             rows = self.project(name, ROWS, nn.functional.pad(block.T, (first, num_rows - last))).T
         return rows.unsqueeze(0)
@@ -197,7 +198,7 @@ class SketchAccumulator:
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
         match gradient.rows:
             case IndexRows(indices):
-                return self._projections.projection(name, ROWS)[indices]
+                return self._projections.projection(name, ROWS, indices)
             case HeadRows(projected=projected):
                 assert projected is not None, "the head pass was not given this accumulator's row projection"
                 return projected
