@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import TrainerCallback
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.factors import DenseGradient
 from oblr_trl.scores.parameters import local_entries, local_parameter_sketch
 from oblr_trl.scores.projections import Projections, SketchAccumulator
@@ -251,8 +252,8 @@ def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_noth
 def test_steps_that_share_a_batch_count_at_their_mean_place_of_the_schedule():
     """Warm-up over four steps on one batch: rates of 0, 0.1, 0.2, 0.3 times the initial one make 0.6 of it, 0.15 each on average."""
     region = TrustRegion(0.02)
-    region.start(squared_norm=2.0, num_parameters=1, num_steps=4)
-    assert region.rate == pytest.approx(math.sqrt(0.02) / 4)
+    region.start(squared_norm=2.0, num_parameters=2, num_steps=4)
+    assert region.rate == pytest.approx(math.sqrt(0.02 / 2) / 4)
     step = policy(1.0)
     _, rate = step(region, 0, 0.0, position=0.0)
     movement, found = step(region, 4, 0.6 * rate, position=0.4)
@@ -344,6 +345,20 @@ def test_parameters_that_are_frozen_on_the_way_do_not_pass_for_a_movement(tmp_pa
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[Freeze()], **TRUST, max_steps=5)
     kls = logged(trainer, "trust_region/kl")
     assert [kl is None for kl in kls] == [True, False, False, True, False]
+
+
+def test_masked_completions_say_nothing_of_the_movement(tmp_path):
+    """vLLM's correction gives a sequence the weight 0, a truncated one has no token: neither is a completion that did not move."""
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=3)
+    before = trainer._trust_region._parameters
+    update = local_parameter_sketch(trainer._score_pass) - before
+    sketches = torch.randn(2, 8, before.numel(), generator=torch.Generator().manual_seed(0))
+    token_weights = torch.full((2, 8), 0.5)
+    token_weights[0, 0], token_weights[1, 3] = 0.0, math.nan
+    sketches[token_weights != 0.5] = 0.0
+    batch = GroupedBatch(torch.ones(2, 8), torch.ones(2, 8), sketches=sketches, token_weights=token_weights)
+    measured = trainer._measure_movement(batch, torch.zeros(2, 8), 1)["trust_region/kl"]
+    assert measured == pytest.approx(kl_of_update(2 * sketches[token_weights == 0.5], update), rel=1e-6)
 
 
 def test_groups_of_parameters_keep_their_ratios(tmp_path):
