@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import torch
@@ -187,3 +188,12 @@ def test_foreign_states_and_bad_multipliers_are_refused():
         scheduler.load_state_dict(SNRScheduler(SCHEDULES["lambda"](other)).state_dict())
     with pytest.raises(ValueError, match="0 <= min_multiplier <= max_multiplier"):
         SNRScheduler(SCHEDULES["lambda"](optimizer()), min_multiplier=0.5, max_multiplier=0.1)
+
+
+def test_the_position_is_that_of_a_rate_which_somebody_else_has_written():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler = SNRScheduler(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), max_multiplier=math.inf)
+    scheduler.set_multiplier(3.0)
+    assert scheduler.position == 1.0
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert scheduler.position == pytest.approx(0.25)
