@@ -49,6 +49,7 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     # The same movement whatever rho is.
     "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
+    "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),
 }
 # The baseline of `oblrpo` under rates that do not follow the SNR.
 CONTROLS = {"constant_average": ("oblrpo", _BASELINE_ONLY), "shuffled_multiplier": ("oblrpo", _BASELINE_ONLY)}

@@ -5,9 +5,9 @@
 A setting is a policy with an optimizer, a batch and so on. For each, the best *constant* rate is searched on a grid with a factor
 of 2, with seeds of their own, which is extended until its best rate lies inside. Then, with other seeds, run with the same
 baseline: that rate; linear decay to zero from the better of it and twice it; the SNR multiplier at the best of a few multiples;
-one fixed KL, the better of two over all settings; and the trust region with its default, started at TRL's default rate. At last GRPO
-and ours start from a rate at which a constant one collapses. What is
-compared is the *gain*: mean held-out accuracy over the run less that of the start.
+and the trust region with its default, started at TRL's default rate. Over the batch sizes alone, with nothing retuned, it is compared
+with constant rates and with a KL that does not follow rho, each with one value for all of them. At last GRPO and ours start from a
+rate at which a constant one collapses. What is compared is the *gain*: mean held-out accuracy over the run less that of the start.
 
 Finished runs are kept in `runs/trust_region/` and not repeated, so that a stopped study resumes. Ask for fewer `methods` or seeds
 to see what there is.
@@ -26,7 +26,7 @@ from benchmarks.learning_summary import Run, step_area
 from benchmarks.policies import policy_directory
 from benchmarks.record import machine, write_record
 from benchmarks.sections.trust_region import markdown
-from benchmarks.trust_region_summary import mean_curve, summarise
+from benchmarks.trust_region_summary import compare_one_value, mean_curve, summarise
 
 _LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
 _MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
@@ -53,7 +53,10 @@ PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
 }
 # At which GRPO loses the policy.
 COLLAPSE_RATE = 2e-3
-FIXED_KL = ("fixed_kl_1e-3", "fixed_kl_3e-3")
+# Settings that differ in the batch alone, and what is tried with one value for all of them: method and learning rate.
+BATCH_SIZES = ("AdamW, 4 x 8", "AdamW, 16 x 4", "AdamW, 64 x 2")
+ONE_VALUE = [("constant", 1.3e-4), ("constant", 2.6e-4)]
+ONE_VALUE += [(f"fixed_kl_{kl}", _LEARNING_RATE) for kl in ("1e-3", "3e-3", "1e-2")]
 
 
 @dataclass
@@ -62,7 +65,7 @@ class TrustRegionArguments:
 
     settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": "Settings, by name."})
     methods: list[str] = field(
-        default_factory=lambda: ["constant", "trust_region", "fixed_kl", "linear", "snr"],
+        default_factory=lambda: ["constant", "trust_region", "linear", "snr"],
         metadata={"help": "Methods that are run, of those named here."},
     )
     tuning_seeds: int = field(default=3, metadata={"help": "Runs at every rate."})
@@ -128,6 +131,22 @@ def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, flo
     return gains
 
 
+def over_batch_sizes(args: TrustRegionArguments) -> dict[str, Any]:
+    """Ours, constant rates and constant movements with one value for the settings that differ in the batch alone."""
+    cases = [("trust_region", _LEARNING_RATE), *ONE_VALUE]
+    settings = [setting for setting in BATCH_SIZES if setting in args.settings]
+    keys = [(case, setting, seed) for seed in range(args.evaluation_seeds) for case in cases for setting in settings]
+    specs = [args.spec(setting, method, rate, seed) for (method, rate), setting, seed in keys]
+    runs = dict(zip(keys, args.complete(specs, "batch sizes"), strict=True))
+    gains = {
+        case: {
+            setting: [gain(runs[case, setting, seed]) for seed in range(args.evaluation_seeds)] for setting in settings
+        }
+        for case in cases
+    }
+    return {"settings": settings, "rows": compare_one_value(gains)}
+
+
 def collapse(args: TrustRegionArguments) -> dict[str, Any]:
     """Mean curves of the first setting at `COLLAPSE_RATE`."""
     curves = {}
@@ -153,9 +172,7 @@ def main(args: TrustRegionArguments) -> None:
                 setting: max(by_rate, key=by_rate.__getitem__)
                 for setting, by_rate in tuned(args, method, grid).items()
             }
-    if "fixed_kl" in args.methods:
-        rates |= dict.fromkeys(FIXED_KL, rates["trust_region"])
-    methods = [method for method in rates if method in args.methods or method in FIXED_KL]
+    methods = [method for method in rates if method in args.methods]
     runs: dict[str, dict[str, list[Run]]] = {setting: {} for setting in args.settings}
     for method in methods:
         specs = {
@@ -165,7 +182,7 @@ def main(args: TrustRegionArguments) -> None:
         }
         for (_, setting), run in zip(specs, args.complete(list(specs.values()), method), strict=True):
             runs[setting].setdefault(method, []).append(run)
-    record = {"summary": summarise(gains, runs), "collapse": collapse(args)}
+    record = {"summary": summarise(gains, runs), "batch_sizes": over_batch_sizes(args), "collapse": collapse(args)}
     print(markdown(record | {"settings": vars(args)}))
     write_record(args.output, args, started, record)
 

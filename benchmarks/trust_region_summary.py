@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_summary import NUM_RESAMPLES, Run, step_area
+from benchmarks.learning_summary import NUM_RESAMPLES, Run, paired_difference, step_area
 from benchmarks.record import spread
 
 REFERENCE = "constant"
@@ -23,6 +23,25 @@ def share(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 def mean_curve(runs: Sequence[Run]) -> list[float]:
     """Held-out accuracy at the evaluated steps, mean over runs."""
     return [round(float(value), 4) for value in np.mean([run["accuracies"] for run in runs], axis=0)]
+
+
+def compare_one_value(
+    gains: Mapping[tuple[str, float], Mapping[str, Sequence[float]]],
+) -> list[dict[str, Any]]:
+    """A row for every method and rate: its gain by setting, and ours minus its mean gain over the settings, paired over seeds. The first
+    one is ours."""
+    means = {case: np.mean(list(by_setting.values()), axis=0) for case, by_setting in gains.items()}
+    ours = next(iter(means.values()))
+    return [
+        {
+            "method": method,
+            "learning_rate": rate,
+            "gains": [spread(values) for values in gains[method, rate].values()],
+            "mean": float(means[method, rate].mean()),
+            "ours_minus": paired_difference(ours, means[method, rate]),
+        }
+        for method, rate in gains
+    ]
 
 
 def summarise(

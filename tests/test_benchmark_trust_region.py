@@ -19,6 +19,7 @@ def tiny_settings(tmp_path, monkeypatch):
     settings = {"AdamW": (small, 1e-3), "Lion": (small | {"optimizer": "lion"}, 1e-4)}
     settings["LoRA"] = (small | {"lora_rank": 2}, 1e-3)
     monkeypatch.setattr(trust_region, "SETTINGS", settings)
+    monkeypatch.setattr(trust_region, "BATCH_SIZES", ["AdamW"])
     return trust_region.TrustRegionArguments(
         settings=list(settings),
         tuning_seeds=1,
@@ -59,20 +60,33 @@ def test_lion_steps_by_the_sign_of_its_interpolated_momentum():
     assert parameter.tolist() == [-1.0, 1.0]
 
 
+def test_one_value_for_all_settings_is_compared_by_its_mean_gain_over_them():
+    gains = {
+        ("trust_region", 1e-6): {"small": [0.1, 0.2], "large": [0.3, 0.4]},
+        ("constant", 1e-4): {"small": [0.2, 0.1], "large": [0.0, 0.1]},
+    }
+    ours, constant = trust_region_summary.compare_one_value(gains)
+    assert (ours["mean"], constant["mean"]) == pytest.approx((0.25, 0.1))
+    # Of the seeds: (0.2, 0.3) - (0.1, 0.1).
+    assert constant["ours_minus"] == pytest.approx({"mean": 0.15, "low": 0.1, "high": 0.2})
+    assert [value["mean"] for value in constant["gains"]] == pytest.approx([0.15, 0.05])
+
+
 @pytest.mark.slow
 def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
     tiny_settings.output = str(tmp_path / "record.json")
     trust_region.main(tiny_settings)
     record = json.loads((tmp_path / "record.json").read_text())
     methods = record["summary"]["LoRA"]["methods"]
-    assert set(methods) == {"constant", "trust_region", "linear", "snr", *trust_region.FIXED_KL}
+    assert set(methods) == {"constant", "trust_region", "linear", "snr"}
+    assert [row["method"] for row in record["batch_sizes"]["rows"]][:2] == ["trust_region", "constant"]
     assert methods["trust_region"]["learning_rate"] == 1e-6
     assert methods["trust_region"]["found_rate"] > 1e-5  # which is not where it was told to start
     assert methods["constant"]["share"]["mean"] == 1.0
     assert set(record["collapse"]["curves"]) == {"grpo", "trust_region"}
     assert len(record["collapse"]["curves"]["grpo"]) == 2
     table = section.markdown(record)
-    assert table.count("\n| ") == 2 + len(tiny_settings.settings) + 1
+    assert table.count("\n| ") == 2 + len(tiny_settings.settings) + 1 + 2 + 1 + len(trust_region.ONE_VALUE)
     assert section.figure(record).axes
 
     monkeypatch.setattr("benchmarks.learning_runs.run", lambda spec: pytest.fail("made again"))

@@ -13,13 +13,12 @@ LABELS = {
     "snr": "SNR multiplier, best rate",
     "fixed_kl_1e-3": "KL = 0.001",
     "fixed_kl_3e-3": "KL = 0.003",
+    "fixed_kl_1e-2": "KL = 0.01",
     "grpo": "GRPO, constant rate",
     "trust_region": "trust region",
 }
 # Okabe and Ito's, as in the package's figure of runs.
-_COLOURS = dict(
-    zip(LABELS, ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#D55E00", "#0072B2"), strict=True)
-)
+_COLOURS = {"constant": "#000000", "linear": "#009E73", "snr": "#CC79A7", "grpo": "#D55E00", "trust_region": "#0072B2"}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -43,7 +42,20 @@ def markdown(record: dict[str, Any]) -> str:
         f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
         "part of that of the best constant rate, with its bootstrap 95 % interval."
     )
-    return f"{text}\n\n{markdown_table(header, rows)}"
+    return f"{text}\n\n{markdown_table(header, rows)}\n\n{_batch_sizes(record['batch_sizes'])}"
+
+
+def _batch_sizes(part: dict[str, Any]) -> str:
+    """Gains with one value for all batch sizes."""
+    header = ["one value for all", *part["settings"], "mean gain", "trust region minus it"]
+    rows = []
+    for row in part["rows"]:
+        ours, rate = row["method"] == "trust_region", f"constant rate {row['learning_rate']:.2g}"
+        label = rate if row["method"] == "constant" else LABELS[row["method"]]
+        minus = row["ours_minus"]
+        difference = "" if ours else f"{minus['mean']:+.3f} [{minus['low']:+.3f}, {minus['high']:+.3f}]"
+        rows.append([label, *(plus_minus(gain, ".3f") for gain in row["gains"]), f"{row['mean']:.3f}", difference])
+    return markdown_table(header, rows)
 
 
 def _interval(value: dict[str, float]) -> str:
