@@ -6,16 +6,11 @@ as total minus own), so that a leave-one-out baseline does not depend on its own
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BASELINES = ("gradient_weighted", "group_mean", "leave_one_out", "length_weighted")
-
-# Powers of two between the paper's formula (0) and one baseline for the whole batch (infinity).
-PRIOR_STRENGTH_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, math.inf)
 
 
 def group_mean_baseline(rewards: Tensor) -> Tensor:
@@ -32,7 +27,7 @@ def group_mean_baseline(rewards: Tensor) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(num_groups, num_generations)`: The baseline; `nan` where a group has no reward at all.
     """
-    _check_shapes(rewards)
+    check_shapes(rewards)
     return rewards.nanmean(dim=1, keepdim=True).expand_as(rewards)
 
 
@@ -114,7 +109,7 @@ def gradient_weighted_baseline(
         `ValueError`: If shapes differ, if `prior_strength` is negative or `nan`, or if a weight of a scored completion is
         negative or not finite.
     """
-    _check_shapes(rewards, weights)
+    check_shapes(rewards, weights)
     if not prior_strength >= 0:
         raise ValueError(f"`prior_strength` must be at least 0 (it counts completions), got {prior_strength}.")
     scorable = ~rewards.isnan()
@@ -125,12 +120,12 @@ def gradient_weighted_baseline(
             "`weights` must be finite and non-negative wherever the reward is not nan. A nan or infinite weight means that "
             "the model's log-probabilities of that completion are not finite; look for overflow in the model."
         )
-    sum_over = _sum_of_others if leave_one_out else _sum_of_all
+    sum_over = sum_of_others if leave_one_out else _sum_of_all
     weight, weighted_reward = sum_over(w), sum_over(w * r)  # (N, G)
 
-    num_others = _sum_of_others(scorable.double().sum(dim=1), dim=0).clamp(min=1).unsqueeze(1)  # (N, 1)
-    prior_weight = _sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / num_others
-    prior_weighted_reward = _sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / num_others
+    num_others = sum_of_others(scorable.double().sum(dim=1), dim=0).clamp(min=1).unsqueeze(1)  # (N, 1)
+    prior_weight = sum_of_others(w.sum(dim=1), dim=0).unsqueeze(1) / num_others
+    prior_weighted_reward = sum_of_others((w * r).sum(dim=1), dim=0).unsqueeze(1) / num_others
     if math.isinf(prior_strength):
         has_prior = prior_weight > 0
         weight = torch.where(has_prior, prior_weight, weight)
@@ -162,156 +157,14 @@ def gradient_variance(rewards: Tensor, weights: Tensor, baselines: Tensor) -> fl
     Returns:
         `float`: The mean over the scored completions, in units of reward² x weight; `nan` if there is none.
     """
-    _check_shapes(rewards, weights, baselines)
+    check_shapes(rewards, weights, baselines)
     valid = ~(rewards.isnan() | baselines.isnan())
     contributions = weights.double() * (rewards.double() - baselines.double()).square()
     return contributions[valid].mean().item()
 
 
-class AutomaticPriorStrength:
-    r"""
-    Chooses the prior strength \\( \kappa \\) of [`gradient_weighted_baseline`] from *earlier* batches.
-
-    Keeps, for every \\( \kappa \\) of a small grid, an exponential moving average of [`gradient_variance`] (divided by the
-    batch's mean weight, so that batches count alike while score norms drift) and returns the grid point of minimum variance.
-    Call [`update`][AutomaticPriorStrength.update] *after* the batch's baseline was taken: a strength chosen on the batch it
-    is applied to would depend on every completion and bias the gradient.
-
-    Args:
-        decay (`float`, *optional*, defaults to `0.9`):
-            Decay of the moving average, in [0, 1): about `1 / (1 - decay)` batches are remembered.
-        initial (`float`, *optional*, defaults to `16.0`):
-            Strength used before the first batch has been seen; the better fixed one of `benchmarks.variance`.
-        grid (`Sequence[float]`, *optional*):
-            Candidate strengths, ascending.
-    """
-
-    def __init__(
-        self, *, decay: float = 0.9, initial: float = 16.0, grid: Sequence[float] = PRIOR_STRENGTH_GRID
-    ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
-        self.decay = decay
-        self.initial = initial
-        self.grid = tuple(grid)
-        self._variances = [0.0] * len(self.grid)
-        self._seen = False
-
-    @property
-    def value(self) -> float:
-        """Strength for the next batch, in completions."""
-        if not self._seen:
-            return self.initial
-        return self.grid[min(range(len(self.grid)), key=self._variances.__getitem__)]
-
-    def update(self, rewards: Tensor, weights: Tensor) -> None:
-        """Score every strength of the grid on a batch whose baseline has been taken already; always leave-one-out, because
-        a baseline that sees its own reward makes any prior look harmful. A batch that carries no information (fewer than two
-        scored groups, no weight, or rewards that are all equal) changes nothing."""
-        scored = ~rewards.isnan()
-        if scored.any(dim=1).sum() < 2:  # without another group all strengths tie
-            return
-        scale = weights[scored].double().mean().item()
-        if not scale > 0 or rewards[scored].min() == rewards[scored].max():
-            return
-        variances = []
-        for strength in self.grid:
-            baselines = gradient_weighted_baseline(rewards.double(), weights, prior_strength=strength)
-            variances.append(gradient_variance(rewards, weights, baselines) / scale)
-        if any(math.isnan(variance) for variance in variances):
-            return
-        # All grid points share their history, so the bias of starting at zero cannot change which grid point is best.
-        self._variances = [
-            self.decay * old + (1 - self.decay) * new for old, new in zip(self._variances, variances, strict=True)
-        ]
-        self._seen = True
-
-    def state_dict(self) -> dict[str, list[float] | bool]:
-        """State as plain numbers."""
-        return {"variances": list(self._variances), "seen": self._seen}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a state of [`state_dict`][AutomaticPriorStrength.state_dict].
-
-        Raises:
-            `ValueError`: If the state belongs to another grid.
-        """
-        if len(state["variances"]) != len(self.grid):
-            raise ValueError(
-                f"The saved prior-strength state has {len(state['variances'])} grid points but this version uses "
-                f"{len(self.grid)}. Resume with the version of oblr_trl that wrote the checkpoint."
-            )
-        self._variances = [float(variance) for variance in state["variances"]]
-        self._seen = bool(state["seen"])
-
-
-@dataclass
-class GroupedBatch:
-    """
-    One generation batch, grouped by prompt and gathered over processes.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N, G)`): Rewards; `nan` where a completion could not be scored.
-        lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
-        weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
-        sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
-        token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
-    """
-
-    rewards: Tensor
-    lengths: Tensor
-    weights: Tensor | None = None
-    sketches: Tensor | None = None
-    token_weights: Tensor | None = None
-
-
-class BaselineEstimator:
-    """
-    The configured baseline of a batch, and the state of the automatic prior strength.
-
-    Args:
-        baseline (`str`): One of `"gradient_weighted"`, `"group_mean"`, `"leave_one_out"`, `"length_weighted"`.
-        leave_one_out (`bool`): Whether weighted baselines keep a completion out of its own baseline.
-        prior_strength (`float`, *optional*): Prior strength of the gradient-weighted baseline; automatic if not given.
-    """
-
-    def __init__(self, baseline: str, *, leave_one_out: bool, prior_strength: float | None) -> None:
-        self.baseline = baseline
-        self.leave_one_out = leave_one_out
-        self.automatic = AutomaticPriorStrength() if prior_strength is None else None
-        self._fixed_strength = prior_strength
-
-    @property
-    def prior_strength(self) -> float:
-        """Prior strength for the next batch, in completions; 0 for baselines without prior."""
-        if self.baseline != "gradient_weighted":
-            return 0.0
-        if self.automatic is not None:
-            return self.automatic.value
-        assert self._fixed_strength is not None
-        return self._fixed_strength
-
-    def __call__(self, batch: GroupedBatch) -> Tensor:
-        """The baseline of every completion, of shape `(N, G)`."""
-        if self.baseline == "group_mean":
-            return group_mean_baseline(batch.rewards)
-        if self.baseline == "leave_one_out":
-            return leave_one_out_baseline(batch.rewards)
-        if self.baseline == "length_weighted":
-            return length_weighted_baseline(batch.rewards, batch.lengths, leave_one_out=self.leave_one_out)
-        assert batch.weights is not None, "the gradient-weighted baseline needs the scoring pass"
-        return gradient_weighted_baseline(
-            batch.rewards, batch.weights, leave_one_out=self.leave_one_out, prior_strength=self.prior_strength
-        )
-
-    def update(self, batch: GroupedBatch) -> None:
-        """Let the automatic prior strength learn from a batch whose baseline has been taken."""
-        if self.baseline == "gradient_weighted" and self.automatic is not None:
-            assert batch.weights is not None
-            self.automatic.update(batch.rewards, batch.weights)
-
-
-def _check_shapes(rewards: Tensor, *others: Tensor) -> None:
+def check_shapes(rewards: Tensor, *others: Tensor) -> None:
+    """Raise a `ValueError` unless `rewards` has one row per group and all tensors have its shape."""
     if rewards.dim() != 2:
         raise ValueError(
             f"`rewards` must have shape (num_groups, num_generations), got {tuple(rewards.shape)}. Reshape a flat batch "
@@ -326,7 +179,7 @@ def _sum_of_all(x: Tensor) -> Tensor:
     return x.sum(dim=1, keepdim=True).expand_as(x)
 
 
-def _sum_of_others(x: Tensor, dim: int = 1) -> Tensor:
+def sum_of_others(x: Tensor, dim: int = 1) -> Tensor:
     """Sum of all entries along `dim` but the own one, without the cancellation of "total minus own"."""
     zero = torch.zeros_like(x.narrow(dim, 0, 1))
     before = torch.cat([zero, x.narrow(dim, 0, x.size(dim) - 1)], dim).cumsum(dim)
