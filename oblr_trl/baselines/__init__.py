@@ -9,17 +9,21 @@ from oblr_trl.baselines.formulas import (
     leave_one_out_baseline,
     length_weighted_baseline,
 )
-from oblr_trl.baselines.prior_strength import PRIOR_STRENGTH_GRID, AutomaticPriorStrength
+from oblr_trl.baselines.prior_strength import MEMORY_STRENGTH_GRID, PRIOR_STRENGTH_GRID, AutomaticPriorStrength
+from oblr_trl.baselines.prompt_memory import PromptMemory, prompt_key
 
 __all__ = [
     "BASELINES",
+    "MEMORY_STRENGTH_GRID",
     "PRIOR_STRENGTH_GRID",
     "AutomaticPriorStrength",
     "BaselineEstimator",
     "GroupedBatch",
+    "PromptMemory",
     "gradient_variance",
     "gradient_weighted_baseline",
     "group_mean_baseline",
     "leave_one_out_baseline",
     "length_weighted_baseline",
+    "prompt_key",
 ]

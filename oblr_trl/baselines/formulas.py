@@ -71,25 +71,33 @@ def length_weighted_baseline(rewards: Tensor, lengths: Tensor, *, leave_one_out:
 
 
 def gradient_weighted_baseline(
-    rewards: Tensor, weights: Tensor, *, leave_one_out: bool = True, prior_strength: float = 0.0
+    rewards: Tensor,
+    weights: Tensor,
+    *,
+    leave_one_out: bool = True,
+    prior_strength: float = 0.0,
+    memory: Tensor | None = None,
+    memory_strength: float = 1.0,
 ) -> Tensor:
     r"""
-    Variance-minimising baseline of OBLR-PO, with a prior from the other prompts of the batch:
+    Variance-minimising baseline of OBLR-PO, with a prior from the other prompts of the batch and one from the prompt's past:
 
     $$
-    b_{n,i} = \frac{\sum_{j \ne i} w_{n,j} r_{n,j} + \kappa\, \overline{w r}_{(-n)}}
-                   {\sum_{j \ne i} w_{n,j} + \kappa\, \overline{w}_{(-n)}}
+    b_{n,i} = \frac{\sum_{j \ne i} w_{n,j} r_{n,j} + \kappa\, \overline{w r}_{(-n)} + m\, \overline{w}_{(-n)} S_n(w r)}
+                   {\sum_{j \ne i} w_{n,j} + \kappa\, \overline{w}_{(-n)} + m\, \overline{w}_{(-n)} S_n(w)}
     $$
 
     where \\( w = \|\nabla_\theta \log \pi(o)\|^2 \\) and the bars are means over the completions of all *other* groups.
     `prior_strength=0` is the plug-in estimate of \\( b^* = E[w r] / E[w] \\)
     ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 7). The prior, which is ours, counts as
     \\( \kappa \\) more completions: with few completions per prompt the plug-in is noisier than a plain mean, because w is
-    heavy-tailed. Neither the prior nor the leave-one-out sum sees completion i, so the gradient stays unbiased.
+    heavy-tailed. \\( S_n \\), also ours, are the sums of a [`~prompt_memory.PromptMemory`] over earlier visits of the prompt, in
+    units of a mean weight: each remembered completion counts as \\( m \\) of the batch. Neither the priors nor the leave-one-out
+    sum see completion i, so the gradient stays unbiased.
 
-    Equal weights without prior give [`leave_one_out_baseline`]; `prior_strength=math.inf` gives one baseline per group,
-    taken from the other groups alone. Where all weights vanish, the plain mean of the other rewards is used. In a batch of
-    one group there is no prior.
+    Equal weights without priors give [`leave_one_out_baseline`]; `prior_strength=math.inf` gives one baseline per group,
+    taken from the other groups alone: memory has no say. Where all weights vanish, the plain mean of the other rewards is used.
+    In a batch of one group there is no prior, nor a mean weight that memory could be measured in.
 
     Args:
         rewards (`torch.Tensor` of shape `(num_groups, num_generations)`):
@@ -100,18 +108,28 @@ def gradient_weighted_baseline(
             Whether a completion is kept out of its own baseline. `False` biases the gradient.
         prior_strength (`float`, *optional*, defaults to `0.0`):
             \\( \kappa \\), in completions; from 0 to `math.inf`.
+        memory (`torch.Tensor` of shape `(num_groups, 2)`, *optional*):
+            \\( S_n(w r) \\) and \\( S_n(w) \\) of each prompt; zeros where it was never seen.
+        memory_strength (`float`, *optional*, defaults to `1.0`):
+            \\( m \\), in completions per remembered completion; at least 0 and finite.
 
     Returns:
         `torch.Tensor` of shape `(num_groups, num_generations)`: The baseline, in the dtype of `rewards`; `nan` where no
-        other completion was scored and there is no prior.
+        other completion was scored and there is neither prior nor memory.
 
     Raises:
-        `ValueError`: If shapes differ, if `prior_strength` is negative or `nan`, or if a weight of a scored completion is
+        `ValueError`: If shapes differ, if a strength is negative or `nan`, or if a weight of a scored completion is
         negative or not finite.
     """
     check_shapes(rewards, weights)
     if not prior_strength >= 0:
         raise ValueError(f"`prior_strength` must be at least 0 (it counts completions), got {prior_strength}.")
+    if not 0 <= memory_strength < math.inf:
+        raise ValueError(
+            f"`memory_strength` must be at least 0 and finite (it multiplies completions), got {memory_strength}."
+        )
+    if memory is not None and memory.shape != (len(rewards), 2):
+        raise ValueError(f"`memory` must have two sums per group, {(len(rewards), 2)}, got {tuple(memory.shape)}.")
     scorable = ~rewards.isnan()
     w = torch.where(scorable, weights, 0.0).double()  # (N, G)
     r = torch.where(scorable, rewards, 0.0).double()  # (N, G)
@@ -133,6 +151,10 @@ def gradient_weighted_baseline(
     else:
         weight = weight + prior_strength * prior_weight
         weighted_reward = weighted_reward + prior_strength * prior_weighted_reward
+        if memory is not None:
+            remembered = memory_strength * prior_weight * memory  # (N, 2)
+            weight = weight + remembered[:, 1:]
+            weighted_reward = weighted_reward + remembered[:, :1]
 
     plain_mean = sum_over(r) / sum_over(scorable.double())  # nan where nothing else was scored
     return torch.where(weight > 0, weighted_reward / weight, plain_mean).to(rewards.dtype)
