@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl import metrics
-from oblr_trl.baselines import BaselineEstimator, GroupedBatch, prompt_key
+from oblr_trl.baselines import SCALE_EPSILON, BaselineEstimator, GroupedBatch, prompt_key, scaled_advantages
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
 from oblr_trl.checks.options import check_backend, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
@@ -29,8 +29,6 @@ from oblr_trl.trust_region import TrustRegion
 
 logger = logging.getLogger(__name__)
 
-# Added to a standard deviation of rewards, as in TRL; it keeps groups of equal rewards from dividing by zero.
-_SCALE_EPSILON = 1e-4
 _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo")
@@ -288,10 +286,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             highest = rewards.masked_fill(unscorable, -math.inf).amax(dim=1, keepdim=True)
             # Of equal rewards the parent's mean may differ by rounding, which would pass for a gradient.
             return advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
-        advantages = rewards - baselines
-        if self.scale_rewards != "none":
+        advantages, estimator = rewards - baselines, self._baseline_estimator
+        if self.scale_rewards == "group" and estimator.has_prior:
+            advantages = scaled_advantages(rewards, baselines, prior_strength=estimator.prior_strength)
+        elif self.scale_rewards != "none":
             std = nanstd(rewards, dim=1).unsqueeze(1) if self.scale_rewards == "group" else nanstd(rewards)
-            advantages = advantages / (std + _SCALE_EPSILON)
+            advantages = advantages / (std + SCALE_EPSILON)
         self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
         return advantages
 

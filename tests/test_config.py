@@ -90,8 +90,6 @@ def test_the_document_marks_exactly_the_options_that_are_refused():
         ({"baseline_prior_strength": math.nan}, "cannot honour baseline_prior_strength=nan"),
         ({"baseline_memory_size": -1}, "cannot honour baseline_memory_size=-1"),
         ({"baseline": "leave_one_out", "baseline_memory_size": 1}, "only 'gradient_weighted' has a memory"),
-        ({"scale_rewards": "group"}, "cannot honour scale_rewards='group'"),
-        ({"scale_rewards": True, "baseline_prior_strength": 4.0}, "cannot honour scale_rewards='group'"),
         ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),

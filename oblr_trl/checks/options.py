@@ -75,12 +75,6 @@ _REFUSALS = (
         "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
     _Refusal(
-        "scale_rewards",
-        lambda args: _has_prior(args) and args.scale_rewards == "group",
-        "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
-        "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
-    ),
-    _Refusal(
         "score_last_k",
         lambda args: (args.score_last_k or 0) < 1 if args.score_scope == "last_k" else args.score_last_k is not None,
         "it counts the blocks of score_scope='last_k', and score_scope is {args.score_scope!r}",
