@@ -26,8 +26,8 @@ TRAINER_STATE_FILE = "trainer_state.json"
 class ResumableGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes from the last checkpoint that was written to its end, also between two optimizer steps on the
-    same rollouts, and saves a state of plain numbers and of tensors. A subclass adds to `_algorithm_state`, `_algorithm_tensors`, and what
-    loads them.
+    same rollouts, and saves a state of plain numbers and of tensors. A subclass adds to `_algorithm_state` and
+    `_algorithm_tensors`, and to what loads them.
     """
 
     # Narrower than the parent declares, or declared optional there although set from the constructor on.

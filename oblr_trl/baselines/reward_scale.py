@@ -24,14 +24,20 @@ def leave_one_out_deviation(rewards: Tensor, *, prior_strength: float) -> Tensor
         \frac{\sum_{j \ne i} r_{n,j}^k + \kappa\, \overline{r^k}_{(-n)}}{G - 1 + \kappa}
     $$
 
-    Without Bessel's correction. At least one pseudo-completion counts, so that a group of equal rewards has a deviation, unless all rewards
-    of the batch are equal. `prior_strength=math.inf`, or one completion per prompt, gives the deviation over the completions of the
-    other prompts. Where no other prompt was scored there is no prior: TRL's deviation of the group is returned.
+    Without Bessel's correction. At least one pseudo-completion counts, so that a group of equal rewards has a deviation,
+    unless all rewards of the batch are equal. `prior_strength=math.inf`, or one completion per prompt, gives the deviation over
+    the completions of the other prompts. Where no other prompt was scored there is no prior: TRL's deviation of the group.
 
-    What it does to the gradient: \\( \sigma_{n,i} \\) does not depend on completion i, so that
-    \\( E[\frac{r_i - b_i}{\sigma_i} s_i] = E[\frac{1}{\sigma_i}] E[r_i s_i] - E[\frac{b_i}{\sigma_i}] E[s_i] = c_n \nabla J_n \\) with
-    \\( c_n = E[1 / \sigma_{n,i}] \\): unbiased up to a weight per prompt, larger for prompts that are nearly always or nearly never solved.
-    GRPO has that weight too; its own deviation sees completion i, which adds a bias.
+    What it does to the gradient: neither \\( \sigma_i \\) nor \\( b_i \\) depend on completion i, so that
+
+    $$
+    E\left[\frac{r_i - b_i}{\sigma_i} s_i\right]
+        = E\left[\frac{1}{\sigma_i}\right] E[r_i s_i] - E\left[\frac{b_i}{\sigma_i}\right] E[s_i] = c_n \nabla J_n,
+    \qquad c_n = E\left[\frac{1}{\sigma_i}\right]
+    $$
+
+    Unbiased up to a weight per prompt, larger for those that are nearly always or nearly never solved. GRPO has that weight
+    too; its own deviation sees completion i, which adds a bias.
 
     Args:
         rewards (`torch.Tensor` of shape `(num_groups, num_generations)`):
