@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -18,18 +19,21 @@ from oblr_trl.oblrpo_config import OBLRPOConfig
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "oblrpo_state.json"
+STATE_TENSORS_FILE = "oblrpo_state.pt"
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes from the last checkpoint that was written to its end, also between two optimizer steps on the
-    same rollouts, and saves a state of plain numbers. A subclass adds to `_algorithm_state` and `_load_algorithm_state`.
+    same rollouts, and saves a state of plain numbers and of tensors. A subclass adds to `_algorithm_state` and
+    `_algorithm_tensors`, and to what loads them.
     """
 
     # Narrower than the parent declares, or declared optional there although set from the constructor on.
     args: OBLRPOConfig
     _buffered_inputs: Any
+    _num_finished_epochs = 0  # before the checkpoint that training resumes from
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the parent would take the newest one, complete or not
@@ -41,7 +45,19 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 )
         if resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             load_state(resume_from_checkpoint)  # refuses one that cannot be resumed before the parent reads half of it
+            epoch = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_FILE)).epoch
+            self._num_finished_epochs = int((epoch or 0) + 1e-6)  # steps over steps per epoch
+        else:
+            self._num_finished_epochs = 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # TRL's sampler draws the order of each epoch from a generator of its own, which no checkpoint holds: a resumed run would begin
+    # with the order of the first epoch again.
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        for _ in range(self._num_finished_epochs):
+            next(iter(sampler), None)
+        return sampler
 
     # The last thing every process writes, before one of them writes `trainer_state.json` and deletes old checkpoints.
     def _save_rng_state(self, output_dir):
@@ -50,7 +66,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             assert self._buffered_inputs is not None
             save_rollouts(output_dir, self.accelerator.process_index, self._buffered_inputs)
         if self.args.should_save:
-            save_state(output_dir, self._algorithm_state())
+            save_state(output_dir, self._algorithm_state(), self._algorithm_tensors())
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -58,6 +74,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self._load_algorithm_state(load_state(checkpoint))
+        self._load_algorithm_tensors(load_state_tensors(checkpoint))
         if self._trains_on_old_rollouts():
             device = self.accelerator.device
             self._buffered_inputs = load_rollouts(checkpoint, self.accelerator.process_index, device)
@@ -74,16 +91,25 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         self._step = state["training_steps"]
 
+    def _algorithm_tensors(self) -> dict[str, Tensor]:
+        """State of the run that would be long as text."""
+        return {}
+
+    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `_algorithm_tensors` returned; nothing, if the checkpoint has none."""
+
 
 def rollouts_file(process_index: int) -> str:
     """Name of the file that holds a process's rollouts that are still to be trained on."""
     return f"oblrpo_rollouts_{process_index}.pt"
 
 
-def save_state(folder: str, state: dict[str, Any]) -> None:
-    """Write the algorithm's state, plain numbers and strings, into a checkpoint."""
+def save_state(folder: str, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the algorithm's state, plain numbers and strings, into a checkpoint, and its tensors, if any, next to it."""
     with open(os.path.join(folder, STATE_FILE), "w") as f:
         json.dump(state, f)
+    if tensors:
+        torch.save(tensors, os.path.join(folder, STATE_TENSORS_FILE))
 
 
 def load_state(folder: str) -> dict[str, Any]:
@@ -118,6 +144,12 @@ def load_state(folder: str) -> dict[str, Any]:
     return state
 
 
+def load_state_tensors(folder: str) -> dict[str, Tensor]:
+    """Read the tensors of the algorithm's state from a checkpoint; none, if it was written without them."""
+    path = os.path.join(folder, STATE_TENSORS_FILE)
+    return torch.load(path, map_location="cpu", weights_only=True) if os.path.isfile(path) else {}
+
+
 def save_rollouts(folder: str, process_index: int, rollouts: list[dict[str, Any]]) -> None:
     """Write this process's rollouts that the next optimizer steps still train on."""
     os.makedirs(folder, exist_ok=True)
@@ -140,7 +172,7 @@ def load_rollouts(folder: str, process_index: int, device: torch.device) -> list
         )
     rollouts = torch.load(path, map_location="cpu", weights_only=True)
     return [
-        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         for batch in rollouts
     ]
 

@@ -25,6 +25,8 @@ LEARNING_RATE = "learning_rate"  # with the multiplier in it
 BASELINE_MEAN = "baseline/mean"
 BASELINE_SHIFT = "baseline/shift"
 PRIOR_STRENGTH = "baseline/prior_strength"
+MEMORY_STRENGTH = "baseline/memory_strength"
+REMEMBERED_FRACTION = "baseline/remembered_fraction"
 EFFECTIVE_GROUP_SIZE = "baseline/effective_group_size"
 SCORE_NORM_MEAN = "score/norm/mean"
 SCORE_NORM_MAX = "score/norm/max"
@@ -46,6 +48,8 @@ METRICS = (
     BASELINE_MEAN,
     BASELINE_SHIFT,
     PRIOR_STRENGTH,
+    MEMORY_STRENGTH,
+    REMEMBERED_FRACTION,
     EFFECTIVE_GROUP_SIZE,
     SCORE_NORM_MEAN,
     SCORE_NORM_MAX,

@@ -10,6 +10,7 @@ from oblr_trl.scores.loss_weights import differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
+_MEMORY_SIZE = 65536  # prompts: less than 20 MiB on every process, 1.5 MiB in a checkpoint
 # Of `lr_adaptation="snr"`, whose multiplier averages about 0.2 in the demo (`make demo` prints it): TRL's rate in effect.
 _SNR_LEARNING_RATE = 5e-6
 
@@ -34,6 +35,11 @@ class OBLRPOConfig(GRPOConfig):
         baseline_prior_strength (`float`, *optional*):
             Prior strength of `"gradient_weighted"`, in pseudo-completions drawn from the other prompts of the batch: 0 is the
             paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches.
+        baseline_memory_size (`int`, *optional*):
+            Number of prompts of which `"gradient_weighted"` remembers the rewards and score norms of earlier visits, as a second
+            prior whose strength is chosen from earlier batches (see [`~baselines.PromptMemory`]). The least recently visited
+            leave first. Takes effect when a prompt comes back, in the second epoch. Defaults to 65536; to 0, no memory, with
+            `baseline_prior_strength=0` (the paper) and with other baselines.
         score_scope (`str`, *optional*, defaults to `"all"`):
             Parameters whose gradient makes up a score: `"all"` trainable ones, those of the `"last_k"` blocks, or `"lm_head"`
             (the output projection: forward pass only, the cheapest).
@@ -114,6 +120,13 @@ class OBLRPOConfig(GRPOConfig):
             "chooses it from earlier batches."
         },
     )
+    baseline_memory_size: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Number of prompts whose earlier visits the gradient-weighted baseline remembers; 0: none. None: 65536, without "
+            "prior 0."
+        },
+    )
     score_scope: str = field(
         default="all",
         metadata={
@@ -160,6 +173,9 @@ class OBLRPOConfig(GRPOConfig):
             self.lr_adaptation = "trust_region" if self.score_scope == "all" else "snr"
         if self.learning_rate is None:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
+        if self.baseline_memory_size is None:
+            has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
+            self.baseline_memory_size = _MEMORY_SIZE if has_prior else 0
         super().__post_init__()
         check_options(self)
         check_prompts(self)

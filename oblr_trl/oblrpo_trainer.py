@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl import metrics
-from oblr_trl.baselines import BaselineEstimator, GroupedBatch
+from oblr_trl.baselines import SCALE_EPSILON, BaselineEstimator, GroupedBatch, prompt_key, scaled_advantages
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
 from oblr_trl.checks.options import check_backend, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
@@ -29,8 +29,6 @@ from oblr_trl.trust_region import TrustRegion
 
 logger = logging.getLogger(__name__)
 
-# Added to a standard deviation of rewards, as in TRL; it keeps groups of equal rewards from dividing by zero.
-_SCALE_EPSILON = 1e-4
 _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo")
@@ -67,7 +65,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     Differences from the paper, each with the setting that restores it:
 
     - scores are random sketches, not full gradients (`score_method="exact"` gives exact norms to the baseline);
-    - the baseline has a prior from the other prompts (`baseline_prior_strength=0`);
+    - the baseline has priors from the other prompts and from a prompt's earlier visits (`baseline_prior_strength=0`);
     - the constant of the learning rate is measured: every step moves the policy by `trust_region_kl` x rho (`lr_adaptation="snr"`
       multiplies `learning_rate` by rho instead);
     - signal and noise are smoothed over batches (`snr_ema_decay=0`), and rho has a floor (`snr_min_multiplier=0`);
@@ -127,7 +125,10 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             )
         # Read by seams that the parent's constructor may call.
         self._baseline_estimator = BaselineEstimator(
-            args.baseline, leave_one_out=args.baseline_leave_one_out, prior_strength=args.baseline_prior_strength
+            args.baseline,
+            leave_one_out=args.baseline_leave_one_out,
+            prior_strength=args.baseline_prior_strength,
+            memory_size=args.baseline_memory_size,
         )
         # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
         averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
@@ -175,15 +176,20 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
 
         batch = self._grouped_batch(output, old_logps_forward)
-        baselines = self._baseline_estimator(batch)
+        estimator = self._baseline_estimator
+        if estimator.memory is not None:
+            batch.prompt_keys = self._gathered_prompt_keys(inputs)
+        baselines = estimator(batch)
         advantages = self._advantages(output, batch.rewards, baselines)
         if batch.sketches is not None:
             self._adapt_learning_rate(batch, baselines, advantages, output["num_items_in_batch"])
-        self._log_train_metrics(
-            {metrics.PRIOR_STRENGTH: self._baseline_estimator.prior_strength}
-            | metrics.baseline_metrics(batch, baselines)
-        )
-        self._baseline_estimator.update(batch)
+        priors = {
+            metrics.PRIOR_STRENGTH: estimator.prior_strength,
+            metrics.MEMORY_STRENGTH: estimator.memory_strength,
+            metrics.REMEMBERED_FRACTION: estimator.remembered_fraction(batch),
+        }
+        self._log_train_metrics(priors | metrics.baseline_metrics(batch, baselines))
+        estimator.update(batch)
         return output
 
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
@@ -224,6 +230,11 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         return batch
+
+    def _gathered_prompt_keys(self, inputs: list[dict[str, Any]]) -> Tensor:
+        """Keys of the prompts of all processes, one per group."""
+        keys = [prompt_key(row.get("prompt")) for row in inputs]
+        return self.accelerator.gather(torch.tensor(keys, device=self.accelerator.device))[:: self.num_generations]
 
     def _score_completions(
         self, output: dict[str, Any], loss_mask: Tensor, old_logps_forward: OldLogpsForward | None = None
@@ -275,10 +286,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             highest = rewards.masked_fill(unscorable, -math.inf).amax(dim=1, keepdim=True)
             # Of equal rewards the parent's mean may differ by rounding, which would pass for a gradient.
             return advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
-        advantages = rewards - baselines
-        if self.scale_rewards != "none":
+        advantages, estimator = rewards - baselines, self._baseline_estimator
+        if self.scale_rewards == "group" and estimator.has_prior:
+            advantages = scaled_advantages(rewards, baselines, prior_strength=estimator.prior_strength)
+        elif self.scale_rewards != "none":
             std = nanstd(rewards, dim=1).unsqueeze(1) if self.scale_rewards == "group" else nanstd(rewards)
-            advantages = advantages / (std + _SCALE_EPSILON)
+            advantages = advantages / (std + SCALE_EPSILON)
         self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
         return advantages
 
@@ -450,18 +463,18 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
                 self._set_rate(self._trust_region.rate)
 
     def _algorithm_state(self) -> dict[str, Any]:
-        automatic = self._baseline_estimator.automatic
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
             **{name: getattr(self.args, name) for name in _PROJECTION_OPTIONS},
             "gradient_snr": self._gradient_snr.averages.state_dict(),
             "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
-            "prior_strength": None if automatic is None else automatic.state_dict(),
+            "prior_strength": self._baseline_estimator.state_dict(),
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        args, automatic = self.args, self._baseline_estimator.automatic
-        averages = args.lr_adaptation != "none" or (args.baseline == "gradient_weighted" and automatic is not None)
+        args = self.args
+        chooses_prior = args.baseline == "gradient_weighted" and args.baseline_prior_strength is None
+        averages = args.lr_adaptation != "none" or chooses_prior
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
@@ -469,8 +482,17 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             # A sketch of parameters says nothing under other projections: the next batch then measures nothing.
             same = all(state[name] == getattr(args, name) for name in _PROJECTION_OPTIONS)
             self._trust_region.load_state_dict(state["trust_region"] | ({} if same else {"parameters": None}))
-        if automatic is not None and state["prior_strength"] is not None:
-            automatic.load_state_dict(state["prior_strength"])
+        self._baseline_estimator.load_state_dict(state["prior_strength"])
+
+    def _algorithm_tensors(self) -> dict[str, Tensor]:
+        memory = self._baseline_estimator.memory
+        return super()._algorithm_tensors() | ({} if memory is None else memory.state_dict())
+
+    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super()._load_algorithm_tensors(tensors)
+        memory = self._baseline_estimator.memory
+        if memory is not None and tensors:
+            memory.load_state_dict(tensors)
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)

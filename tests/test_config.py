@@ -88,8 +88,8 @@ def test_the_document_marks_exactly_the_options_that_are_refused():
         ({"baseline": "leave_one_out", "baseline_prior_strength": 1.0}, "only 'gradient_weighted' has a prior"),
         ({"baseline_prior_strength": -1.0}, "cannot honour baseline_prior_strength=-1.0"),
         ({"baseline_prior_strength": math.nan}, "cannot honour baseline_prior_strength=nan"),
-        ({"scale_rewards": "group"}, "cannot honour scale_rewards='group'"),
-        ({"scale_rewards": True, "baseline_prior_strength": 4.0}, "cannot honour scale_rewards='group'"),
+        ({"baseline_memory_size": -1}, "cannot honour baseline_memory_size=-1"),
+        ({"baseline": "leave_one_out", "baseline_memory_size": 1}, "only 'gradient_weighted' has a memory"),
         ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),
@@ -115,6 +115,15 @@ def test_defaults_are_the_papers_objective_and_an_automatic_prior(tmp_path):
     assert args.baseline_prior_strength is None
     assert args.lr_adaptation == "trust_region"
     assert args.needs_scores
+
+
+def test_a_memory_is_the_default_of_what_has_a_prior(tmp_path):
+    assert config(tmp_path).baseline_memory_size == 65536
+    assert config(tmp_path, baseline_prior_strength=4.0).baseline_memory_size == 65536
+    assert config(tmp_path, baseline_memory_size=0).baseline_memory_size == 0
+    assert config(tmp_path, baseline="group_mean").baseline_memory_size == 0
+    assert config(tmp_path, baseline_prior_strength=0.0).baseline_memory_size == 0
+    assert config(tmp_path, baseline_prior_strength=0.0, baseline_memory_size=9).baseline_memory_size == 9
 
 
 def test_every_own_field_has_help_and_a_docstring_entry():

@@ -26,7 +26,8 @@ NUM_STEPS = 3
 WITHOUT_TRUST_REGION = [name for name in METRICS if name not in (KL_TARGET, *OF_LAST_STEP)]
 TRL_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "learning_rate", "loss", "grad_norm", "step_time")
 # Those that are known although no completion was scored
-KNOWN = {"score/pass_time", "lr_multiplier", "baseline/prior_strength", "gradient_snr/num_prompts"}
+KNOWN = {"score/pass_time", "lr_multiplier", "gradient_snr/num_prompts"}
+KNOWN |= {"baseline/prior_strength", "baseline/memory_strength", "baseline/remembered_fraction"}
 
 
 def no_reward(completions, **kwargs):

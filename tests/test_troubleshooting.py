@@ -1,6 +1,7 @@
 """Every failure of `docs/troubleshooting.md` that a small run or a formula can show, and the page against the code."""
 
 import dataclasses
+import math
 import random
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, gradient_weighted_baseline, leave_one_out_baseline
-from oblr_trl.baselines import PRIOR_STRENGTH_GRID, AutomaticPriorStrength, gradient_variance
+from oblr_trl.baselines import PRIOR_STRENGTH_GRID, AutomaticPriorStrength, gradient_variance, scaled_advantages
 from oblr_trl.metrics import METRICS
 from oblr_trl.runs.diagnosis import CAUSES, RULES, diagnose
 from tests.tiny_models import digit_reward, logged, tiny_model, train
@@ -132,7 +133,7 @@ def test_an_unscorable_completion_in_its_place_is_left_out(tmp_path):
     assert "Exploding baseline" not in names(run(tmp_path, reward=with_none, max_steps=8))
 
 
-def test_group_scaling_with_a_prior_would_have_no_bound(tmp_path):
+def test_the_groups_own_deviation_with_a_prior_would_have_no_bound():
     rewards = torch.tensor([[1.0] * 4, [0.0] * 4])  # equal within every group, not within the batch
     weights = torch.ones_like(rewards)
     deviation = rewards.std(dim=1, keepdim=True) + 1e-4  # as TRL scales
@@ -141,9 +142,10 @@ def test_group_scaling_with_a_prior_would_have_no_bound(tmp_path):
     # b = (3 * 1 + 16 * 0) / 19 in the first group: 16 / 19 is divided by 1e-4.
     assert with_prior[0].tolist() == pytest.approx([1e4 * 16 / 19] * 4, rel=1e-4)
     assert without.abs().max() == 0
-
-    with pytest.raises(ValueError, match="cannot honour scale_rewards='group'"):
-        run(tmp_path, max_steps=1, scale_rewards="group")
+    baselines = gradient_weighted_baseline(rewards, weights, prior_strength=16.0)
+    # 3 rewards of 1 and 16 of 0: variance 3 / 19 * 16 / 19, so that (16 / 19) / sqrt(48 / 361) = 4 / sqrt(3)
+    ours = scaled_advantages(rewards, baselines, prior_strength=16.0)
+    assert ours[0].tolist() == pytest.approx([4 / math.sqrt(3)] * 4, rel=1e-3)
 
 
 def test_weights_that_say_nothing_of_the_rewards_make_a_noisy_baseline_without_a_prior():

@@ -66,10 +66,13 @@ _REFUSALS = (
         "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
     _Refusal(
-        "scale_rewards",
-        lambda args: _has_prior(args) and args.scale_rewards == "group",
-        "with a prior b is not the mean of a group of equal rewards, whose deviation of 0 would divide the difference",
-        "use 'none' (the default) or 'batch', or baseline_prior_strength=0",
+        "baseline_memory_size",
+        lambda args: (
+            args.baseline_memory_size != 0
+            and not (args.baseline == "gradient_weighted" and args.baseline_memory_size > 0)
+        ),
+        "it counts prompts, and only 'gradient_weighted' has a memory of them",
+        "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
     _Refusal(
         "score_last_k",

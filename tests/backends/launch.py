@@ -129,6 +129,7 @@ def record_everything(path):
             rho=self._metrics["train"].get("gradient_snr/rho", [None])[-1],
             kl=self._metrics["train"].get("trust_region/kl", [None])[-1],
             prior_strength=self._metrics["train"].get("baseline/prior_strength", [None])[-1],
+            remembered=self._metrics["train"].get("baseline/remembered_fraction", [None])[-1],
         )
         return output
 
@@ -143,6 +144,7 @@ def record_everything(path):
             partitioned=sum(_local_numel(p) < _full_numel(p) for p in parameters),
             num_parameters=len(parameters),
             state=self._algorithm_state(),
+            tensors={name: tensor.tolist() for name, tensor in self._algorithm_tensors().items()},
         )
         return result
 

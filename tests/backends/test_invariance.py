@@ -35,6 +35,7 @@ LORA = {
     "lora_dropout": 0.0,
     "lora_target_modules": "all-linear",
 }
+MEMORY = STRADDLING | {"train_size": 6}  # every prompt comes back in every second step
 TRUST = {"lr_adaptation": "trust_region"}
 REFERENCES = {
     "plain": PLAIN,
@@ -45,6 +46,7 @@ REFERENCES = {
     "lm_head": PLAIN | {"score_scope": "lm_head"},
     "last_k": PLAIN | {"score_scope": "last_k", "score_last_k": 1},
     "exact": PLAIN | {"score_method": "exact"},
+    "memory": MEMORY,
     "trust region": PLAIN | TRUST,
     "trust region, window": WINDOW | TRUST,
     "trust region, LoRA": LORA | TRUST,
@@ -89,6 +91,8 @@ CONFIGURATIONS = {
     "FSDP2, 8 x 1": ("plain", FSDP2 | halved(PLAIN)),
     "FSDP2, 4 x 2, checkpointing": ("plain", FSDP2 | CHECKPOINTING | halved(PLAIN, 2)),
     "FSDP2, exact norms": ("exact", FSDP2 | halved(PLAIN)),
+    "memory, DDP 2, groups on both processes": ("memory", DDP | halved(MEMORY)),
+    "memory, ZeRO-3, groups on both processes": ("memory", ZERO3 | halved(MEMORY)),
     "trust region, DDP 2, 4 x 2": ("trust region", DDP | halved(PLAIN, 2)),
     "trust region, ZeRO-2": ("trust region", ZERO2 | halved(PLAIN)),
     "trust region, ZeRO-3": ("trust region", ZERO3 | halved(PLAIN)),
@@ -140,8 +144,11 @@ def test_the_backend_changes_nothing(shared_run, table, name):
     assert {"deepspeed": "DEEPSPEED", "fsdp2": "FSDP", None: ""}[engine] in start["type"]
     sharded = engine == "fsdp2" or changes.get("zero_stage") == 3
     assert end["partitioned"] == (end["num_parameters"] if sharded else 0)
+    assert run.numbers("remembered").tolist() == reference.numbers("remembered").tolist()
+    assert (reference.numbers("remembered")[-1] == 1) == (reference_name == "memory")
     for record in run.records[1:]:  # all processes computed with the whole batch
         assert [line["advantages"] for line in record if line["kind"] == "batch"] == run.advantages.tolist()
+        assert record[-1]["tensors"] == end["tensors"]
     assert relative(run.advantages[0], reference.advantages[0]) <= BOUNDS["advantages"]
     assert run.completions == reference.completions, "a rounding error let another token be sampled: change the seed"
     measured = differences(run, reference)

@@ -10,11 +10,13 @@ import torch
 from tests.backends import runs
 
 # Real random numbers here: whether their state comes back is part of the question. Rollouts serve three optimizer steps and
-# checkpoints are written after every second one, so that most fall between two steps on the same rollouts.
+# checkpoints are written after every second one, so that most fall between two steps on the same rollouts. The 12 prompts of a
+# generation batch are the dataset: every batch is an epoch, and meets what is remembered of the ones before.
 SETTINGS = {
     "lr_adaptation": "trust_region",  # whose state holds everything that the SNR multiplier's does
     "sampling": None,
     "per_device_train_batch_size": 16,
+    "train_size": 12,
     "steps_per_generation": 3,
     "max_steps": 9,
     "save_strategy": "steps",
@@ -84,7 +86,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(backend, model, tm
         expected = {number: numbers(line) for number, line in steps_of(whole, kind).items() if number >= first}
         found = {number: numbers(line) for number, line in steps_of(resumed, kind).items()}
         assert found == expected, f"killed in step {step}, {kind}"
-    assert resumed.lines("end") == whole.lines("end")  # moving averages and prior strength among others
+    assert resumed.lines("end") == whole.lines("end")  # moving averages, strengths and memory among others
     assert metrics(resumed) == metrics(whole)
     weights = whole.final_weights
     assert all(torch.equal(resumed.final_weights[name], value) for name, value in weights.items())

@@ -1,0 +1,33 @@
+"""What is subtracted from a reward before it weighs a policy score: formulas, priors, and the choice of their strength."""
+
+from oblr_trl.baselines.estimator import BaselineEstimator, GroupedBatch
+from oblr_trl.baselines.formulas import (
+    BASELINES,
+    gradient_variance,
+    gradient_weighted_baseline,
+    group_mean_baseline,
+    leave_one_out_baseline,
+    length_weighted_baseline,
+)
+from oblr_trl.baselines.prior_strength import MEMORY_STRENGTH_GRID, PRIOR_STRENGTH_GRID, AutomaticPriorStrength
+from oblr_trl.baselines.prompt_memory import PromptMemory, prompt_key
+from oblr_trl.baselines.reward_scale import SCALE_EPSILON, leave_one_out_deviation, scaled_advantages
+
+__all__ = [
+    "BASELINES",
+    "MEMORY_STRENGTH_GRID",
+    "PRIOR_STRENGTH_GRID",
+    "SCALE_EPSILON",
+    "AutomaticPriorStrength",
+    "BaselineEstimator",
+    "GroupedBatch",
+    "PromptMemory",
+    "gradient_variance",
+    "gradient_weighted_baseline",
+    "group_mean_baseline",
+    "leave_one_out_baseline",
+    "leave_one_out_deviation",
+    "length_weighted_baseline",
+    "prompt_key",
+    "scaled_advantages",
+]

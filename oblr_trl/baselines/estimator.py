@@ -1,0 +1,134 @@
+"""The configured baseline of a batch, and all that it learns from earlier ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from oblr_trl.baselines.formulas import (
+    gradient_weighted_baseline,
+    group_mean_baseline,
+    leave_one_out_baseline,
+    length_weighted_baseline,
+)
+from oblr_trl.baselines.prior_strength import AutomaticPriorStrength
+from oblr_trl.baselines.prompt_memory import PromptMemory
+
+
+@dataclass
+class GroupedBatch:
+    """
+    One generation batch, grouped by prompt and gathered over processes.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, G)`): Rewards; `nan` where a completion could not be scored.
+        lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
+        weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
+        sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
+        token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
+        prompt_keys (`torch.Tensor` of shape `(N,)`, *optional*): Keys of the prompts, if there is a memory of them.
+    """
+
+    rewards: Tensor
+    lengths: Tensor
+    weights: Tensor | None = None
+    sketches: Tensor | None = None
+    token_weights: Tensor | None = None
+    prompt_keys: Tensor | None = None
+
+
+class BaselineEstimator:
+    """
+    The configured baseline of a batch, the memory of prompts, and the choice of the strengths of both priors.
+
+    Args:
+        baseline (`str`): One of `"gradient_weighted"`, `"group_mean"`, `"leave_one_out"`, `"length_weighted"`.
+        leave_one_out (`bool`): Whether weighted baselines keep a completion out of its own baseline.
+        prior_strength (`float`, *optional*): Prior strength of the gradient-weighted baseline; automatic if not given.
+        memory_size (`int`, *optional*, defaults to 0): Number of prompts that the gradient-weighted baseline remembers.
+    """
+
+    def __init__(
+        self, baseline: str, *, leave_one_out: bool, prior_strength: float | None, memory_size: int = 0
+    ) -> None:
+        self.baseline = baseline
+        self.leave_one_out = leave_one_out
+        self.memory = PromptMemory(memory_size) if memory_size > 0 else None
+        self.automatic: AutomaticPriorStrength | None = None
+        if prior_strength is None:
+            self.automatic = AutomaticPriorStrength()
+        elif self.memory is not None:
+            self.automatic = AutomaticPriorStrength(initial=prior_strength, grid=(prior_strength,))
+        self._fixed_strength = prior_strength
+
+    @property
+    def prior_strength(self) -> float:
+        """Prior strength for the next batch, in completions; 0 for baselines without prior."""
+        if self.baseline != "gradient_weighted":
+            return 0.0
+        if self.automatic is not None:
+            return self.automatic.value
+        assert self._fixed_strength is not None
+        return self._fixed_strength
+
+    @property
+    def memory_strength(self) -> float:
+        """Strength of the memory of prompts for the next batch, in completions per remembered one; 0 without memory."""
+        if self.memory is None:
+            return 0.0
+        assert self.automatic is not None
+        return self.automatic.memory_strength
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the other prompts of a batch have a say, at whatever strength."""
+        return self.baseline == "gradient_weighted" and self._fixed_strength != 0
+
+    def __call__(self, batch: GroupedBatch) -> Tensor:
+        """The baseline of every completion, of shape `(N, G)`."""
+        if self.baseline == "group_mean":
+            return group_mean_baseline(batch.rewards)
+        if self.baseline == "leave_one_out":
+            return leave_one_out_baseline(batch.rewards)
+        if self.baseline == "length_weighted":
+            return length_weighted_baseline(batch.rewards, batch.lengths, leave_one_out=self.leave_one_out)
+        assert batch.weights is not None, "the gradient-weighted baseline needs the scoring pass"
+        if self.automatic is not None:
+            return self.automatic.baseline(
+                batch.rewards, batch.weights, self._recall(batch), leave_one_out=self.leave_one_out
+            )
+        return gradient_weighted_baseline(
+            batch.rewards, batch.weights, leave_one_out=self.leave_one_out, prior_strength=self.prior_strength
+        )
+
+    def remembered_fraction(self, batch: GroupedBatch) -> float:
+        """Share of the batch's completions whose prompt has been seen before; 0 without memory."""
+        memory = self._recall(batch)
+        return 0.0 if memory is None else (memory[:, 1] > 0).double().mean().item()
+
+    def update(self, batch: GroupedBatch) -> None:
+        """Learn from a batch whose baseline has been taken: first the strengths, then the memory that they were applied to."""
+        if self.baseline != "gradient_weighted":
+            return
+        assert batch.weights is not None
+        if self.automatic is not None:
+            self.automatic.update(batch.rewards, batch.weights, self._recall(batch))
+        if self.memory is not None:
+            assert batch.prompt_keys is not None
+            self.memory.update(batch.prompt_keys, batch.rewards, batch.weights)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """State of the choice of strengths, as plain numbers; that of the memory is its own."""
+        return None if self.automatic is None else {"fixed": self._fixed_strength, **self.automatic.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore a state of [`state_dict`][BaselineEstimator.state_dict]. One of another configured prior strength is left
+        alone: its variances are those of other strengths."""
+        if self.automatic is not None and state is not None and state.get("fixed") == self._fixed_strength:
+            self.automatic.load_state_dict(state)
+
+    def _recall(self, batch: GroupedBatch) -> Tensor | None:
+        if self.memory is None:
+            return None
+        assert batch.prompt_keys is not None
+        return self.memory.recall(batch.prompt_keys)
