@@ -14,6 +14,13 @@ from oblr_trl.scores.score_pass import METHODS
 _SNR_LEARNING_RATE = 5e-6
 
 
+class _SingleGeneration(int):
+    """1 that is not below 2: the parent asks for two completions per prompt, and nothing else of what it checks needs them."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
 @dataclass
 class OBLRPOConfig(GRPOConfig):
     r"""
@@ -33,7 +40,8 @@ class OBLRPOConfig(GRPOConfig):
             `False` biases the gradient. `"leave_one_out"` is always, `"group_mean"` never leave-one-out.
         baseline_prior_strength (`float`, *optional*):
             Prior strength of `"gradient_weighted"`, in pseudo-completions drawn from the other prompts of the batch: 0 is the
-            paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches.
+            paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches. With
+            `num_generations=1`, which TRL refuses, the prior is the whole baseline at any strength above 0.
         score_scope (`str`, *optional*, defaults to `"all"`):
             Parameters whose gradient makes up a score: `"all"` trainable ones, those of the `"last_k"` blocks, or `"lm_head"`
             (the output projection: forward pass only, the cheapest).
@@ -160,7 +168,12 @@ class OBLRPOConfig(GRPOConfig):
             self.lr_adaptation = "trust_region" if self.score_scope == "all" else "snr"
         if self.learning_rate is None:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _SingleGeneration(1)
         super().__post_init__()
+        if single:
+            self.num_generations = 1
         check_options(self)
         check_prompts(self)
 
