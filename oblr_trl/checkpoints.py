@@ -30,6 +30,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     # Narrower than the parent declares, or declared optional there although set from the constructor on.
     args: OBLRPOConfig
     _buffered_inputs: Any
+    _train_sampler: Any = None  # of a dataset that is not streamed
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the parent would take the newest one, complete or not
@@ -61,6 +62,13 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if self._trains_on_old_rollouts():
             device = self.accelerator.device
             self._buffered_inputs = load_rollouts(checkpoint, self.accelerator.process_index, device)
+        # The sampler draws an epoch's order from where the epoch before has left its generator.
+        for _ in range(int(self.state.epoch or 0) if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _trains_on_old_rollouts(self) -> bool:
         """Whether the next training step is on rollouts that were generated before an optimizer step."""

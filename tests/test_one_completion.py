@@ -123,13 +123,11 @@ def test_evaluation_takes_groups_of_its_own(tmp_path, num_generations_eval):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    # Checkpoint 2 lies between two steps on the same rollouts.
-    batch = {"per_device_train_batch_size": 8, "steps_per_generation": 3}
-    options = (
-        ALONE | batch | {"max_steps": 4, "lr_adaptation": "trust_region", "save_strategy": "steps", "save_steps": 2}
-    )
+    # Checkpoint 4 lies between two steps on the same rollouts, and in the second epoch: 48 of the 64 prompts make a batch.
+    options = ALONE | {"steps_per_generation": 3, "max_steps": 7, "save_strategy": "steps", "save_steps": 4}
+    options["lr_adaptation"] = "trust_region"
     whole = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "whole", **options)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
     resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     for name in set(METRICS) - {"score/pass_time"}:
