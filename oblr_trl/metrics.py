@@ -28,11 +28,14 @@ PRIOR_STRENGTH = "baseline/prior_strength"
 MEMORY_STRENGTH = "baseline/memory_strength"
 REMEMBERED_FRACTION = "baseline/remembered_fraction"
 EFFECTIVE_GROUP_SIZE = "baseline/effective_group_size"
+LIVE_FRACTION = "advantage/live_fraction"
+LIVE_FRACTION_GROUP_MEAN = "advantage/live_fraction_group_mean"
 SCORE_NORM_MEAN = "score/norm/mean"
 SCORE_NORM_MAX = "score/norm/max"
 PASS_TIME = "score/pass_time"
 SIGNAL = "gradient_snr/signal"
 NOISE = "gradient_snr/noise"
+NOISE_PER_ROLLOUT = "gradient_snr/noise_per_rollout"
 RHO = "gradient_snr/rho"
 NUM_PROMPTS = "gradient_snr/num_prompts"
 LR_MULTIPLIER = "lr_multiplier"
@@ -51,11 +54,14 @@ METRICS = (
     MEMORY_STRENGTH,
     REMEMBERED_FRACTION,
     EFFECTIVE_GROUP_SIZE,
+    LIVE_FRACTION,
+    LIVE_FRACTION_GROUP_MEAN,
     SCORE_NORM_MEAN,
     SCORE_NORM_MAX,
     PASS_TIME,
     SIGNAL,
     NOISE,
+    NOISE_PER_ROLLOUT,
     RHO,
     NUM_PROMPTS,
     LR_MULTIPLIER,
@@ -73,12 +79,13 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
     r"""
     What the baseline did on one batch; every value is `nan` where it is undefined.
 
-    `baseline/mean` (reward units); `baseline/shift`, the mean of abs(b - group mean); and, where the scoring pass ran,
-    `baseline/effective_group_size` \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and
-    `variance_ratio/*`, the variance of one completion's gradient under the baseline in use over that under another one (below
-    1 is a gain): [`gradient_variance`], a second moment, less the squared norm of the mean gradient, estimated from the same
-    batch. The group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of
-    it; the fair comparison at small G is `variance_ratio/leave_one_out`.
+    `baseline/mean` (reward units); `baseline/shift`, the mean of abs(b - group mean); `advantage/live_fraction`, the share of
+    scored completions whose reward differs from their baseline, and `advantage/live_fraction_group_mean`, the same of GRPO's
+    baseline, both in [0, 1]; and, where the scoring pass ran, `baseline/effective_group_size`
+    \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and `variance_ratio/*`, the variance of
+    one completion's gradient under the baseline in use over that under another one (below 1 is a gain): [`gradient_variance`], a
+    second moment, less the squared norm of the mean gradient, estimated from the same batch. The group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of
+    it; the fair comparison at small G is `variance_ratio/leave_one_out`. At G = 1 no other baseline is left to compare with.
     """
     rewards, weights, sketches = batch.rewards, batch.weights, batch.sketches
     group_means = group_mean_baseline(rewards)
@@ -86,6 +93,8 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
     metrics = {
         BASELINE_MEAN: baselines[used].nanmean().item(),
         BASELINE_SHIFT: (baselines - group_means)[used].abs().nanmean().item(),
+        LIVE_FRACTION: _live_fraction(rewards, baselines),
+        LIVE_FRACTION_GROUP_MEAN: _live_fraction(rewards, group_means),
     }
     if weights is None or sketches is None:
         return metrics
@@ -109,3 +118,11 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
         SCORE_NORM_MAX: norms.max().item() if norms.numel() else math.nan,
         **{name: own / other if other > 0 else math.nan for name, other in others.items()},
     }
+
+
+def _live_fraction(rewards: Tensor, baselines: Tensor) -> float:
+    """Share of the scored completions with a non-zero advantage; one without baseline gets the advantage 0."""
+    scored = ~rewards.isnan()
+    # The mean of equal rewards may differ from them by rounding.
+    live = scored & ~baselines.isnan() & ~baselines.isclose(rewards)
+    return (live.sum() / scored.sum()).item()

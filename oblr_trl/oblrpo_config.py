@@ -15,6 +15,13 @@ _MEMORY_SIZE = 65536  # prompts: less than 20 MiB on every process, 1.5 MiB in a
 _SNR_LEARNING_RATE = 5e-6
 
 
+class _SingleGeneration(int):
+    """1 that is not below 2: the parent asks for two completions per prompt, and nothing else of what it checks needs them."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
 @dataclass
 class OBLRPOConfig(GRPOConfig):
     r"""
@@ -34,7 +41,8 @@ class OBLRPOConfig(GRPOConfig):
             `False` biases the gradient. `"leave_one_out"` is always, `"group_mean"` never leave-one-out.
         baseline_prior_strength (`float`, *optional*):
             Prior strength of `"gradient_weighted"`, in pseudo-completions drawn from the other prompts of the batch: 0 is the
-            paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches.
+            paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches. With
+            `num_generations=1`, which TRL refuses, the prior is the whole baseline at any strength above 0.
         baseline_memory_size (`int`, *optional*):
             Number of prompts of which `"gradient_weighted"` remembers the rewards and score norms of earlier visits, as a second
             prior whose strength is chosen from earlier batches (see [`~baselines.PromptMemory`]). The least recently visited
@@ -176,7 +184,12 @@ class OBLRPOConfig(GRPOConfig):
         if self.baseline_memory_size is None:
             has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
             self.baseline_memory_size = _MEMORY_SIZE if has_prior else 0
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _SingleGeneration(1)
         super().__post_init__()
+        if single:
+            self.num_generations = 1
         check_options(self)
         check_prompts(self)
 

@@ -14,7 +14,7 @@ from trl.trainer.utils import get_config_model_id, nanstd
 from oblr_trl import metrics
 from oblr_trl.baselines import SCALE_EPSILON, BaselineEstimator, GroupedBatch, prompt_key, scaled_advantages
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
-from oblr_trl.checks.options import check_backend, check_vocabulary
+from oblr_trl.checks.options import check_backend, check_dataset, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
 from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
@@ -110,6 +110,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
     model: Any
     lr_scheduler: Any
+    train_dataset: Any
     num_generations: int
     _logs: dict[str, Any]
 
@@ -333,6 +334,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         values = {
             metrics.SIGNAL: snr.averages.signal,
             metrics.NOISE: snr.averages.noise,
+            metrics.NOISE_PER_ROLLOUT: self.num_generations * snr.averages.noise,
             metrics.RHO: self._rho,
             metrics.NUM_PROMPTS: snr.num_prompts,
         }
@@ -394,6 +396,10 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             self._schedule.multiply()  # also in steps on rollouts of an earlier one, which set no rho
         return inputs
 
+    def _get_train_sampler(self, dataset=None):
+        check_dataset(self.args, len(self.train_dataset if dataset is None else dataset))
+        return super()._get_train_sampler(dataset)
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
@@ -437,7 +443,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         """What training is about to do, for a reader who kept the options of `GRPOTrainer`."""
         args = self.args
         rates = ", ".join(f"{lr:g}" for lr in sorted(set(self._initial_lrs)))
-        line = f"{args.prompts_per_step:g} prompts x {args.num_generations} completions per optimizer step, baseline "
+        completions = "1 completion" if args.num_generations == 1 else f"{args.num_generations} completions"
+        line = f"{args.prompts_per_step:g} prompts x {completions} per optimizer step, baseline "
         line += f"{args.baseline!r}; learning rate: the schedule (from {rates})"
         if args.lr_adaptation == "none":
             return line + " alone, as in GRPOTrainer."

@@ -98,6 +98,30 @@ def test_baselines_move_with_the_rewards_and_ignore_the_unit_of_the_weights(batc
     torch.testing.assert_close(moved, baselines + shift, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(PRIOR_STRENGTH_GRID[1:]))
+def test_one_completion_per_prompt_has_the_mean_of_the_other_prompts_at_any_strength(batch, prior_strength):
+    rewards, weights = (values[:, :1] for values in batch)
+    baselines = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)
+    for n, value in enumerate(baselines.flatten().tolist()):
+        others = [m for m in range(len(rewards)) if m != n and not math.isnan(rewards[m, 0])]
+        weight = sum(weights[m, 0].item() for m in others)
+        expected = sum(weights[m, 0].item() * rewards[m, 0].item() for m in others) / weight if weight else NAN
+        assert value == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+    assert gradient_weighted_baseline(rewards, weights).isnan().all()  # without prior there is none
+
+
+def test_one_completion_per_prompt_tells_strengths_above_zero_not_apart_and_never_takes_zero():
+    automatic = AutomaticPriorStrength()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        rewards, weights = torch.rand(16, 1, generator=generator), torch.rand(16, 1, generator=generator)
+        assert automatic.value > 0
+        assert gradient_weighted_baseline(rewards, weights, prior_strength=automatic.value).isfinite().all()
+        automatic.update(rewards, weights)
+    assert automatic.value == AutomaticPriorStrength().value
+
+
 def test_equal_weights_give_rloo_and_the_advantages_are_g_over_g_minus_1_times_those_of_grpo():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 2.0, 6.0]])
     rloo = leave_one_out_baseline(rewards)

@@ -35,7 +35,8 @@ def trained(step, reward, *of_oblrpo, learning_rate=8e-7):
         "step": step,
     }
     if of_oblrpo:
-        row |= {metrics.SIGNAL: 0.01, metrics.NOISE: 1.0} | dict(zip(OF_OBLRPO, of_oblrpo, strict=True))
+        row |= {metrics.SIGNAL: 0.01, metrics.NOISE: 1.0, metrics.NOISE_PER_ROLLOUT: 8.0, metrics.LIVE_FRACTION: 0.75}
+        row |= dict(zip(OF_OBLRPO, of_oblrpo, strict=True))
         row |= dict.fromkeys((metrics.VARIANCE_VS_GROUP_MEAN, metrics.VARIANCE_VS_LENGTH_WEIGHTED), of_oblrpo[2])
     return row
 
@@ -115,9 +116,11 @@ def test_table_of_one_run_equals_the_numbers_worked_by_hand(tmp_path, figure, ca
         "training reward, last 10 steps": ["0.500", "0.400"],
         # 3e-5 times 0.1 at the 10 odd steps and 0.3 at the 10 even ones: (3e-6 + 9e-6) / 2; GRPO's is 8e-7 throughout.
         "effective learning rate, mean": ["6.00e-06", "8.00e-07"],
-        # GRPO does not log any of the next three.
+        # GRPO does not log any of the next five.
         "learning-rate multiplier, mean": ["0.200", ""],
         "rho, mean": ["0.200", ""],
+        "completions with an advantage, mean": ["0.750", ""],
+        "noise per completion, mean": ["8", ""],
         "variance / leave-one-out's, mean": ["0.600", ""],
         "time per step (s), mean": ["1.50", "1.50"],
     }

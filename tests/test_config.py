@@ -1,11 +1,12 @@
 import dataclasses
+import json
 import math
 import re
 import warnings
 from pathlib import Path
 
 import pytest
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from oblr_trl import OBLRPOConfig
 
@@ -26,6 +27,7 @@ REFUSED = {
         {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
         {"loss_type": "sapo", "baseline": "group_mean"},
     ],
+    "num_generations": [{"num_generations": 1, "baseline": "leave_one_out"}],
     "multi_objective_aggregation": [{"multi_objective_aggregation": "normalize_then_sum"}],
     "top_entropy_quantile": [{"top_entropy_quantile": 0.2}],
     "off_policy_mask_threshold": [{"off_policy_mask_threshold": 0.5}],
@@ -99,13 +101,91 @@ def test_the_document_marks_exactly_the_options_that_are_refused():
         ({"snr_min_multiplier": 0.5, "snr_max_multiplier": 0.2}, "cannot honour snr_min_multiplier=0.5"),
         ({"snr_min_multiplier": -0.5}, "cannot honour snr_min_multiplier=-0.5"),
         # refused by TRL
-        ({"num_generations": 1}, "at least 2 generations"),
         ({"per_device_train_batch_size": 6, "num_generations": 4}, "must be divisible by num_generations"),
     ],
 )
 def test_bad_values_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(tmp_path, **options)
+
+
+ALONE = {"num_generations": 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"baseline_prior_strength": 0.0},
+        {"baseline": "group_mean"},
+        {"baseline": "leave_one_out", "lr_adaptation": "none"},
+        {"baseline": "length_weighted", "loss_type": "dapo"},
+        {"generation_batch_size": 1, "per_device_train_batch_size": 1},
+        # As many prompts in a step, but in generation batches of one.
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 1},
+        {"per_device_train_batch_size": 1, "lr_adaptation": "none"},
+    ],
+)
+def test_one_completion_per_prompt_is_refused_where_no_other_completion_gives_a_baseline(tmp_path, options):
+    with pytest.raises(ValueError, match=r"cannot honour num_generations=1: .+\. Remedy: .+\.$"):
+        config(tmp_path, **(ALONE | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "per_batch", "micro_batches", "per_step"),
+    [
+        ({}, 128, 1, 128),
+        ({"baseline_prior_strength": math.inf}, 128, 1, 128),
+        ({"baseline_leave_one_out": False, "baseline_prior_strength": 4.0}, 128, 1, 128),
+        ({"gradient_accumulation_steps": 4}, 512, 4, 512),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, 256, 2, 512),
+        ({"generation_batch_size": 384, "num_iterations": 2}, 384, 3, 128),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 17}, 17, 17, 17),
+        ({"per_device_train_batch_size": 1, "world_size": 16}, 16, 1, 16),
+        ({"scale_rewards": "batch"}, 128, 1, 128),
+    ],
+)
+def test_one_completion_per_prompt_is_honoured_with_a_prior(
+    tmp_path, monkeypatch, options, per_batch, micro_batches, per_step
+):
+    options = dict(options)
+    monkeypatch.setattr(GRPOConfig, "world_size", options.pop("world_size", 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        args = config(tmp_path, **(ALONE | options))
+    assert (args.num_generations, type(args.num_generations)) == (1, int)
+    assert (args.generation_batch_size, args.steps_per_generation) == (per_batch, micro_batches)
+    assert args.prompts_per_step == per_step
+    assert args.num_generations_eval is None  # as in TRL: that of training
+
+
+def test_one_completion_per_prompt_survives_replace_json_and_yaml(tmp_path):
+    args = config(tmp_path, **ALONE, gradient_accumulation_steps=2)
+    # TRL refuses both of the sizes that it has made of one another.
+    replaced = dataclasses.replace(args, generation_batch_size=None, temperature=0.5)
+    assert (replaced.num_generations, replaced.generation_batch_size, replaced.temperature) == (1, 256, 0.5)
+    assert type(args.to_dict()["num_generations"]) is int
+    assert json.loads(args.to_json_string())["num_generations"] == 1
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output_dir: {tmp_path}\nnum_generations: 1\nper_device_train_batch_size: 32\nuse_cpu: true\nbf16: false\n"
+    )
+    (parsed,) = TrlParser(OBLRPOConfig).parse_args_and_config(["--config", str(recipe)])
+    assert (parsed.num_generations, parsed.generation_batch_size) == (1, 32)
+
+
+def test_what_trl_checks_of_its_options_is_checked_with_one_completion_per_prompt_too(tmp_path):
+    with pytest.raises(ValueError, match="divisible by the number of generations used for evaluation"):
+        config(tmp_path, **ALONE, num_generations_eval=3, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="divisible by the global batch size"):
+        config(tmp_path, **ALONE, generation_batch_size=129)
+    with pytest.raises(ValueError, match="sapo"):
+        config(tmp_path, **ALONE, loss_type="sapo")
+
+
+def test_few_prompts_of_one_completion_are_warned_of_without_the_advice_to_lower_it(tmp_path):
+    with pytest.warns(UserWarning, match="mostly noise: an optimizer step has 4 prompts x 1 completion ") as caught:
+        config(tmp_path, **ALONE, per_device_train_batch_size=4)
+    assert not any("lower num_generations" in str(warning.message) for warning in caught)
 
 
 def test_defaults_are_the_papers_objective_and_an_automatic_prior(tmp_path):

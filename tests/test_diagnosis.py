@@ -13,6 +13,7 @@ from oblr_trl.metrics import (
     EFFECTIVE_GROUP_SIZE,
     KL,
     KL_TARGET,
+    LIVE_FRACTION,
     LR_MULTIPLIER,
     NUM_PROMPTS,
     PREDICTED_GAIN,
@@ -81,6 +82,12 @@ def test_a_gain_that_the_reward_does_not_show_is_found():
     assert names(log(gains | {"reward": flat[:19]}, num_steps=19)) == []  # too few to say
 
 
+def test_groups_of_equal_rewards_are_no_failure_where_a_prior_gives_them_an_advantage():
+    assert names(log({EQUAL_GROUPS: 1.0, LIVE_FRACTION: 0.9})) == []  # as with one completion per prompt
+    assert names(log({EQUAL_GROUPS: 1.0, LIVE_FRACTION: 0.4})) == ["Zero-variance groups"]
+    assert names(log({EQUAL_GROUPS: 0.6, LIVE_FRACTION: [0.1] * 6 + [0.6] * 6})) == []  # the later half counts
+
+
 def test_a_healthy_log_has_no_findings():
     assert diagnose(log()) == diagnose([]) == []
     assert "no proof of health" in format_findings([])
@@ -94,6 +101,7 @@ def test_a_healthy_log_has_no_findings():
         ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
         ({EQUAL_GROUPS: 0.6}, "Zero-variance groups", EQUAL_GROUPS),
+        ({LIVE_FRACTION: 0.4}, "Zero-variance groups", LIVE_FRACTION),
         ({NUM_PROMPTS: 15}, "Too few prompts per step", NUM_PROMPTS),
         ({"rewards/verifier/std": 0.0}, "Constant rewards", "rewards/verifier/mean"),
         ({"reward": 1.0, "reward_std": 0.0}, "Constant rewards", "reward"),

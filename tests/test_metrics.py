@@ -2,8 +2,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from oblr_trl.baselines import BaselineEstimator, GroupedBatch
+from oblr_trl.baselines import (
+    BaselineEstimator,
+    GroupedBatch,
+    gradient_weighted_baseline,
+    group_mean_baseline,
+)
 from oblr_trl.metrics import baseline_metrics
 
 
@@ -21,6 +28,57 @@ def test_variance_ratios_by_hand():
     # Equal lengths are the leave-one-out mean; the group mean's advantages are half of it, its variance a quarter.
     assert metrics["variance_ratio/length_weighted"] == pytest.approx(own / loo)
     assert metrics["variance_ratio/group_mean"] == pytest.approx(4 * own / loo)
+
+
+def batch_of(rewards):
+    """Rewards with random scores of three coordinates."""
+    rewards = torch.tensor(rewards)
+    sketches = torch.randn(*rewards.shape, 3, generator=torch.Generator().manual_seed(0))
+    return GroupedBatch(rewards, torch.ones_like(rewards), sketches.square().sum(dim=2), sketches)
+
+
+def test_live_completions_are_those_with_an_advantage():
+    # The second group is dead under its own mean, and so is the completion in the middle of the third.
+    batch = batch_of([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.5, 1.0]])
+    metrics = baseline_metrics(batch, torch.full_like(batch.rewards, 0.4))
+    assert metrics["advantage/live_fraction"] == 1.0
+    assert metrics["advantage/live_fraction_group_mean"] == pytest.approx(5 / 9)
+    metrics = baseline_metrics(batch, group_mean_baseline(batch.rewards))
+    assert metrics["advantage/live_fraction"] == pytest.approx(5 / 9)
+
+
+def test_unscorable_completions_are_neither_live_nor_counted():
+    batch = batch_of([[1.0, math.nan, 0.0], [1.0, math.nan, 1.0]])
+    metrics = baseline_metrics(batch, torch.tensor([[0.5, 0.5, 0.5], [1.0, 1.0, 0.5]]))
+    assert metrics["advantage/live_fraction"] == 3 / 4
+    assert metrics["advantage/live_fraction_group_mean"] == 2 / 4
+    nothing = baseline_metrics(batch_of([[math.nan], [math.nan]]), torch.full((2, 1), math.nan))
+    assert math.isnan(nothing["advantage/live_fraction"])
+    assert math.isnan(nothing["advantage/live_fraction_group_mean"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-100, 100, width=32), st.integers(1, 5), st.integers(2, 9), st.floats(0, 64))
+def test_equal_rewards_make_no_live_completion_whatever_the_rounding(reward, num_groups, num_generations, strength):
+    batch = batch_of([[reward] * num_generations] * num_groups)
+    baselines = gradient_weighted_baseline(batch.rewards, batch.weights, prior_strength=strength)
+    metrics = baseline_metrics(batch, baselines)
+    assert metrics["advantage/live_fraction"] == metrics["advantage/live_fraction_group_mean"] == 0.0
+
+
+def test_of_one_completion_per_prompt_the_ratios_to_other_baselines_are_undefined():
+    batch = batch_of([[1.0], [0.0], [0.0], [math.nan]])
+    baselines = gradient_weighted_baseline(batch.rewards, batch.weights, prior_strength=16.0)
+    metrics = baseline_metrics(batch, baselines)
+    assert {name for name, value in metrics.items() if math.isnan(value)} == {
+        "variance_ratio/group_mean",
+        "variance_ratio/leave_one_out",
+        "variance_ratio/length_weighted",
+    }
+    assert metrics["baseline/effective_group_size"] == 1.0
+    assert metrics["advantage/live_fraction"] == 1.0
+    assert metrics["advantage/live_fraction_group_mean"] == 0.0  # a mean of one is the reward itself
+    assert metrics["baseline/shift"] == pytest.approx((batch.rewards - baselines)[:3].abs().mean().item())
 
 
 def test_without_noise_there_is_no_variance_to_compare():

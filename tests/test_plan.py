@@ -400,3 +400,31 @@ def test_a_backend_that_is_not_covered_is_refused(tmp_path, text, remedy):
     (tmp_path / "launch.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(remedy)):
         read_backend(str(tmp_path / "launch.yaml"))
+
+
+# 1024 completions a step of 512 + 4096 tokens. Weights of the 36 blocks of 4B: q and o 2 x 2560 x 4096, k and v 2 x 2560 x 1024,
+# MLP 3 x 2560 x 9728; the head, 151936 x 2560, reads only the last token of a prompt.
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num_generations", "8"], {"prompt tokens prefilled per step": 128, "  with num_generations: 1": 1024}),
+        (["--num_generations", "1"], {"prompt tokens prefilled per step": 1024}),
+        # transformers reads the prompt of each completion
+        (["--num_generations", "8", "--use_vllm", "false"], {"prompt tokens prefilled per step": 1024}),
+    ],
+)
+def test_prompts_are_prefilled_once_with_vllm_and_once_for_each_completion_without(flags, expected, capsys):
+    blocks = 36 * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    plan.main([*COMMAND, "--gpu_memory", "400", "--prompt_length", "512", *flags])
+
+    lines = re.findall(
+        r"^(.+?) +(\d+)  (\S+) FLOPs, (\S+)% of generation's$", capsys.readouterr().out, flags=re.MULTILINE
+    )
+
+    assert [name for name, *_ in lines] == list(expected)
+    for name, tokens, flops, share in lines:
+        prefill = expected[name] * 512 * blocks
+        assert int(tokens) == expected[name] * 512
+        assert float(flops) == pytest.approx(2 * prefill, rel=0.05)
+        decode = 1024 * 4096 * (blocks + 151936 * 2560)
+        assert float(share) == pytest.approx(100 * prefill / (prefill + decode), abs=0.05)

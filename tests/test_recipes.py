@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*/config_*.yaml"))
 TINY = [path for path in RECIPES if path.parent.parent.name == "tiny-Qwen3"]
 GPU_RECIPES = [path for path in RECIPES if path not in TINY]
+ONE_COMPLETION = "_one_completion"
 SECTIONS = ["Model", "Data", "Generation", "Optimisation", "Evaluation and logging", "Algorithm"]
 ACCELERATE_CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))}
 
@@ -62,6 +63,8 @@ def test_the_models_and_tasks_have_the_methods_that_they_are_compared_with():
     of_size = {"config_math": all_four, "config_math_sgd": all_four - {"opo"}, "config_math_server": pair}
     assert methods == {
         ("tiny-Qwen3", "config_chain_sum"): all_four,
+        ("tiny-Qwen3", "config_chain_sum_one_completion"): {"oblrpo"},
+        ("Qwen3-4B-Base", "config_math_one_completion"): {"oblrpo"},
         ("Qwen3-0.6B-Base", "config_gsm8k"): pair,
         ("Qwen3-1.7B-Base", "config_gsm8k_lora"): pair,
         **{(f"Qwen3-{size}-Base", stem): found for size in ("4B", "8B") for stem, found in of_size.items()},
@@ -75,7 +78,8 @@ def test_a_recipe_parses_strictly_and_builds_the_configuration_of_its_trainer(pa
     written = yaml.safe_load(path.read_text())
     assert script_args.trainer == ("grpo" if path.parent.name == "grpo" else "oblrpo")
     assert type(training_args) is (GRPOConfig if script_args.trainer == "grpo" else OBLRPOConfig)
-    assert training_args.learning_rate == written["learning_rate"]  # "6e-4" without a dot is a string to YAML
+    if "learning_rate" in written:
+        assert training_args.learning_rate == written["learning_rate"]  # "6e-4" without a dot is a string to YAML
     assert data_args.task_params == written.get("task_params")
     assert (
         len(load_rewards(reward_args, data_args, columns=["prompt", "solution", "entry"], max_completion_length=9))
@@ -95,10 +99,16 @@ def test_a_recipe_has_its_sections_in_order_and_a_header_with_hardware_and_time(
 
 @each([path for path in RECIPES if path.parent.name != "grpo"])
 def test_a_recipe_differs_from_its_control_in_the_algorithm_block_alone(path):
-    control = path.parent.parent / "grpo" / path.name
+    control = path.parent.parent / "grpo" / path.name.replace(ONE_COMPLETION, "")
+    shared, of_control = split_recipe(path)[1], split_recipe(control)[1]
 
-    assert split_recipe(path)[1] == split_recipe(control)[1]
+    if ONE_COMPLETION in path.stem:  # the group size is part of the treatment: as many completions, of more prompts
+        of_control = of_control.replace("num_generations: 8  # the paper's G, and TRL's default\n", "")
+        of_control = of_control.replace("16 prompts x 8 completions", "128 prompts x 1 completion")
+    assert shared == of_control
     assert split_recipe(path)[2] != split_recipe(control)[2]
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "max_steps"):
+        assert getattr(parsed(path)[1], name) == getattr(parsed(control)[1], name)
 
 
 @each(RECIPES)
@@ -118,11 +128,12 @@ def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus(path)
     prompts, rest = divmod(rows, args.num_generations)
-    assert (rest, args.num_generations, args.num_iterations) == (0, 8, 1)
+    completions = 1 if ONE_COMPLETION in path.stem else 8
+    assert (rest, args.num_generations, args.num_iterations) == (0, completions, 1)
     assert args.steps_per_generation == args.gradient_accumulation_steps  # one optimizer step for each generation
-    assert prompts == (128 if path in GPU_RECIPES else MIN_PROMPTS)
-    assert f"{prompts} prompts x 8" in path.read_text()
-    assert "= 1024 = 128 prompts x 8" in split_recipe(path)[0] or path in TINY
+    assert prompts * completions == (1024 if path in GPU_RECIPES else 8 * MIN_PROMPTS)
+    assert f"{prompts} prompts x {completions}" in path.read_text()
+    assert f"= 1024 = {prompts} prompts x {completions}" in split_recipe(path)[0] or path in TINY
 
 
 def test_no_two_recipes_write_to_the_same_directory():

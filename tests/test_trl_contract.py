@@ -33,6 +33,7 @@ def test_signatures_of_the_overridden_methods():
         "completion_ids_list",
     ]
     assert parameters(GRPOTrainer._generate_and_score_completions) == ["self", "inputs"]
+    assert parameters(GRPOTrainer._get_train_sampler) == ["self", "dataset"]
     assert parameters(GRPOTrainer.create_scheduler) == ["self", "num_training_steps", "optimizer"]
     assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"]
     assert parameters(GRPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]

@@ -29,17 +29,17 @@ def softmax_policy():
     return probs, rewards, lengths, scores, true_gradient
 
 
-def worst_z_score(baseline):
+def worst_z_score(baseline, num_generations=NUM_GENERATIONS):
     """Largest deviation of the mean gradient from the true one, in standard errors, over all coordinates."""
     probs, rewards, lengths, scores, true_gradient = softmax_policy()
     generator = torch.Generator().manual_seed(1)
     estimates = []
     for _ in range(NUM_BATCHES):
-        actions = torch.multinomial(probs, NUM_GENERATIONS, replacement=True, generator=generator)
+        actions = torch.multinomial(probs, num_generations, replacement=True, generator=generator)
         r, length = rewards.gather(1, actions), lengths.gather(1, actions)
         s = scores.gather(1, actions.unsqueeze(-1).expand(-1, -1, NUM_ACTIONS))  # (N, G, k)
         b = baseline(r, s.square().sum(-1), length)
-        estimates.append(torch.einsum("ng,ngk->nk", r - b, s) / NUM_GENERATIONS)
+        estimates.append(torch.einsum("ng,ngk->nk", r - b, s) / num_generations)
     stacked = torch.stack(estimates)
     standard_error = stacked.std(dim=0) / math.sqrt(NUM_BATCHES)
     return ((stacked.mean(dim=0) - true_gradient).abs() / standard_error).max().item()
@@ -51,7 +51,8 @@ def test_the_gradient_weighted_baseline_is_unbiased_at_any_prior_strength(prior_
     assert z < 4.0
 
 
-def test_the_automatic_prior_strength_is_unbiased():
+@pytest.mark.parametrize("num_generations", [1, NUM_GENERATIONS])
+def test_the_automatic_prior_strength_is_unbiased(num_generations):
     automatic = AutomaticPriorStrength(grid=(0.0, 4.0, math.inf))
 
     def baseline(r, w, length):
@@ -59,7 +60,17 @@ def test_the_automatic_prior_strength_is_unbiased():
         automatic.update(r, w)
         return b
 
-    assert worst_z_score(baseline) < 4.0
+    assert worst_z_score(baseline, num_generations) < 4.0
+
+
+@pytest.mark.parametrize("prior_strength", [1.0, math.inf])
+def test_the_prior_alone_is_unbiased_with_one_completion_per_prompt(prior_strength):
+    def baseline(r, w, length, *, leave_one_out=True):
+        return gradient_weighted_baseline(r, w, leave_one_out=leave_one_out, prior_strength=prior_strength)
+
+    assert worst_z_score(baseline, num_generations=1) < 4.0
+    if prior_strength == 1.0:  # an infinite one drowns the completion itself
+        assert worst_z_score(lambda r, w, length: baseline(r, w, length, leave_one_out=False), num_generations=1) > 8.0
 
 
 def test_leave_one_out_and_length_weights_are_unbiased():

@@ -75,6 +75,12 @@ _REFUSALS = (
         "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
     _Refusal(
+        "num_generations",
+        lambda args: args.num_generations == 1 and not _has_prior(args),
+        "without another completion of the prompt only the prior of baseline='gradient_weighted' gives a baseline",
+        "use that with baseline_prior_strength unset or above 0, or at least 2 completions",
+    ),
+    _Refusal(
         "score_last_k",
         lambda args: (args.score_last_k or 0) < 1 if args.score_scope == "last_k" else args.score_last_k is not None,
         "it counts the blocks of score_scope='last_k', and score_scope is {args.score_scope!r}",
@@ -177,11 +183,18 @@ def check_prompts(args: Any) -> None:
     """Refuse or warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch."""
     per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
     batch = (
-        f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} completions "
+        f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} "
+        f"completion{'' if args.num_generations == 1 else 's'} "
         f"(per_device_train_batch_size={args.per_device_train_batch_size} x {args.world_size} process(es) x "
         f"gradient_accumulation_steps={args.gradient_accumulation_steps}, num_iterations={args.num_iterations})"
     )
-    remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim, or lower num_generations"
+    if args.num_generations == 1 and per_batch < 2:
+        reason = f"a generation batch of one prompt has no other completion to take a baseline from, and {batch}"
+        size = "steps_per_generation (gradient_accumulation_steps unless set) or per_device_train_batch_size"
+        _refuse("num_generations", 1, reason, f"raise {size}, or use at least 2 completions")
+    remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim"
+    if args.num_generations > 1:
+        remedy += ", or lower num_generations"
     if _adapts(args) and max(per_step, per_batch) < 2:
         reason = f"{batch}, and the noise of a gradient shows only between prompts"
         _refuse("lr_adaptation", args.lr_adaptation, reason, f"{remedy}, or set lr_adaptation='none'")
@@ -191,6 +204,18 @@ def check_prompts(args: Any) -> None:
         )
     if _adapts(args) and max(per_step, per_batch) < MIN_PROMPTS:
         warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
+
+
+def check_dataset(args: Any, num_prompts: int) -> None:
+    """Raise a `ValueError` for a training set smaller than a generation batch: the parent leaves batches that are not full out,
+    and would end at once, without a step and without an error."""
+    per_batch = args.generation_batch_size // args.num_generations
+    if num_prompts < per_batch:
+        raise ValueError(
+            f"The training set has {num_prompts} prompts, but a generation batch takes {per_batch} x {args.num_generations} "
+            f"completions (generation_batch_size={args.generation_batch_size}), so that no batch would be full. Remedy: lower "
+            "per_device_train_batch_size or steps_per_generation (gradient_accumulation_steps unless set), or add prompts."
+        )
 
 
 def check_backend(trainer: Any) -> None:

@@ -219,9 +219,17 @@ def _noisy_baseline(rows: Rows) -> Evidence:
     return _mean_above(1.05, rows, metrics.VARIANCE_VS_LEAVE_ONE_OUT, metrics.EFFECTIVE_GROUP_SIZE)
 
 
-@_rule("Zero-variance groups", "take prompts of another difficulty, a higher `temperature` or more `num_generations`")
+@_rule(
+    "Zero-variance groups",
+    "take prompts of another difficulty or a higher `temperature`; without a prior, more `num_generations`",
+)
 def _equal_rewards(rows: Rows) -> Evidence:
-    return _mean_above(0.5, rows, "frac_reward_zero_std", metrics.REWARD)
+    live = _recent(rows, metrics.LIVE_FRACTION)
+    if not live:  # GRPO, whose groups of equal rewards have no advantage
+        yield from _mean_above(0.5, rows, "frac_reward_zero_std", metrics.REWARD)
+    elif mean(live) < 0.5:
+        reward = mean(_recent(rows, metrics.REWARD) or [math.nan])
+        yield metrics.LIVE_FRACTION, f"mean {mean(live):.3g}, at a mean {metrics.REWARD} of {reward:.3g}"
 
 
 @_rule(

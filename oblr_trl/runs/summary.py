@@ -44,6 +44,8 @@ def _quantities(run: RunLog, evaluation_metric: str) -> dict[str, float | None]:
         "learning_rate": metrics.LEARNING_RATE,
         "lr_multiplier": metrics.LR_MULTIPLIER,
         "rho": metrics.RHO,
+        "live_fraction": metrics.LIVE_FRACTION,
+        "noise_per_rollout": metrics.NOISE_PER_ROLLOUT,
         "variance_ratio": metrics.VARIANCE_VS_LEAVE_ONE_OUT,
         "step_time": "step_time",  # of TRL
     }

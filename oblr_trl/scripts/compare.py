@@ -33,6 +33,8 @@ TABLE_ROWS = {
     "learning_rate": ("effective learning rate, mean", ".2e"),
     "lr_multiplier": ("learning-rate multiplier, mean", ".3f"),
     "rho": ("rho, mean", ".3f"),
+    "live_fraction": ("completions with an advantage, mean", ".3f"),
+    "noise_per_rollout": ("noise per completion, mean", ".3g"),
     "variance_ratio": ("variance / leave-one-out's, mean", ".3f"),
     "step_time": ("time per step (s), mean", ".2f"),
 }

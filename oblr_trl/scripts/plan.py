@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from trl import get_peft_config
 
 from oblr_trl.planning.memory import PHASES, MemoryItem, phase_bytes, plan_memory
-from oblr_trl.planning.models import read_config
+from oblr_trl.planning.models import linear_layers, read_config
 from oblr_trl.planning.setup import Setup, read_backend
 from oblr_trl.scripts import train
 
@@ -121,6 +121,23 @@ def _report(setup: Setup, items: list[MemoryItem]) -> Iterator[str]:
     per_step = args.per_device_train_batch_size * backend.num_processes * args.gradient_accumulation_steps
     yield f"\n{'completions per step':<42}{per_step:>10}"
     yield f"{'prompts per step':<42}{per_step / args.num_generations:>10g}"  # a fraction where steps cut through groups
+    # vLLM's prefix cache keeps a prompt that several completions begin with; generation by transformers reads it for each.
+    shared = args.num_generations if args.use_vllm else 1
+    yield _prefill(setup, per_step, per_step / shared, "prompt tokens prefilled per step")
+    if shared > 1:
+        yield _prefill(setup, per_step, per_step, "  with num_generations: 1")
+
+
+def _prefill(setup: Setup, num_completions: int, num_prefills: float, name: str) -> str:
+    """Prompt tokens of a step that generation reads, and their share of its FLOPs: two for each weight and token, attention
+    left out; at full length of prompts and completions."""
+    in_blocks = sum(layer.weight.numel() for layer in linear_layers(setup.model).values())
+    in_head = setup.config.vocab_size * setup.config.hidden_size  # applied to none of a prompt's tokens but the last
+    num_tokens = num_prefills * setup.prompt_length
+    prefill = num_tokens * in_blocks
+    decode = num_completions * (setup.sequence_length - setup.prompt_length) * (in_blocks + in_head)
+    share = prefill / (prefill + decode)
+    return f"{name:<42}{num_tokens:>10.0f}  {2 * prefill:.1e} FLOPs, {share:.1%} of generation's"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ RATIO_RUNS["all-exact-token_truncate-averaged"] = RATIO_RUNS["all-exact-token_tr
 }
 
 # Runs of three steps with the algorithm at its defaults, on an engine that is in order.
-SYNCED_RUNS = ("full", "snr", "lora", "zero_3", "zero_3_lora")
+SYNCED_RUNS = ("full", "snr", "lora", "one_completion", "zero_3", "zero_3_lora")
 
 LAUNCHES: dict[str, dict[str, Any]] = {
     "one_process": {
@@ -46,6 +46,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
             "snr": {"learning_rate": 0.5, "snr_min_multiplier": 1e-6},
             "trust_region": {"lr_adaptation": "trust_region", "learning_rate": 0.05, "max_steps": 4},
             "lora": FAST | LORA,
+            "one_completion": FAST | {"num_generations": 1},
             "stale": FAST | {"faults": {"sync": False}},
         },
     },
