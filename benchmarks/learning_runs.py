@@ -21,13 +21,29 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.completion_pool import answer_batch, kept, sequence_logps
 from benchmarks.policies import POLICIES, policy_directory
-from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "lion": "sgd"}  # lion is ours, below
 # Prompt i of a task uses seed + i: training prompts of two seeds must not overlap.
 SEED_DISTANCE = 1_000_000
-_TRAINERS = {"oblrpo": (OBLRPOConfig, OBLRPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
+
+
+class MeanPriorTrainer(OBLRPOTrainer):
+    """Control for the gradient weights: the same baseline with equal ones, a mean that is shrunk towards that of the others."""
+
+    def _grouped_batch(self, *args, **kwargs):
+        batch = super()._grouped_batch(*args, **kwargs)
+        assert batch.weights is not None
+        batch.weights = torch.ones_like(batch.weights)
+        return batch
+
+
+_TRAINERS = {
+    "oblrpo": (OBLRPOConfig, OBLRPOTrainer),
+    "mean_prior": (OBLRPOConfig, MeanPriorTrainer),
+    "grpo": (GRPOConfig, GRPOTrainer),
+}
 _BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
 _FIXED_KL = {"lr_adaptation": "trust_region", "snr_min_multiplier": 1.0}
 # Trainer, and its options in addition to the study's common settings.
@@ -51,9 +67,18 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
     "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),
 }
+# Of the study of small groups, all with the trust region, so that none of them is tuned.
+_TRUST_REGION = {"lr_adaptation": "trust_region"}
+SMALL_GROUP_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours": ("oblrpo", _TRUST_REGION),
+    "ours_no_memory": ("oblrpo", _TRUST_REGION | {"baseline_memory_size": 0}),
+    "mean_prior": ("mean_prior", _TRUST_REGION),
+    "rloo_kl": ("oblrpo", _TRUST_REGION | {"baseline": "leave_one_out"}),
+    "grpo_kl": ("oblrpo", _TRUST_REGION | {"baseline": "group_mean", "scale_rewards": "group"}),
+}
 # The baseline of `oblrpo` under rates that do not follow the SNR.
 CONTROLS = {"constant_average": ("oblrpo", _BASELINE_ONLY), "shuffled_multiplier": ("oblrpo", _BASELINE_ONLY)}
-ALL_METHODS = METHODS | CONTROLS | TRUST_REGION_METHODS
+ALL_METHODS = METHODS | CONTROLS | TRUST_REGION_METHODS | SMALL_GROUP_METHODS
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,7 @@ class RunSpec:
     lora_rank: int = 0  # 0 trains all parameters
     temperature: float = 1.0
     precision: str = "float32"  # or "bfloat16 autocast", "bfloat16 weights"
+    train_size: int = 0  # prompts that are visited again and again; 0 for as many as the run takes
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,11 +115,11 @@ def _prompts(policy: str, seed: int, train_size: int, test_size: int) -> dict[st
 
 
 @torch.no_grad()
-def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
+def held_out_accuracies(model: Any, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """
-    Accuracy of sampling in expectation: the mean probability of the right answer, given each held-out prompt.
+    Accuracy of sampling in expectation: the probability of the right answer, given each held-out prompt.
 
-    Sampled accuracy is an estimate of it with a standard deviation of 0.03 on 256 prompts, more than the differences
+    Sampled accuracy is an estimate of its mean with a standard deviation of 0.03 on 256 prompts, more than the differences
     between methods. Texts other than the reference that the scorer accepts too are not counted.
     """
     training = model.training
@@ -102,7 +128,7 @@ def held_out_accuracy(model: Any, batch: tuple[torch.Tensor, ...]) -> float:
     model.train(training)
     if not logps.isfinite().all():
         raise ValueError("The policy's log-probabilities are not finite.")
-    return logps.exp().mean().item()
+    return logps.exp()
 
 
 class CurveCallback(TrainerCallback):
@@ -112,12 +138,13 @@ class CurveCallback(TrainerCallback):
         self.spec = spec
         self.held_out = held_out
         self.accuracies: list[float] = []
+        self.pass_at_8: list[float] = []
         self.cpu_seconds: list[float] = []
         self.learning_rates: list[float] = []
         self._seconds = self._started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._record(held_out_accuracy(model, self.held_out))
+        self._record(held_out_accuracies(model, self.held_out))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.process_time()
@@ -131,16 +158,17 @@ class CurveCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._seconds += time.process_time() - self._started
         if state.global_step % self.spec.eval_steps == 0:
-            self._record(held_out_accuracy(model, self.held_out))
+            self._record(held_out_accuracies(model, self.held_out))
 
-    def _record(self, accuracy: float) -> None:
-        self.accuracies.append(accuracy)
+    def _record(self, accuracies: torch.Tensor) -> None:
+        self.accuracies.append(accuracies.mean().item())
+        self.pass_at_8.append(1 - (1 - accuracies).pow(8).mean().item())
         self.cpu_seconds.append(round(self._seconds, 3))
 
     def fill(self) -> None:
         """Give the evaluations that a broken run did not reach the accuracy 0 and the last known time."""
         while len(self.accuracies) <= self.spec.num_steps // self.spec.eval_steps:
-            self._record(0.0)
+            self._record(torch.zeros(1))
 
 
 class Lion(torch.optim.Optimizer):
@@ -213,7 +241,8 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
 
 def prepared_trainer(spec: RunSpec, output_dir: str) -> tuple[GRPOTrainer, CurveCallback]:
     """The trainer of a run, and the callback that records its curve."""
-    prompts = _prompts(spec.policy, spec.seed, spec.num_steps * spec.num_prompts, spec.test_size)
+    train_size = spec.train_size or spec.num_steps * spec.num_prompts
+    prompts = _prompts(spec.policy, spec.seed, train_size, spec.test_size)
     tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
     test = prompts["test"]
     callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
@@ -246,7 +275,10 @@ def run(spec: RunSpec) -> dict[str, Any]:
     return {
         "spec": asdict(spec),
         "accuracies": callback.accuracies,
+        "pass_at_8": callback.pass_at_8,
         "cpu_seconds": callback.cpu_seconds,
         "multipliers": [round(rate / spec.learning_rate, 4) for rate in callback.learning_rates],
+        # Means over the run, of what our trainer logs.
+        "logged": {name: row[name] for row in trainer.state.log_history for name in metrics.METRICS if name in row},
         "failure": failure,
     }

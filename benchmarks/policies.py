@@ -59,7 +59,10 @@ class Policy:
     """Settings of a policy."""
 
     task: str  # reasoning-gym task, a key of `TASKS`
-    wrong_answers: float  # fraction of supervised answers that are off
+    wrong_answers: (
+        float  # fraction of supervised answers that are off; of the easiest prompts, where there is a next one
+    )
+    hardest_wrong_answers: float | None = None
     reward: str = "binary"  # 1 for the full score, else 0; or "graded", the task's own score
     hidden_size: int = 128
     num_hidden_layers: int = 2
@@ -97,6 +100,8 @@ POLICIES = {
     "decimal_chain_sum": Policy("decimal_chain_sum", 0.3, max_steps=600),
     "spell_backward": Policy("spell_backward", 0.3, reward="graded"),
     "products": Policy("products", 0.3),
+    # From 0.95 to 0.05 right, by the prompt.
+    "products-mixed": Policy("products", 0.05, hardest_wrong_answers=0.95, max_steps=700),
     "number_sorting": Policy("number_sorting", 0.3),
     "chain_sum-0.1M": Policy("chain_sum", 0.3, hidden_size=64, max_steps=700),
     "spell_backward-hard": Policy("spell_backward", 0.7),

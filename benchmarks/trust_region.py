@@ -15,6 +15,7 @@ to see what there is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -24,13 +25,13 @@ from benchmarks.learning import FIRST_TUNING_SEED, complete
 from benchmarks.learning_runs import RunSpec
 from benchmarks.learning_summary import Run, step_area
 from benchmarks.policies import policy_directory
+from benchmarks.rate_grids import around, best, extended
 from benchmarks.record import machine, write_record
 from benchmarks.sections.trust_region import markdown
 from benchmarks.trust_region_summary import compare_one_value, mean_curve, summarise
 
 _LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
 _MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
-_MAX_ROUNDS = 6  # of extending a grid
 # What differs from AdamW on all parameters of `products` with 16 prompts x 4 completions, and a constant rate to begin with.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "AdamW, 16 x 4": ({}, 2.6e-4),
@@ -115,20 +116,9 @@ def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]
 
 
 def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
-    """Gains of the constant rates, on grids that are extended until the best rate has neighbours."""
-    rates = {setting: [SETTINGS[setting][1] * factor for factor in (0.5, 1.0, 2.0)] for setting in args.settings}
-    for _ in range(_MAX_ROUNDS):
-        gains = tuned(args, "constant", rates)
-        extended = False
-        for setting, by_rate in gains.items():
-            best = max(by_rate, key=by_rate.__getitem__)
-            for edge, factor in ((min(by_rate), 0.5), (max(by_rate), 2.0)):
-                if best == edge:
-                    rates[setting] = sorted([*rates[setting], edge * factor])
-                    extended = True
-        if not extended:
-            break
-    return gains
+    """Gains of the constant rates."""
+    rates = {setting: around(SETTINGS[setting][1]) for setting in args.settings}
+    return extended(rates, partial(tuned, args, "constant"))
 
 
 def over_batch_sizes(args: TrustRegionArguments) -> dict[str, Any]:
@@ -163,15 +153,12 @@ def main(args: TrustRegionArguments) -> None:
     for setting in args.settings:  # before two workers would make the same one
         policy_directory(args.spec(setting, "constant", 1.0, 0).policy)
     gains = best_constant_rates(args)
-    best = {setting: max(by_rate, key=by_rate.__getitem__) for setting, by_rate in gains.items()}
-    rates = {"constant": best, "trust_region": dict.fromkeys(args.settings, _LEARNING_RATE)}
+    constant = {setting: best(by_rate) for setting, by_rate in gains.items()}
+    rates = {"constant": constant, "trust_region": dict.fromkeys(args.settings, _LEARNING_RATE)}
     for method, multiples in _MULTIPLES.items():
         if method in args.methods:
-            grid = {setting: [rate * multiple for multiple in multiples] for setting, rate in best.items()}
-            rates[method] = {
-                setting: max(by_rate, key=by_rate.__getitem__)
-                for setting, by_rate in tuned(args, method, grid).items()
-            }
+            grid = {setting: [rate * multiple for multiple in multiples] for setting, rate in constant.items()}
+            rates[method] = {setting: best(by_rate) for setting, by_rate in tuned(args, method, grid).items()}
     methods = [method for method in rates if method in args.methods]
     runs: dict[str, dict[str, list[Run]]] = {setting: {} for setting in args.settings}
     for method in methods:

@@ -196,7 +196,7 @@ def test_the_held_out_accuracy_is_that_of_sampling_in_expectation(tiny_policy):
     prompts = Dataset.from_dict({"prompt": ["1 + 2 =", "State the final answer: 1 ="], "solution": ["3", "12"]})
 
     batch = answer_batch(tokenizer, prompts["prompt"], prompts["solution"])
-    held_out = learning_runs.held_out_accuracy(model, batch)
+    held_out = learning_runs.held_out_accuracies(model, batch)
 
     # One sequence at a time, token by token, no padding.
     expected = []
@@ -207,5 +207,5 @@ def test_the_held_out_accuracy_is_that_of_sampling_in_expectation(tiny_policy):
             probability *= model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item()
             ids = [*ids, token]
         expected.append(probability)
-    assert held_out == pytest.approx(sum(expected) / 2, rel=1e-4)
-    assert held_out > 0
+    assert held_out.tolist() == pytest.approx(expected, rel=1e-4)
+    assert held_out.min() > 0

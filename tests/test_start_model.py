@@ -87,6 +87,17 @@ def test_the_wanted_fraction_of_supervised_answers_is_off_by_one_to_nine():
     assert supervised_set(solved, wrong_answers=0.0, seed=0)["completion"][:] == solved["solution"][:]
 
 
+def test_harder_prompts_have_more_wrong_answers():
+    easy, hard = ([f"{digit} * {n} =" for n in range(4000)] for digit in (13, 29))
+    solved = Dataset.from_dict({"prompt": easy + hard, "solution": [str(n) for n in range(8000)]})
+
+    completions = supervised_set(solved, 0.0, seed=0, hardest_wrong_answers=0.6)["completion"]
+
+    off = [completion != solution for completion, solution in zip(completions, solved["solution"], strict=True)]
+    for rows, fraction in ((off[:4000], 0.2), (off[4000:], 0.6)):  # a third of the way, and all of it
+        assert abs(sum(rows) - 4000 * fraction) < 4 * (4000 * fraction * (1 - fraction)) ** 0.5
+
+
 def test_wrong_words_and_lists_differ_from_the_right_ones_in_one_character_of_the_same_kind():
     solutions = ["noen", "['75.0', '9.0']", "-4.7"] * 50
     prompts = Dataset.from_dict({"prompt": [""] * len(solutions), "solution": solutions})

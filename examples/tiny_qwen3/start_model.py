@@ -10,6 +10,7 @@ data, on any machine. What reinforcement learning has to do is to trust the righ
 import dataclasses
 import json
 import random
+import re
 import shutil
 import string
 import sys
@@ -60,6 +61,11 @@ class StartModelArguments:
     wrong_answers: float = option(
         0.3, "Fraction of supervised answers that are off: numbers by 1 to 9, others by one character."
     )
+    hardest_wrong_answers: float | None = option(
+        None,
+        "That fraction for prompts whose first number ends in 9; it then grows evenly from `wrong_answers` for a 0, so that "
+        "prompts differ in how often they are answered right.",
+    )
     batch_size: int = option(64, "Problems per step.")
     learning_rate: float = option(
         1e-3, "Peak learning rate of AdamW; it decays to zero in the last fifth of the steps."
@@ -79,14 +85,24 @@ class StartModelArguments:
             )
 
 
-def supervised_set(prompts: Dataset, wrong_answers: float, seed: int) -> Dataset:
+def supervised_set(
+    prompts: Dataset, wrong_answers: float, seed: int, hardest_wrong_answers: float | None = None
+) -> Dataset:
     """Prompts with answers as `completion`, a fraction of which is off: numbers by 1 to 9, others in one letter or digit."""
     generator = random.Random(seed)
-    completions = [
-        solution if generator.random() >= wrong_answers else _wrong(solution, generator)
-        for solution in prompts["solution"]
-    ]
+    completions = []
+    for prompt, solution in zip(prompts["prompt"], prompts["solution"], strict=True):
+        fraction = wrong_answers
+        if hardest_wrong_answers is not None:
+            fraction += difficulty(prompt) * (hardest_wrong_answers - wrong_answers)
+        completions.append(solution if generator.random() >= fraction else _wrong(solution, generator))
     return Dataset.from_dict({"prompt": prompts["prompt"], "completion": completions})
+
+
+def difficulty(prompt: str) -> float:
+    """Last digit of the first number in a prompt, in ninths; 0 without a number."""
+    number = re.search(r"\d+", prompt)
+    return int(number.group()[-1]) / 9 if number else 0.0
 
 
 def _wrong(solution: str, generator: random.Random) -> str:
@@ -153,7 +169,7 @@ def train_model(args: StartModelArguments, output_dir: Path) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=build_model(tokenizer, hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers),
         args=sft_args,
-        train_dataset=supervised_set(prompts["train"], args.wrong_answers, args.seed),
+        train_dataset=supervised_set(prompts["train"], args.wrong_answers, args.seed, args.hardest_wrong_answers),
         processing_class=tokenizer,
     )
     trainer.train()
