@@ -36,6 +36,7 @@ def trained(step, reward, *of_oblrpo, learning_rate=8e-7):
     }
     if of_oblrpo:
         row |= {metrics.SIGNAL: 0.01, metrics.NOISE: 1.0, metrics.NOISE_PER_ROLLOUT: 8.0, metrics.LIVE_FRACTION: 0.75}
+        row |= {metrics.LIVE_FRACTION_GROUP_MEAN: 0.5, metrics.KL: 0.01, metrics.KL_TARGET: 0.012}
         row |= dict(zip(OF_OBLRPO, of_oblrpo, strict=True))
         row |= dict.fromkeys((metrics.VARIANCE_VS_GROUP_MEAN, metrics.VARIANCE_VS_LENGTH_WEIGHTED), of_oblrpo[2])
     return row
@@ -232,17 +233,28 @@ def test_each_panel_shows_the_metrics_that_were_logged_in_the_colour_of_the_meth
         main([f"OBLR-PO={oblrpo_run(tmp_path / 'a')}", f"GRPO={grpo_run(tmp_path / 'b')}", "--output", str(figure)])
         assert dict(matplotlib.rcParams) == settings  # the caller's are left alone
     assert figure.read_bytes().startswith(b"\x89PNG")
-    reward, evaluation, _, _, moments, variance = drawn[0].axes
+    reward, evaluation, _, movement, _, moments, live, variance = drawn[0].axes
     blue, vermillion = "#0072B2", "#D55E00"
     colours = [{line.get_color() for line in axes.get_lines()} - {"#5f5f5f"} for axes in drawn[0].axes]
-    assert colours == [{blue, vermillion}] * 2 + [{blue}] * 4
+    assert colours == [{blue, vermillion}] * 3 + [{blue}] * 5
     assert list(evaluation.get_lines()[0].get_xydata().flatten()) == [0, 0.5, 20, 0.75]
     assert moments.get_yscale() == "log"
     assert [text.get_text() for text in moments.get_legend().get_texts()] == ["signal", "noise"]
-    assert len(moments.get_lines()) == 2
+    assert [len(axes.get_lines()) for axes in (movement, moments, live)] == [2, 2, 2]
     assert [1.0, 1.0] in [list(line.get_ydata()) for line in variance.get_lines()]
     assert reward.get_title(loc="left") == "Training reward"
     assert all(axes.get_ylabel() for axes in drawn[0].axes)
+    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"optimizer step"}
+
+
+def test_the_figure_counts_completions_where_it_is_told_how_many_a_step_has(tmp_path, figure, drawn):
+    main([str(oblrpo_run(tmp_path / "a")), "--rollouts_per_step", "128", "--output", str(figure)])
+    drawn[0].canvas.draw()
+    for axes in drawn[0].axes:
+        assert axes.get_xlabel() == "completions"
+        assert [label.get_text() for label in axes.get_xticklabels()] == [
+            f"{128 * step:g}" for step in axes.get_xticks()
+        ]
 
 
 def test_the_legend_names_the_methods_and_several_seeds_have_a_band(tmp_path, figure, drawn):
@@ -253,13 +265,14 @@ def test_the_legend_names_the_methods_and_several_seeds_have_a_band(tmp_path, fi
     texts = [text.get_text().replace("\\", "") for text in drawn[0].legends[0].get_texts()]
     assert texts == ["three", "_two$", "one"]
     bands = [len(axes.collections) for axes in drawn[0].axes]
-    assert bands == [2, 2, 2, 2, 4, 6]  # two methods with several seeds, times one, two and three metrics
+    # Two methods with several seeds, times one, two and three metrics.
+    assert bands == [2, 2, 2, 4, 2, 4, 4, 6]
 
 
 def test_panels_that_nothing_was_logged_for_say_so(tmp_path, figure, drawn):
     main([str(grpo_run(tmp_path / "grpo")), "--output", str(figure)])
     texts = [[text.get_text() for text in axes.texts] for axes in drawn[0].axes]
-    assert ["not logged" in text for text in texts] == [False, False, True, True, True, True]
+    assert ["not logged" in text for text in texts] == [False] * 3 + [True] * 5
 
 
 def test_smoothing_is_a_centred_mean_of_the_values_that_exist():

@@ -43,12 +43,22 @@ SMOOTHING_FRACTION, MAX_SMOOTHING = 12, 25
 # Title, y-axis, and the name of each metric in the legend of the panel.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Training reward", "mean reward per completion", {metrics.REWARD: ""}),
-    ("Learning-rate multiplier", "learning rate / base schedule", {metrics.LR_MULTIPLIER: ""}),
+    ("Learning rate", "as applied", {metrics.LEARNING_RATE: ""}),
+    (
+        "Movement of the policy",
+        "KL per batch (nats per completion)",
+        {metrics.KL: "measured", metrics.KL_TARGET: "target"},
+    ),
     (r"$\rho$ = N SNR / (1 + N SNR)", r"$\rho$ (1: all signal, 0: all noise)", {metrics.RHO: ""}),
     (
         "Signal and noise of the gradient",
         "squared norm (bottom: 0 or below)",
         {metrics.SIGNAL: "signal", metrics.NOISE: "noise"},
+    ),
+    (
+        "Completions with an advantage",
+        "share",
+        {metrics.LIVE_FRACTION: "baseline in use", metrics.LIVE_FRACTION_GROUP_MEAN: "group mean"},
     ),
     (
         "Variance relative to other baselines",
@@ -62,9 +72,12 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def write_comparison(methods: Methods, evaluation_metric: str, path: Path) -> None:
+def write_comparison(
+    methods: Methods, evaluation_metric: str, path: Path, *, rollouts_per_step: int | None = None
+) -> None:
     """
-    Draw the runs of each method, as mean and band over its seeds, in six panels, and write the figure.
+    Draw the runs of each method, as mean and band over its seeds, in eight panels, and write the figure: over the optimizer steps, or
+    over the completions, where each step of all methods has `rollouts_per_step` of them.
 
     Raises:
         `ValueError`: there are more methods than distinguishable colours.
@@ -76,17 +89,21 @@ def write_comparison(methods: Methods, evaluation_metric: str, path: Path) -> No
     shortest = min(len(run.series(metrics.REWARD)) for runs in methods.values() for run in runs)
     window = min(shortest // SMOOTHING_FRACTION, MAX_SMOOTHING) | 1
     with rc_context(STYLE):
-        figure = Figure(figsize=(12.0, 7.8), dpi=150, layout="constrained")
-        panels = list(figure.subplots(2, 3).flat)
+        figure = Figure(figsize=(15.5, 7.8), dpi=150, layout="constrained")
+        panels = list(figure.subplots(2, 4).flat)
         held_out = (f"Held-out {evaluation_metric.removeprefix('eval_')}", "mean", {evaluation_metric: ""})
         for axes, (title, label, lines) in zip(panels, (PANELS[0], held_out, *PANELS[1:]), strict=True):
             axes.set_ylabel(label)
             draw_panel(axes, methods, lines, title=title, window=window)
-        _, _, multiplier, rho, moments, variance = panels
-        multiplier.set_ylim(bottom=0.0)
+            if rollouts_per_step is not None and axes.lines:
+                axes.xaxis.set_major_formatter(lambda step, _: f"{step * rollouts_per_step:g}")
+                axes.set_xlabel("completions")
+        _, _, rate, movement, rho, moments, live, variance = panels
         rho.set_ylim(bottom=0.0)
-        if moments.lines:
-            moments.set_yscale("log", nonpositive="clip")  # the distance between the two lines is their ratio
+        live.set_ylim(0.0, 1.05)
+        for axes in (rate, movement, moments):
+            if axes.lines:
+                axes.set_yscale("log", nonpositive="clip")  # the distance between two lines is their ratio
         if variance.lines:
             variance.set_ylim(0.0, max(1.2, variance.get_ylim()[1]))
             variance.axhline(1.0, color=GREY, linewidth=1.0, zorder=1)

@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "with the same name are seeds of one method; or an output_dir of `evaluate`, the first of which is the reference",
     )
     parser.add_argument("--output", type=Path, help="figure of runs (default: compare.png), or table of evaluations")
+    parser.add_argument(
+        "--rollouts_per_step",
+        type=int,
+        help="completions of an optimizer step of all runs: the figure then counts completions",
+    )
     parser.add_argument("--json", type=Path, help="also write the table, with the value of each seed, as JSON")
     arguments = parser.parse_args(argv)
     try:
@@ -74,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             from oblr_trl.runs.figure import write_comparison  # the table does without matplotlib
 
             figure = arguments.output or Path("compare.png")
-            write_comparison(methods, comparison["evaluation_metric"], figure)
+            metric, rollouts = comparison["evaluation_metric"], arguments.rollouts_per_step
+            write_comparison(methods, metric, figure, rollouts_per_step=rollouts)
             sys.stdout.write(f"\nfigure: {figure}\n")
         elif arguments.output is not None:
             _write(arguments.output, table)
