@@ -42,8 +42,9 @@ class KLMeasuresArguments:
     output: str = field(default="benchmarks/results/kl_measures.json", metadata={"help": "Where the numbers go."})
 
 
-def with_forward_passes(trainer: Any, rows: list[dict[str, float]]) -> None:
-    """Let a trainer append to `rows` what every way of measuring says of the step before."""
+def with_forward_passes(trainer: Any, reference: Any, rows: list[dict[str, float]]) -> None:
+    """Let a trainer append to `rows` what every way of measuring says of the step before; `reference` is a model of the same kind in
+    float32 that no trainer has wrapped."""
     generate = trainer._generate_and_score_completions
     last: dict[str, Any] = {}
     seconds = [0.0]  # of forward passes
@@ -51,27 +52,25 @@ def with_forward_passes(trainer: Any, rows: list[dict[str, float]]) -> None:
     def logps(
         output: dict[str, Tensor], state: dict[str, Tensor], dtype: torch.dtype, count: int | None = None
     ) -> Tensor:
-        now = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        trainer.model.load_state_dict(state)
+        reference.load_state_dict(state)
         inputs = [torch.cat([output[f"prompt_{key}"], output[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            values = sequence_logps(trainer.model, *(part[:count] for part in [*inputs, output["completion_mask"]]))
-        seconds[0] += time.perf_counter() - start
-        trainer.model.load_state_dict(now)
+            values = sequence_logps(reference, *(part[:count] for part in [*inputs, output["completion_mask"]]))
+        seconds[0] += time.process_time() - start
         return values.double()
 
     def kl(output: dict[str, Tensor], dtype: torch.dtype = torch.float32, count: int | None = None) -> float:
         states = (trainer.model.state_dict(), last["state"])
-        new, old = (logps(output, {n: t.clone() for n, t in state.items()}, dtype, count) for state in states)
+        new, old = (logps(output, state, dtype, count) for state in states)
         return 0.5 * (new - old).square().mean().item()
 
     def measured(inputs: Any) -> dict[str, Any]:
         output = generate(inputs)
         if last and trainer.state.global_step >= NUM_SEARCH_STEPS:
-            start = time.perf_counter()
+            start = time.process_time()
             local_parameter_sketch(trainer._score_pass)
-            sketch_seconds = time.perf_counter() - start
+            sketch_seconds = time.process_time() - start
             seconds[0] = 0.0
             few = kl(output, count=NUM_COMPLETIONS)
             few_seconds = seconds[0]
@@ -99,7 +98,7 @@ def measure(setting: str, num_steps: int) -> dict[str, Any]:
     learning_runs.prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         trainer, callback = learning_runs.prepared_trainer(spec, folder)
-        with_forward_passes(trainer, rows)
+        with_forward_passes(trainer, learning_runs.load_model(spec, torch.float32).eval(), rows)
         trainer.train()
     step = callback.cpu_seconds[-1] / spec.num_steps
     measured = {name: [row[name] for row in rows] for name in rows[0]}

@@ -198,6 +198,15 @@ def prepare_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def load_model(spec: RunSpec, dtype: torch.dtype) -> Any:
+    """The policy that a run starts from."""
+    model: Any = AutoModelForCausalLM.from_pretrained(policy_directory(spec.policy), dtype=dtype)
+    if not spec.lora_rank:
+        return model
+    lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
+    return get_peft_model(model, lora)
+
+
 def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train_dataset: Dataset) -> GRPOTrainer:
     policy, directory = POLICIES[spec.policy], policy_directory(spec.policy)
     trainer_name, options = ALL_METHODS[spec.method]
@@ -221,11 +230,7 @@ def _make_trainer(spec: RunSpec, output_dir: str, callback: CurveCallback, train
         logging_steps=spec.num_steps,
         **({"lr_scheduler_type": "constant"} | options),
     )
-    dtype = torch.bfloat16 if spec.precision == "bfloat16 weights" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    if spec.lora_rank:
-        lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+    model = load_model(spec, torch.bfloat16 if spec.precision == "bfloat16 weights" else torch.float32)
     trainer = trainer_class(
         model=model,
         reward_funcs=policy.reward_function(),
