@@ -10,6 +10,7 @@ from oblr_trl.baselines.formulas import (
     length_weighted_baseline,
 )
 from oblr_trl.baselines.prior_strength import PRIOR_STRENGTH_GRID, AutomaticPriorStrength
+from oblr_trl.baselines.rewards import normalized_rewards, summed_rewards
 
 __all__ = [
     "BASELINES",
@@ -22,4 +23,6 @@ __all__ = [
     "group_mean_baseline",
     "leave_one_out_baseline",
     "length_weighted_baseline",
+    "normalized_rewards",
+    "summed_rewards",
 ]

@@ -59,6 +59,11 @@ class BaselineEstimator:
         assert self._fixed_strength is not None
         return self._fixed_strength
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether the other prompts of a batch have a say, at whatever strength."""
+        return self.baseline == "gradient_weighted" and self._fixed_strength != 0
+
     def __call__(self, batch: GroupedBatch) -> Tensor:
         """The baseline of every completion, of shape `(N, G)`."""
         if self.baseline == "group_mean":
