@@ -9,7 +9,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.scores import reference_scores
-from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES, applied_importance_ratio, loss_token_weights
+from oblr_trl.scores.loss_weights import (
+    LINEAR_LOSS_TYPES,
+    applied_importance_ratio,
+    differentiates_sequences,
+    loss_token_weights,
+)
 from oblr_trl.scores.scoring_model import OldLogpsForward
 from tests.tiny_models import construct, random_batch, tiny_model
 
@@ -124,6 +129,7 @@ def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
     }
     torch.testing.assert_close(applied["dr_grpo"], torch.tensor([[2.5]]))
     torch.testing.assert_close(applied["cispo"], ratio)
+    assert [name for name in LINEAR_LOSS_TYPES if not differentiates_sequences(name, "sequence")] == ["cispo", "vespo"]
 
 
 @pytest.mark.filterwarnings("ignore:When using")

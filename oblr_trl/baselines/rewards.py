@@ -5,7 +5,6 @@ Shapes: N prompts, G completions per prompt, F reward functions. `nan` marks wha
 
 import math
 
-import torch
 from torch import Tensor
 
 _SCALE_EPSILON = 1e-4  # of TRL; a function that gives equal rewards has deviation 0
@@ -49,13 +48,9 @@ def normalized_rewards(rewards_per_func: Tensor, weights: Tensor, *, by_group: b
     Returns:
         `torch.Tensor` of shape `(N, G)`, in the dtype of the rewards: `nan` where no function scored the completion.
     """
-    r = rewards_per_func.double()
+    r = rewards_per_func.double()  # in which the mean of equal rewards is exact, and what the division enlarges is 0
     dim = (1,) if by_group else (0, 1)
     deviations = r - r.nanmean(dim=dim, keepdim=True)
     degrees = (~r.isnan()).sum(dim=dim, keepdim=True) - 1
     std = (deviations.square().nansum(dim=dim, keepdim=True) / degrees.clamp(min=1)).sqrt()
-    # Of equal rewards the mean may differ by rounding, which the division would enlarge.
-    lowest = r.nan_to_num(nan=math.inf).amin(dim=dim, keepdim=True)
-    highest = r.nan_to_num(nan=-math.inf).amax(dim=dim, keepdim=True)
-    normalized = torch.where((lowest == highest) & ~r.isnan(), 0.0, deviations / (std + _SCALE_EPSILON))
-    return summed_rewards(normalized, weights.double()).to(rewards_per_func.dtype)
+    return summed_rewards(deviations / (std + _SCALE_EPSILON), weights.double()).to(rewards_per_func.dtype)
