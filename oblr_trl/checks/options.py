@@ -160,8 +160,8 @@ _QUALIFICATIONS = (
         "top_entropy_quantile",
         lambda args: args.needs_scores and args.top_entropy_quantile < 1.0,
         "the loss leaves out tokens of low entropy, by a quantile of micro-batches that are drawn after scoring. The baseline's "
-        "weights and the SNR are those of all tokens. The gradient stays unbiased, since the entropy at a token is known before the "
-        "token is drawn",
+        "weights and the SNR are those of all tokens. But for that quantile the gradient stays unbiased: the entropy at a token is known "
+        "before the token is drawn",
     ),
     _Qualification(
         "off_policy_mask_threshold",
