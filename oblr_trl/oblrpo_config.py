@@ -59,7 +59,8 @@ class OBLRPOConfig(GRPOConfig):
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         lr_adaptation (`str`, *optional*):
-            Defaults to `"trust_region"`, which needs `score_scope="all"`, and to `"snr"` with another scope. `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
+            Defaults to `"trust_region"`, which needs `score_scope="all"`, to `"snr"` with another scope, and with a warning to
+            `"none"` where the rate cannot be adapted (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
             training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
@@ -98,10 +99,7 @@ class OBLRPOConfig(GRPOConfig):
     )
     loss_type: str = field(
         default="dr_grpo",
-        metadata={
-            "help": "Loss aggregation. OBLR-PO supports the types whose gradient is linear in the advantage: 'dr_grpo', "
-            "'dapo', 'grpo', 'bnpo', 'cispo' and 'luspo'."
-        },
+        metadata={"help": "Loss type: 'dr_grpo', 'dapo', 'grpo', 'bnpo', 'cispo', 'luspo', 'sapo' or 'vespo'."},
     )
     scale_rewards: str = field(
         default="none",
@@ -153,7 +151,7 @@ class OBLRPOConfig(GRPOConfig):
         metadata={
             "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
             "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', with another "
-            "score_scope than 'all' 'snr'.",
+            "score_scope than 'all' 'snr', where neither is possible 'none'.",
             "choices": LR_ADAPTATIONS,
         },
     )
@@ -177,10 +175,8 @@ class OBLRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.lr_adaptation is None:
-            self.lr_adaptation = "trust_region" if self.score_scope == "all" else "snr"
-        if self.learning_rate is None:
-            self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
+        self._defaulted = {name for name in ("lr_adaptation", "learning_rate") if getattr(self, name) is None}
+        self.default_to("trust_region" if self.score_scope == "all" else "snr")
         if self.baseline_memory_size is None:
             has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
             self.baseline_memory_size = _MEMORY_SIZE if has_prior else 0
@@ -192,6 +188,15 @@ class OBLRPOConfig(GRPOConfig):
             self.num_generations = 1
         check_options(self)
         check_prompts(self)
+
+    def default_to(self, lr_adaptation: str) -> bool:
+        """Let `lr_adaptation` be the default, and `learning_rate` the one that belongs to it, where they were not given; `False` if
+        another `lr_adaptation` was."""
+        if "lr_adaptation" in self._defaulted:
+            self.lr_adaptation = lr_adaptation
+        if "learning_rate" in self._defaulted:
+            self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
+        return self.lr_adaptation == lr_adaptation
 
     @property
     def needs_scores(self) -> bool:

@@ -12,9 +12,17 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl import metrics
-from oblr_trl.baselines import SCALE_EPSILON, BaselineEstimator, GroupedBatch, prompt_key, scaled_advantages
+from oblr_trl.baselines import (
+    SCALE_EPSILON,
+    BaselineEstimator,
+    GroupedBatch,
+    normalized_rewards,
+    prompt_key,
+    scaled_advantages,
+    summed_rewards,
+)
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
-from oblr_trl.checks.options import check_backend, check_dataset, check_vocabulary
+from oblr_trl.checks.options import adapt_if_possible, check_backend, check_dataset, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
 from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
@@ -31,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
-_DIVIDED_BY_TOKENS = ("dapo", "cispo")
+_DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
 # Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
 _AVERAGED_OPTIONS = (
     "baseline_leave_one_out",
@@ -41,6 +49,7 @@ _AVERAGED_OPTIONS = (
     "importance_sampling_level",
     "scale_rewards",
     "reward_weights",
+    "multi_objective_aggregation",
     "temperature",
     "num_generations",
 )
@@ -109,10 +118,15 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
 
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
     model: Any
-    lr_scheduler: Any
     train_dataset: Any
     num_generations: int
     _logs: dict[str, Any]
+
+    # Without the constructor, as tests of a plug-in may make one, it is a `GRPOTrainer`.
+    lr_scheduler: Any = None
+    _baseline_estimator: Any = None
+    _errors_of_rewards: RewardFunctions | None = None
+    _old_logps_forward: OldLogpsForward | None = None
 
     def __init__(self, model, reward_funcs=None, args: OBLRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -141,7 +155,6 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         self._initial_lrs: list[float] = []
         self._rewards_per_func: Tensor | None = None
         self._score_pass: ScorePass | None = None
-        self._old_logps_forward: OldLogpsForward | None = None
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._errors_of_rewards = RewardFunctions(args.reward_timeout)
         self.reward_funcs = [self._errors_of_rewards.wrap(reward_func) for reward_func in self.reward_funcs]
@@ -165,12 +178,19 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
 
     # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
     def _generate_and_score_completions(self, inputs):
-        if not self.model.training or (self.args.baseline == "group_mean" and self._score_pass is None):
+        estimator = self._baseline_estimator
+        as_parent = estimator is None or (estimator.baseline == "group_mean" and self._score_pass is None)
+        if as_parent or not self.model.training:
             return super()._generate_and_score_completions(inputs)
         # A tool mask would be known too late for a pass that takes the place of the parent's.
         masked_later = self.tools or self.rollout_func is not None
         if self._score_pass is not None and self.args.reuses_old_logps_forward and not masked_later:
-            self._old_logps_forward = OldLogpsForward(self.model, self._score_pass, self.args.loss_type)
+            self._old_logps_forward = OldLogpsForward(
+                self.model,
+                self._score_pass,
+                self.args.loss_type,
+                micro_batch_size=self.args.per_device_train_batch_size,
+            )
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -196,6 +216,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     # The parent turns the rewards into advantages itself and returns only those; keep what it computed them from.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._errors_of_rewards is None:
+            return rewards_per_func
         raise_everywhere(self.accelerator, self._errors_of_rewards.take_error())
         infinite = rewards_per_func.isinf().any(dim=0)
         if infinite.any():  # gathered, hence the same on all processes: all raise
@@ -218,9 +240,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         """Rewards, lengths and scores of all processes, one row per prompt."""
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
         assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        rewards[rewards_per_func.isnan().all(dim=1)] = math.nan  # no function applied: unscorable
-        rewards = rewards.view(-1, self.num_generations)  # (N, G)
+        rewards_per_func = rewards_per_func.view(-1, self.num_generations, rewards_per_func.size(1))  # (N, G, F)
+        weights = self.reward_weights.to(rewards_per_func.device)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            rewards = normalized_rewards(rewards_per_func, weights, by_group=not self._baseline_estimator.has_prior)
+        else:
+            rewards = summed_rewards(rewards_per_func, weights)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
         if self._score_pass is not None:
@@ -250,7 +275,10 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
                 loss_type=self.args.loss_type,
                 importance_sampling_level=self.args.importance_sampling_level,
             )
-        token_weights = loss_token_weights(self.args.loss_type, loss_mask, vllm_ratio)
+        micro_batch_size = self.args.per_device_train_batch_size
+        token_weights = loss_token_weights(
+            self.args.loss_type, loss_mask, vllm_ratio, micro_batch_size=micro_batch_size
+        )
         scoring_model = None if old_logps_forward is None else old_logps_forward.scoring_model
         if scoring_model is not None:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
@@ -263,7 +291,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
+                batch_size=micro_batch_size,
                 **{key: output[key] for key in FORWARD_KEYS if key in output},
             )
             scores = scoring_model.result(self.accelerator.gather)
@@ -288,10 +316,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             # Of equal rewards the parent's mean may differ by rounding, which would pass for a gradient.
             return advantages.masked_fill(lowest == highest, 0.0).masked_fill(unscorable, math.nan)
         advantages, estimator = rewards - baselines, self._baseline_estimator
-        if self.scale_rewards == "group" and estimator.has_prior:
+        # A sum of normalised rewards is scaled over the batch whatever `scale_rewards` is, as in TRL.
+        scale = "batch" if self.multi_objective_aggregation == "normalize_then_sum" else self.scale_rewards
+        if scale == "group" and estimator.has_prior:
             advantages = scaled_advantages(rewards, baselines, prior_strength=estimator.prior_strength)
-        elif self.scale_rewards != "none":
-            std = nanstd(rewards, dim=1).unsqueeze(1) if self.scale_rewards == "group" else nanstd(rewards)
+        elif scale != "none":
+            std = nanstd(rewards, dim=1).unsqueeze(1) if scale == "group" else nanstd(rewards)
             advantages = advantages / (std + SCALE_EPSILON)
         self._write_advantages(output, advantages.nan_to_num(nan=0.0).flatten())
         return advantages
@@ -326,7 +356,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             step=self.state.global_step,
             sampling_variance=sampling_variance(sketches, advantages, steps),
         )
-        if snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
+        adapts = self.args.lr_adaptation != "none"
+        if adapts and snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
                 "learning rate stays as it was. See for what the reward functions return None."
@@ -405,13 +436,11 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         self._gradient_snr.restart()
         last_rate = self._trust_region.rate
         self._trust_region.restart()
-        adapts = self.args.lr_adaptation != "none"
-        optimizer_in_use: Any = self.optimizer if optimizer is None else optimizer
-        if adapts:
-            check_steerable(optimizer_in_use)
+        adapt_if_possible(self.args, check_steerable, self.optimizer if optimizer is None else optimizer)
         super().create_scheduler(num_training_steps, optimizer)
-        if adapts and not isinstance(self._schedule, SNRScheduler):
-            check_wrappable(self.lr_scheduler)
+        if not isinstance(self._schedule, SNRScheduler):
+            adapt_if_possible(self.args, check_wrappable, self.lr_scheduler)
+        if self.args.lr_adaptation != "none" and not isinstance(self._schedule, SNRScheduler):
             low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
             if self.args.lr_adaptation == "trust_region":
                 low, high = 0.0, math.inf  # no step before the first batch

@@ -20,18 +20,18 @@ def config(tmp_path, **options):
 
 # Inherited option -> settings under which it is refused.
 REFUSED = {
-    "loss_type": [
-        {"loss_type": "sapo"},
-        {"loss_type": "vespo"},
-        {"loss_type": "surprise"},
-        {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
-        {"loss_type": "sapo", "baseline": "group_mean"},
-    ],
-    "num_generations": [{"num_generations": 1, "baseline": "leave_one_out"}],
-    "multi_objective_aggregation": [{"multi_objective_aggregation": "normalize_then_sum"}],
+    "use_liger_kernel": [{"use_liger_kernel": True}],
+}
+# Refused by the trainer (tests/test_trainer.py) rather than by the configuration.
+REFUSED_ELSEWHERE = {"fsdp", "fsdp_config"}
+# Inherited option -> settings under which it is honoured with a warning that names it.
+QUALIFIED = {
     "top_entropy_quantile": [{"top_entropy_quantile": 0.2}],
     "off_policy_mask_threshold": [{"off_policy_mask_threshold": 0.5}],
-    "use_liger_kernel": [{"use_liger_kernel": True}],
+    "loss_type": [{"loss_type": "vespo", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}],
+}
+# Inherited option -> settings under which the learning rate is not adapted, which is an error where that was asked for.
+NOT_ADAPTED = {
     "lr_scheduler_type": [
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
         {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
@@ -41,24 +41,58 @@ REFUSED = {
         {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
         {"steps_per_generation": 1, "num_iterations": 2, "gradient_accumulation_steps": 3},
     ],
+    "per_device_train_batch_size": [{"per_device_train_batch_size": 8}],
 }
-# Refused by the trainer (tests/test_trainer.py) rather than by the configuration, or an alias of another row.
-REFUSED_ELSEWHERE = {"fsdp", "fsdp_config", "gradient_accumulation_steps"}
+# By the trainer rather than by the configuration, or an alias of another row.
+NOT_ADAPTED_ELSEWHERE = {"deepspeed", "gradient_accumulation_steps"}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name, cases in REFUSED.items() for options in cases]
-)
+def cases(table):
+    return [(name, options) for name, rows in table.items() for options in rows]
+
+
+@pytest.mark.parametrize(("name", "options"), cases(REFUSED))
 def test_what_cannot_be_honoured_is_refused_with_field_reason_and_remedy(tmp_path, name, options):
     with pytest.raises(ValueError, match=rf"cannot honour {name}=.+: .+\. Remedy: .+\.$"):
         config(tmp_path, **options)
+    kept = config(tmp_path, **options, baseline="leave_one_out", lr_adaptation="none")  # nothing needs scores
+    assert getattr(kept, name) == options[name]
 
 
-@pytest.mark.parametrize("name", ["loss_type", "top_entropy_quantile", "off_policy_mask_threshold"])
-def test_options_that_only_the_scoring_pass_forbids_are_honoured_without_it(tmp_path, name):
-    for options in REFUSED[name][:2]:
-        kept = config(tmp_path, **(options | {"baseline": "leave_one_out", "lr_adaptation": "none"}))
-        assert getattr(kept, name) == options[name]
+@pytest.mark.parametrize(("name", "options"), cases(QUALIFIED))
+def test_what_is_honoured_in_part_is_warned_of_where_it_matters(tmp_path, name, options):
+    with pytest.warns(UserWarning, match=f"(?i)^{name}={options[name]!r}: .+baseline.+ SNR.+"):
+        assert getattr(config(tmp_path, **options), name) == options[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(tmp_path, **options, baseline="leave_one_out", lr_adaptation="none")
+
+
+@pytest.mark.parametrize(("name", "options"), cases(NOT_ADAPTED))
+def test_a_rate_that_cannot_be_adapted_is_an_error_only_where_that_was_asked_for(tmp_path, name, options):
+    named = "lr_adaptation" if name == "per_device_train_batch_size" else name
+    match = rf"cannot honour {named}=.+: .+\. Remedy: .+ lr_adaptation='none'\.$"
+    for adaptation in ("trust_region", "snr"):
+        with pytest.raises(ValueError, match=match):
+            config(tmp_path, **options, lr_adaptation=adaptation)
+    for scope in ({}, {"score_scope": "lm_head"}):
+        with pytest.warns(UserWarning, match=f"learning rate is not adapted: lr_adaptation is 'none'.*{match}"):
+            args = config(tmp_path, **options, **scope)
+        assert args.lr_adaptation == "none"
+        assert args.baseline == "gradient_weighted"
+        assert args.learning_rate == GRPOConfig.learning_rate
+    with pytest.warns(UserWarning, match="not adapted"):
+        assert config(tmp_path, **options, learning_rate=0.1).learning_rate == 0.1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert config(tmp_path, **options, lr_adaptation="none").lr_adaptation == "none"
+    assert not [warning for warning in caught if "not adapted" in str(warning.message)]
+
+
+def test_a_loss_that_nobody_knows_has_no_scores(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot honour loss_type='surprise': .+\. Remedy: .+\.$"):
+        config(tmp_path, loss_type="surprise")
+    assert config(tmp_path, loss_type="surprise", baseline="group_mean", lr_adaptation="none").loss_type == "surprise"
 
 
 def table():
@@ -74,9 +108,12 @@ def test_the_document_lists_every_inherited_option_once():
     assert sorted(listed) == sorted(fields | newer)
 
 
-def test_the_document_marks_exactly_the_options_that_are_refused():
-    marked = {name for names, status in table() if status == "refused in part" for name in names}
-    assert marked == set(REFUSED) | REFUSED_ELSEWHERE
+def test_the_document_marks_exactly_the_options_that_are_refused_and_those_with_a_warning():
+    marked = {status: {name for names, s in table() if s == status for name in names} for _, status in table()}
+    assert marked.keys() == {"honoured", "honoured with a warning", "refused"}
+    assert marked["refused"] == set(REFUSED) | REFUSED_ELSEWHERE
+    assert len(marked["refused"]) <= 6
+    assert marked["honoured with a warning"] == set(QUALIFIED) | set(NOT_ADAPTED) | NOT_ADAPTED_ELSEWHERE
 
 
 @pytest.mark.parametrize(
@@ -222,13 +259,13 @@ def test_the_default_rate_is_trls_where_nothing_multiplies_it(tmp_path):
 
 
 # Prompts per step: TRL's batch defaults are 8 completions, one prompt, on one process.
-def test_one_prompt_per_step_is_refused_where_two_are_needed(tmp_path):
+def test_one_prompt_per_step_has_neither_an_snr_nor_a_prior(tmp_path):
     with pytest.raises(
         ValueError, match=r"lr_adaptation='trust_region': an optimizer step has 1 prompt x 8 .* Remedy: raise grad"
     ):
-        config(tmp_path, per_device_train_batch_size=8)
+        config(tmp_path, per_device_train_batch_size=8, lr_adaptation="trust_region")
     with pytest.warns(UserWarning, match="The baseline has no prior"):
-        config(tmp_path, per_device_train_batch_size=8, lr_adaptation="none")
+        config(tmp_path, per_device_train_batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -281,4 +318,4 @@ def test_a_prompt_that_a_step_sees_in_several_iterations_counts_once(
         assert plain.prompts_per_step == prompts
         if prompts == 1:
             with pytest.raises(ValueError, match="has 1 prompt x 8 completions"):
-                OBLRPOConfig("folder", **options)
+                OBLRPOConfig("folder", lr_adaptation="snr", **options)

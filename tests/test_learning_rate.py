@@ -32,9 +32,9 @@ def test_the_logged_multiplier_is_the_applied_one_where_a_step_has_several_batch
     assert logged(trainer, "gradient_snr/num_prompts") == [8, 8, 8]
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo", "dr_grpo"])
 def test_pooled_batches_count_as_the_loss_divides_them(tmp_path, loss_type):
-    """`dapo` and `cispo` divide by the tokens of a generation batch, so that one of short completions counts more."""
+    """`dapo`, `cispo` and `vespo` divide by the tokens of a generation batch, so that one of short completions counts more."""
     model = tiny_model("qwen3_untied", num_layers=2)
     optimizer = RecordingSGD(model.parameters(), lr=0.05)
     start = model.lm_head.weight.detach().clone()

@@ -1,6 +1,7 @@
 """The score is the gradient that the loss really takes: token weights against autograd through TRL's `_compute_loss`."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.scores import reference_scores
-from oblr_trl.scores.loss_weights import LINEAR_LOSS_TYPES, applied_importance_ratio, loss_token_weights
+from oblr_trl.scores.loss_weights import (
+    LINEAR_LOSS_TYPES,
+    applied_importance_ratio,
+    differentiates_sequences,
+    loss_token_weights,
+)
 from oblr_trl.scores.scoring_model import OldLogpsForward
 from tests.tiny_models import construct, random_batch, tiny_model
 
@@ -53,8 +59,14 @@ def token_weights(batch, loss_type, level):
     return loss_token_weights(loss_type, mask, ratio)
 
 
+# What `vespo` makes of vLLM's ratio depends on the sign of the advantage.
+CASES = [
+    case for case in itertools.product(LINEAR_LOSS_TYPES, LEVELS, RATIOS) if case[0] != "vespo" or case[2] == "none"
+]
+
+
 @pytest.mark.filterwarnings("ignore:When using")
-@pytest.mark.parametrize(("loss_type", "level", "ratio"), itertools.product(LINEAR_LOSS_TYPES, LEVELS, RATIOS))
+@pytest.mark.parametrize(("loss_type", "level", "ratio"), CASES)
 def test_the_token_weights_are_those_of_the_loss(tmp_path, loss_type, level, ratio):
     """At ratio 1 the gradient of the loss is -sum_i A_i s_i, up to one positive constant."""
     trainer = construct(GRPOTrainer, GRPOConfig, tmp_path, loss_type=loss_type, importance_sampling_level=level)
@@ -77,6 +89,37 @@ def test_bnpo_divides_by_the_mean_length_of_the_process():
     torch.testing.assert_close(loss_token_weights("bnpo", mask), expected)
 
 
+def test_bnpo_expects_the_micro_batch_that_a_completion_will_be_drawn_into():
+    """Against the mean over all micro-batches of m / (number of tokens), which the expected number stands for."""
+    lengths = [9, 12, 6, 10, 8, 15]
+    mask = (torch.arange(15) < torch.tensor(lengths).unsqueeze(1)).long()
+
+    def weights(m):
+        return loss_token_weights("bnpo", mask, micro_batch_size=m)[:, 0].tolist()
+
+    def drawn(m, i):
+        others = lengths[:i] + lengths[i + 1 :]
+        sums = [lengths[i] + sum(draw) for draw in itertools.combinations(others, m - 1)]
+        return sum(m / tokens for tokens in sums) / len(sums)
+
+    for m in (2, 3, 5):
+        expected = [drawn(m, i) for i in range(6)]
+        assert weights(m) == pytest.approx(expected, rel=0.03)
+        assert all(w < e for w, e in zip(weights(m), expected, strict=True))  # Jensen
+    assert weights(1) == pytest.approx(loss_token_weights("grpo", mask)[:, 0].tolist())
+    assert weights(6) == pytest.approx([6 / 60] * 6) == [drawn(6, 0)] * 6
+    torch.testing.assert_close(loss_token_weights("bnpo", torch.zeros(2, 3), micro_batch_size=1), torch.zeros(2, 3))
+
+
+def test_vespo_takes_vllms_ratio_as_one_which_is_right_to_first_order():
+    mask, ratio = torch.ones(2, 3), torch.full((2, 3), math.exp(0.01 / 3))
+    applied = applied_importance_ratio(ratio, mask, loss_type="vespo", importance_sampling_level="token")
+    torch.testing.assert_close(applied, torch.ones(2, 1))
+    # k - lambda = 2 - 3 for a positive, 3 - 2 for a negative advantage: weights of exp(-0.01) and exp(0.01), up to 0.01^2.
+    phi = GRPOTrainer.get_gamma_weights(torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 3), mask, ratio)
+    torch.testing.assert_close(phi, torch.tensor([[0.99], [1.01]]), rtol=0, atol=2e-4)
+
+
 def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
     # Tokens 1 and 2 are in the loss: (1 + 4) / 2. `cispo` has a ratio of sequences too, but differentiates tokens.
     mask, ratio = torch.tensor([[1, 1, 0]]), torch.tensor([[1.0, 4.0, 9.0]])
@@ -86,6 +129,7 @@ def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
     }
     torch.testing.assert_close(applied["dr_grpo"], torch.tensor([[2.5]]))
     torch.testing.assert_close(applied["cispo"], ratio)
+    assert [name for name in LINEAR_LOSS_TYPES if not differentiates_sequences(name, "sequence")] == ["cispo", "vespo"]
 
 
 @pytest.mark.filterwarnings("ignore:When using")
@@ -107,7 +151,9 @@ def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused
     forward = None
     if reused:
-        forward = trainer._old_logps_forward = OldLogpsForward(trainer.model, trainer._score_pass, "dr_grpo")
+        forward = trainer._old_logps_forward = OldLogpsForward(
+            trainer.model, trainer._score_pass, "dr_grpo", micro_batch_size=16
+        )
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(

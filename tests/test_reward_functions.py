@@ -182,3 +182,12 @@ def test_the_time_limit_leaves_signals_and_rewards_alone():
 def test_a_time_limit_must_be_positive(tmp_path, timeout):
     with pytest.raises(ValueError, match=r"cannot honour reward_timeout=.*seconds"):
         OBLRPOConfig(str(tmp_path), bf16=False, use_cpu=True, reward_timeout=timeout)
+
+
+def test_a_reward_function_may_be_called_without_the_trainers_arguments():
+    async def later(completions):
+        return [2.0 for _ in completions]
+
+    functions = RewardFunctions(None)
+    assert functions.wrap(lambda completions: [1.0 for _ in completions])(completions=["a", "b"]) == [1.0, 1.0]
+    assert asyncio.run(functions.wrap(later)(completions=["a"])) == [2.0]

@@ -12,6 +12,7 @@ from oblr_trl.baselines.formulas import (
 from oblr_trl.baselines.prior_strength import MEMORY_STRENGTH_GRID, PRIOR_STRENGTH_GRID, AutomaticPriorStrength
 from oblr_trl.baselines.prompt_memory import PromptMemory, prompt_key
 from oblr_trl.baselines.reward_scale import SCALE_EPSILON, leave_one_out_deviation, scaled_advantages
+from oblr_trl.baselines.rewards import normalized_rewards, summed_rewards
 
 __all__ = [
     "BASELINES",
@@ -28,6 +29,8 @@ __all__ = [
     "leave_one_out_baseline",
     "leave_one_out_deviation",
     "length_weighted_baseline",
+    "normalized_rewards",
     "prompt_key",
     "scaled_advantages",
+    "summed_rewards",
 ]

@@ -1,4 +1,8 @@
-"""What OBLR-PO cannot honour, as a table, and what it only warns of. `args` is an [`OBLRPOConfig`] throughout."""
+"""What OBLR-PO cannot honour, and what it honours with a qualification, as tables. `args` is an [`OBLRPOConfig`] throughout.
+
+An option may rule out that the learning rate is adapted. It is an error where `lr_adaptation` was asked for; where it was left unset,
+the run trains without, as [`~trl.GRPOTrainer`] does, and says so.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -116,71 +120,94 @@ _REFUSALS = (
     _Refusal(
         "loss_type",
         lambda args: args.needs_scores and args.loss_type not in LINEAR_LOSS_TYPES,
-        "its gradient is not linear in the advantage (or it is unknown), so no baseline minimises its variance",
-        f"use one of {list(LINEAR_LOSS_TYPES)}",
-    ),
-    _Refusal(
-        "loss_type",
-        lambda args: args.needs_scores and args.loss_type == "bnpo" and args.steps_per_generation > 1,
-        "it divides by the token count of micro-batches that are drawn only after scoring",
-        "use 'dapo', which divides by the whole batch's count, or steps_per_generation=1",
-    ),
-    _Refusal(
-        "top_entropy_quantile",
-        lambda args: args.needs_scores and args.top_entropy_quantile < 1.0,
-        "it drops tokens by a quantile of micro-batches that are drawn only after scoring",
-        "set it to 1.0",
-    ),
-    _Refusal(
-        "off_policy_mask_threshold",
-        lambda args: args.needs_scores and args.off_policy_mask_threshold is not None,
-        "it drops completions by the sign of their advantage, which biases any baseline",
-        "leave it unset",
+        "it is not known, nor is what it multiplies a token's gradient by",
+        f"use one of {list(LINEAR_LOSS_TYPES)}, or baseline='group_mean' with lr_adaptation='none'",
     ),
     _Refusal(
         "use_liger_kernel",
         lambda args: args.needs_scores and args.use_liger_kernel,
-        "its fused layers hide inputs and output gradients from the scoring pass",
-        "set it to False; model_init_kwargs={'use_kernels': True} keeps the layers",
+        "the scores of its layers have not been checked, and TRL removes it in its next major release",
+        "set it to False; model_init_kwargs={'use_kernels': True} takes its place",
     ),
-    _Refusal(
-        "multi_objective_aggregation",
-        lambda args: args.baseline != "group_mean" and args.multi_objective_aggregation != "sum_then_normalize",
-        "it normalises every reward function by its own group mean, which leaves no reward to take a baseline of",
-        "use 'sum_then_normalize', or baseline='group_mean'",
-    ),
-    # The SNR multiplies the rate of every step, known before its first micro-batch.
+)
+
+# Options under which the learning rate cannot be adapted: its rate is that of a step, known before the first micro-batch.
+_OBSTACLES = (
     _Refusal(
         "lr_scheduler_type",
-        lambda args: _adapts(args) and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        lambda args: args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
         "it sets the learning rate from an evaluation metric, which the SNR multiplier would overwrite",
         "use a schedule of steps, or lr_adaptation='none'",
     ),
     _Refusal(
         "optim",
-        lambda args: _adapts(args) and any(word in OptimizerNames(args.optim).value for word in ("layerwise", "lomo")),
+        lambda args: any(word in OptimizerNames(args.optim).value for word in ("layerwise", "lomo")),
         "it steps inside the backward pass without parameter groups whose learning rate could be set",
         "use another optimizer, or lr_adaptation='none'",
     ),
     _Refusal(
         "steps_per_generation",
-        lambda args: _adapts(args) and (_straddles(args, 1) or _straddles(args, args.num_iterations)),
+        lambda args: _straddles(args, 1) or _straddles(args, args.num_iterations),
         "optimizer steps of {args.gradient_accumulation_steps} micro-batches would straddle generation batches, each of which lasts "
         "for {args.num_iterations} x as many, so that no batch's SNR would be that of the step",
-        "make it, and its product with num_iterations, a divisor or a multiple of gradient_accumulation_steps",
+        "make it, and its product with num_iterations, a divisor or a multiple of gradient_accumulation_steps, or set "
+        "lr_adaptation='none'",
+    ),
+)
+
+
+class _Qualification(NamedTuple):
+    """An option that is honoured, but not in every respect."""
+
+    field: str
+    applies: Callable[[Any], bool]
+    text: str
+
+
+_QUALIFICATIONS = (
+    _Qualification(
+        "top_entropy_quantile",
+        lambda args: args.needs_scores and args.top_entropy_quantile < 1.0,
+        "the loss leaves out tokens of low entropy, by a quantile of micro-batches that are drawn after scoring. The baseline's "
+        "weights and the SNR are those of all tokens. But for that quantile the gradient stays unbiased: the entropy at a token is known "
+        "before the token is drawn",
+    ),
+    _Qualification(
+        "off_policy_mask_threshold",
+        lambda args: args.needs_scores and args.off_policy_mask_threshold is not None,
+        "the loss drops completions of negative advantage once the policy has moved away from them. Baseline and SNR are those of "
+        "the batch before that",
+    ),
+    _Qualification(
+        "loss_type",
+        lambda args: (
+            args.needs_scores
+            and args.loss_type == "vespo"
+            and args.use_vllm
+            and args.vllm_importance_sampling_correction
+        ),
+        "it weights a completion by vLLM's importance ratio and by the sign of the advantage, which is known only after scoring. The "
+        "baseline's weights and the SNR are those at ratio 1, right to first order",
     ),
 )
 
 
 def check_options(args: Any) -> None:
-    """Raise a `ValueError` for the first option that cannot be honoured."""
+    """Raise a `ValueError` for the first option that cannot be honoured, and warn of those that are in part."""
+    for obstacle in _OBSTACLES:
+        if _adapts(args) and obstacle.applies(args):
+            _do_not_adapt(args, obstacle.field, obstacle.reason.format(args=args), obstacle.remedy)
     for refusal in _REFUSALS:
         if refusal.applies(args):
-            _refuse(refusal.field, getattr(args, refusal.field), refusal.reason.format(args=args), refusal.remedy)
+            raise ValueError(_refusal(args, refusal.field, refusal.reason.format(args=args), refusal.remedy))
+    for name, applies, text in _QUALIFICATIONS:
+        if applies(args):
+            warnings.warn(f"{name}={getattr(args, name)!r}: {text}.")
 
 
 def check_prompts(args: Any) -> None:
-    """Refuse or warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch."""
+    """Warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch. With a single one
+    the learning rate cannot be adapted."""
     per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
     batch = (
         f"an optimizer step has {per_step:g} prompt{'' if per_step == 1 else 's'} x {args.num_generations} "
@@ -191,13 +218,13 @@ def check_prompts(args: Any) -> None:
     if args.num_generations == 1 and per_batch < 2:
         reason = f"a generation batch of one prompt has no other completion to take a baseline from, and {batch}"
         size = "steps_per_generation (gradient_accumulation_steps unless set) or per_device_train_batch_size"
-        _refuse("num_generations", 1, reason, f"raise {size}, or use at least 2 completions")
+        raise ValueError(_refusal(args, "num_generations", reason, f"raise {size}, or use at least 2 completions"))
     remedy = f"raise gradient_accumulation_steps, with {MIN_PROMPTS} prompts or more per step as the aim"
     if args.num_generations > 1:
         remedy += ", or lower num_generations"
     if _adapts(args) and max(per_step, per_batch) < 2:
         reason = f"{batch}, and the noise of a gradient shows only between prompts"
-        _refuse("lr_adaptation", args.lr_adaptation, reason, f"{remedy}, or set lr_adaptation='none'")
+        _do_not_adapt(args, "lr_adaptation", reason, f"{remedy}, or set lr_adaptation='none'")
     if _has_prior(args) and per_batch < 2:
         warnings.warn(
             f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
@@ -218,15 +245,22 @@ def check_dataset(args: Any, num_prompts: int) -> None:
         )
 
 
+def adapt_if_possible(args: Any, check: Callable[[Any], None], subject: Any) -> None:
+    """Apply a check that raises a `ValueError` for what keeps the learning rate from being adapted."""
+    if not _adapts(args):
+        return
+    try:
+        check(subject)
+    except ValueError as error:
+        if not args.default_to("none"):
+            raise
+        _warn_not_adapted(str(error))
+
+
 def check_backend(trainer: Any) -> None:
     """Raise a `ValueError` for what the trainer's backend does that OBLR-PO cannot work with."""
     args, state = trainer.args, trainer.accelerator.state
-    deepspeed = state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    if args.lr_adaptation != "none" and deepspeed is not None and "scheduler" in deepspeed.deepspeed_config:
-        raise ValueError(
-            "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
-            "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."
-        )
+    adapt_if_possible(args, _check_deepspeed, state.deepspeed_plugin if trainer.is_deepspeed_enabled else None)
     if args.needs_scores and trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
             "OBLR-PO's scoring pass needs parameters of their own shape, which FSDP 1 flattens. Remedy: set fsdp_version: 2 in "
@@ -250,6 +284,27 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _refuse(name: str, value: object, reason: str, remedy: str) -> None:
+def _check_deepspeed(plugin: Any) -> None:
+    if plugin is not None and "scheduler" in plugin.deepspeed_config:
+        raise ValueError(
+            "DeepSpeed steps the scheduler of its file itself, so that the SNR could not multiply its rate. Remedy: remove the "
+            "`scheduler` section from the DeepSpeed file and set `lr_scheduler_type`, or set lr_adaptation='none'."
+        )
+
+
+def _do_not_adapt(args: Any, name: str, reason: str, remedy: str) -> None:
+    """Refuse the adaptation that was asked for, or switch off the default with a warning."""
+    refusal = _refusal(args, name, reason, remedy)
+    if not args.default_to("none"):
+        raise ValueError(refusal)
+    _warn_not_adapted(refusal)
+
+
+def _warn_not_adapted(refusal: str) -> None:
+    warnings.warn(f"The learning rate is not adapted: lr_adaptation is 'none', as in GRPOTrainer. {refusal}")
+
+
+def _refusal(args: Any, name: str, reason: str, remedy: str) -> str:
+    value = getattr(args, name)
     value = value.value if isinstance(value, SchedulerType | OptimizerNames) else value
-    raise ValueError(f"OBLR-PO cannot honour {name}={value!r}: {reason}. Remedy: {remedy}.")
+    return f"OBLR-PO cannot honour {name}={value!r}: {reason}. Remedy: {remedy}."

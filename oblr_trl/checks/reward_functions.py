@@ -49,13 +49,17 @@ class RewardFunctions:
             return reward_func
         name = get_callable_name(reward_func)
 
-        def call(prompts: list, **kwargs: Any) -> list:
+        def call(prompts: list | None = None, **kwargs: Any) -> list:
+            if prompts is None:  # not a call of the trainer's
+                return reward_func(**kwargs)
             try:
                 return _call_in_time(lambda: _checked(reward_func(prompts=prompts, **kwargs), prompts), self.timeout)
             except Exception as error:
                 return self._keep(error, name, prompts)
 
-        async def call_async(prompts: list, **kwargs: Any) -> list:
+        async def call_async(prompts: list | None = None, **kwargs: Any) -> list:
+            if prompts is None:
+                return await reward_func(**kwargs)
             try:
                 return _checked(await _await_in_time(reward_func(prompts=prompts, **kwargs), self.timeout), prompts)
             except Exception as error:

@@ -77,15 +77,17 @@ class ScoringModel:
 class OldLogpsForward:
     """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
 
-    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str) -> None:
+    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str, *, micro_batch_size: int) -> None:
         self._model = model
         self._score_pass = score_pass
         self._loss_type = loss_type
+        self._micro_batch_size = micro_batch_size
         self.scoring_model: ScoringModel | None = None
 
     def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
         """The scoring pass in the shape of a model where it is due, else `model`."""
         if model is not self._model or self.scoring_model is not None:
             return model
-        self.scoring_model = ScoringModel(self._score_pass, loss_token_weights(self._loss_type, loss_mask))
+        token_weights = loss_token_weights(self._loss_type, loss_mask, micro_batch_size=self._micro_batch_size)
+        self.scoring_model = ScoringModel(self._score_pass, token_weights)
         return self.scoring_model
