@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from oblr_trl.baselines import BASELINES
-from oblr_trl.checks.options import LR_ADAPTATIONS, check_options, check_prompts
+from oblr_trl.checks.options import LR_ADAPTATIONS, TRUST_REGION_SCOPES, check_options, check_prompts
 from oblr_trl.scores.loss_weights import differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
@@ -34,9 +34,11 @@ class OBLRPOConfig(GRPOConfig):
         baseline_prior_strength (`float`, *optional*):
             Prior strength of `"gradient_weighted"`, in pseudo-completions drawn from the other prompts of the batch: 0 is the
             paper's formula, `inf` one baseline for the batch. If `None` (default), it is chosen from earlier batches.
-        score_scope (`str`, *optional*, defaults to `"all"`):
-            Parameters whose gradient makes up a score: `"all"` trainable ones, those of the `"last_k"` blocks, or `"lm_head"`
-            (the output projection: forward pass only, the cheapest).
+        score_scope (`str`, *optional*, defaults to `"auto"`):
+            Parameters whose gradient makes up a score: all trainable ones that the pass can score (`"auto"`; a line at the start
+            says which it cannot, and if it can none the output projection stands in for them), `"all"` trainable ones, one that
+            cannot be scored being an error, those of the `"last_k"` blocks, or `"lm_head"` (the output projection: forward pass
+            only, the cheapest). The baseline is unbiased whatever the scores leave out.
         score_last_k (`int`, *optional*):
             Number of blocks for `score_scope="last_k"`.
         score_method (`str`, *optional*, defaults to `"sketch"`):
@@ -45,8 +47,9 @@ class OBLRPOConfig(GRPOConfig):
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         lr_adaptation (`str`, *optional*):
-            Defaults to `"trust_region"`, which needs `score_scope="all"`, and to `"snr"` with another scope. `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
-            training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
+            Defaults to `"trust_region"`, and to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
+            scopes `"last_k"` and `"lm_head"`. `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per
+            generation batch, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
@@ -115,9 +118,10 @@ class OBLRPOConfig(GRPOConfig):
         },
     )
     score_scope: str = field(
-        default="all",
+        default="auto",
         metadata={
-            "help": "Parameters whose gradient makes up a score: 'all', 'last_k' or 'lm_head'.",
+            "help": "Parameters whose gradient makes up a score: 'auto' (all trainable ones that can be scored), 'all', 'last_k' or "
+            "'lm_head'.",
             "choices": SCOPES,
         },
     )
@@ -131,8 +135,8 @@ class OBLRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
-            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', with another "
-            "score_scope than 'all' 'snr'.",
+            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', or 'snr' where "
+            "scores cover less than 0.9 of the trainable entries.",
             "choices": LR_ADAPTATIONS,
         },
     )
@@ -156,13 +160,22 @@ class OBLRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._defaulted = {name for name in ("lr_adaptation", "learning_rate") if getattr(self, name) is None}
         if self.lr_adaptation is None:
-            self.lr_adaptation = "trust_region" if self.score_scope == "all" else "snr"
+            self.lr_adaptation = "trust_region" if self.score_scope in TRUST_REGION_SCOPES else "snr"
         if self.learning_rate is None:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
         super().__post_init__()
         check_options(self)
         check_prompts(self)
+
+    def default_to_snr(self) -> bool:
+        """Let `lr_adaptation` be `"snr"`, and `learning_rate` its default, if neither was given; `False` if `lr_adaptation` was."""
+        if "lr_adaptation" in self._defaulted:
+            self.lr_adaptation = "snr"
+            if "learning_rate" in self._defaulted:
+                self.learning_rate = _SNR_LEARNING_RATE
+        return self.lr_adaptation == "snr"
 
     @property
     def needs_scores(self) -> bool:
