@@ -125,6 +125,27 @@ def test_accumulated_gradients_survive_and_no_gradient_is_added():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_backward_hooks_wait_for_training(fails):
+    """ZeRO-3 reduces the gradients of experts in one of theirs."""
+    model, called = model_with(nn.Linear(64, 128)), []
+    hook = model.model.layers[0].mlp.register_full_backward_hook(lambda *_: called.append("hook"))
+    pre_hook = model.model.layers[1].register_full_backward_pre_hook(lambda *_: called.append("pre-hook"))
+    if fails:
+        register_score_rule(nn.Linear, failing_rule)
+        with pytest.raises(RuntimeError, match="broken layer"):
+            score_sketches(model, *random_batch())
+    else:
+        score_sketches(model, *random_batch())
+    assert not called
+    input_ids = random_batch()[0]
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert sorted(called) == ["hook", "pre-hook"]
+    hook.remove()
+    pre_hook.remove()
+    assert not model.model.layers[0].mlp._backward_hooks
+
+
 def test_callers_without_gradients_are_served():
     model, batch = tiny_model(), random_batch()
     expected = score_sketches(model, *batch)

@@ -148,26 +148,26 @@ def recomputed_rule(module: Any, call: LayerCall, grad_outputs: tuple[Tensor | N
     r"""Any layer: its forward once more for each sequence, \\( \nabla p = \sum_o \delta_o^\top \partial o / \partial p \\). For layers
     that are little arithmetic, such as routers, norms with a gate and norms of other kinds."""
     parameters = dict(module.named_parameters(recurse=False))
-    gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    # The parameters themselves have hooks of backends, which reduce gradients.
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in leaves}
     try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        module._parameters.update(leaves)
         for i, (args, kwargs) in enumerate(call.of_sequences()):
             with torch.enable_grad(), call.autocast:
                 outputs = float_tensors(module.forward(*args, **kwargs))
             used = [(o, g[i].reshape(o.shape)) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
             found = torch.autograd.grad(
                 [o for o, _ in used],
-                list(parameters.values()),
+                list(leaves.values()),
                 [g for _, g in used],
                 allow_unused=True,
                 materialize_grads=True,
             )
-            for name, gradient in zip(parameters, found, strict=True):
+            for name, gradient in zip(leaves, found, strict=True):
                 gradients[name].append(gradient.flatten())
     finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
+        module._parameters.update(parameters)
     return {name: DenseGradient(torch.stack(parts)) for name, parts in gradients.items()}
 
 

@@ -25,7 +25,13 @@ from oblr_trl.scores.head import HeadScores, score_head
 from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
 from oblr_trl.scores.rules import apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
-from oblr_trl.scores.taps import frozen_parameters, intercepted_head, non_reentrant_checkpointing, tapped
+from oblr_trl.scores.taps import (
+    frozen_parameters,
+    intercepted_head,
+    non_reentrant_checkpointing,
+    suspended_backward_hooks,
+    tapped,
+)
 
 METHODS = ("sketch", "exact")
 
@@ -131,6 +137,7 @@ class _MicroBatch:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(scoped.names)))
             stack.enter_context(frozen_parameters(settings.model))
+            stack.enter_context(suspended_backward_hooks(settings.model))
             stack.enter_context(non_reentrant_checkpointing(settings.model, enabled=settings.gradient_checkpointing))
             head_calls = stack.enter_context(intercepted_head(scoped.head, self._score_head))
             if scoped.first_block is not None:

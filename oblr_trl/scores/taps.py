@@ -1,4 +1,5 @@
-"""What the scoring pass borrows from a model while it runs: taps on layers, the call of its head, frozen parameters, checkpointing.
+"""What the scoring pass borrows from a model while it runs: taps on layers, the call of its head, frozen parameters,
+quiet backward hooks, checkpointing.
 
 A tap is an autograd node behind a layer that sees the layer's input and output gradient. Unlike `register_full_backward_hook` it
 keeps the input with `save_for_backward`, so gradient checkpointing frees and recomputes it like any other activation; unlike
@@ -6,7 +7,7 @@ keeps the input with `save_for_backward`, so gradient checkpointing frees and re
 """
 
 import functools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -88,8 +89,12 @@ def tapped(
         remaining = iter(results)
         return tuple(next(remaining) if any(o is tensor for tensor in outputs) else o for o in output)
 
-    # Before any other hook: the backward pass then comes to a tap after the hooks of ZeRO-3 that gather the parameters.
-    handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in modules]
+    # A rule that reads parameters comes before any other hook of its layer: the backward pass then reaches it after the hooks of
+    # ZeRO-3 that gather them. Others come last: the output of an embedding, which ZeRO-3 expects no gradient of, stays as it is.
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True, prepend=isinstance(find_score_rule(module), CallRule))
+        for module in modules
+    ]
     try:
         yield calls
     finally:
@@ -156,6 +161,21 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def suspended_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Let no module's backward hooks be called while the block runs: they wait for training's gradients. ZeRO-3's on a mixture of experts
+    reduces the weight gradients of its experts, of which the pass forms none."""
+    hooked: list[Any] = [module for module in model.modules() if module._backward_hooks or module._backward_pre_hooks]
+    before = [(module._backward_hooks, module._backward_pre_hooks) for module in hooked]
+    for module in hooked:
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks in zip(hooked, before, strict=True):
+            module._backward_hooks, module._backward_pre_hooks = hooks
 
 
 @contextmanager
