@@ -84,10 +84,12 @@ def _rule_of_transformers(module: Any, name: str) -> ScoreRule | CallRule | None
         return CallRule(dense_experts_rule)
     if routes_tokens(module):
         return CallRule(experts_rule)
+    # Of its models: its integrations hold layers in packed formats.
+    of_a_model = forward_owner(module).__module__.startswith("transformers.models.")
     is_leaf = len(parameters) == len(list(module.parameters()))
     shapes = [full_shape(parameter) for parameter in parameters.values()]
     small = all(len(shape) <= 2 and math.prod(shape) <= _MAX_RECOMPUTED_ENTRIES for shape in shapes)
-    return CallRule(recomputed_rule) if is_leaf and small else None
+    return CallRule(recomputed_rule) if of_a_model and is_leaf and small else None
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
@@ -146,7 +148,8 @@ def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients
 
 def recomputed_rule(module: Any, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> Gradients:
     r"""Any layer: its forward once more for each sequence, \\( \nabla p = \sum_o \delta_o^\top \partial o / \partial p \\). For layers
-    that are little arithmetic, such as routers, norms with a gate and norms of other kinds."""
+    that are little arithmetic, such as routers, norms with a gate and norms of other kinds. Random numbers, where a layer draws any,
+    are drawn anew."""
     parameters = dict(module.named_parameters(recurse=False))
     # The parameters themselves have hooks of backends, which reduce gradients.
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
