@@ -9,8 +9,9 @@ from torch import nn
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.scores import DenseGradient, OuterProduct, reference_scores, score_sketches
-from oblr_trl.scores.calls import Layout
+from oblr_trl.scores.calls import LayerCall, Layout, current_autocast
 from oblr_trl.scores.projections import Projections, SketchAccumulator
+from oblr_trl.scores.rules import recomputed_rule
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.trust_region import TrustRegion
 from tests.model_zoo import MODELS, NOT_TRAINED_BY_TRL, zoo_model
@@ -118,6 +119,18 @@ def test_experts_of_a_model_under_autocast_stay_close(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = score_sketches(zoo_model(name).eval(), *batch, method="exact")
     assert (half[1:] / truth[1:]).log().abs().max() < 0.2
+
+
+def test_a_layer_is_recomputed_under_the_autocast_of_its_call():
+    """In the backward pass none is on, and float32 weights do not multiply bfloat16 inputs."""
+    router = zoo_model("Qwen3Moe").model.layers[0].mlp.gate
+    hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call = LayerCall(Layout(2, 3), (hidden,), {}, current_autocast("cpu"))
+        _, scores, _ = router(hidden)
+    gradients = recomputed_rule(router, call, (None, torch.ones_like(scores).view(2, 3, -1)))
+    assert gradients["weight"].values.shape == (2, 4 * 32)
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
 
 
 def test_auto_is_all_where_everything_is_scored(caplog, tmp_path):
