@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from oblr_trl.baselines import BASELINES
-from oblr_trl.checks.options import LR_ADAPTATIONS, check_options, check_prompts
+from oblr_trl.checks.options import LR_ADAPTATIONS, TRUST_REGION_SCOPES, check_options, check_prompts
 from oblr_trl.scores.loss_weights import differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
@@ -48,9 +48,11 @@ class OBLRPOConfig(GRPOConfig):
             prior whose strength is chosen from earlier batches (see [`~baselines.PromptMemory`]). The least recently visited
             leave first. Takes effect when a prompt comes back, in the second epoch. Defaults to 65536; to 0, no memory, with
             `baseline_prior_strength=0` (the paper) and with other baselines.
-        score_scope (`str`, *optional*, defaults to `"all"`):
-            Parameters whose gradient makes up a score: `"all"` trainable ones, those of the `"last_k"` blocks, or `"lm_head"`
-            (the output projection: forward pass only, the cheapest).
+        score_scope (`str`, *optional*, defaults to `"auto"`):
+            Parameters whose gradient makes up a score: all trainable ones that the pass can score (`"auto"`; a line at the start
+            says which it cannot, and if it can none the output projection stands in for them), `"all"` trainable ones, one that
+            cannot be scored being an error, those of the `"last_k"` blocks, or `"lm_head"` (the output projection: forward pass
+            only, the cheapest). The baseline is unbiased whatever the scores leave out.
         score_last_k (`int`, *optional*):
             Number of blocks for `score_scope="last_k"`.
         score_method (`str`, *optional*, defaults to `"sketch"`):
@@ -59,9 +61,10 @@ class OBLRPOConfig(GRPOConfig):
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         lr_adaptation (`str`, *optional*):
-            Defaults to `"trust_region"`, which needs `score_scope="all"`, to `"snr"` with another scope, and with a warning to
-            `"none"` where the rate cannot be adapted (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per generation batch, found while
-            training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
+            Defaults to `"trust_region"`; to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
+            scopes `"last_k"` and `"lm_head"`; and with a warning to `"none"` where the rate cannot be adapted
+            (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per
+            generation batch, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
@@ -134,9 +137,10 @@ class OBLRPOConfig(GRPOConfig):
         },
     )
     score_scope: str = field(
-        default="all",
+        default="auto",
         metadata={
-            "help": "Parameters whose gradient makes up a score: 'all', 'last_k' or 'lm_head'.",
+            "help": "Parameters whose gradient makes up a score: 'auto' (all trainable ones that can be scored), 'all', 'last_k' or "
+            "'lm_head'.",
             "choices": SCOPES,
         },
     )
@@ -150,8 +154,8 @@ class OBLRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
-            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', with another "
-            "score_scope than 'all' 'snr', where neither is possible 'none'.",
+            "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', or 'snr' where "
+            "scores cover less than 0.9 of the trainable entries, where neither is possible 'none'.",
             "choices": LR_ADAPTATIONS,
         },
     )
@@ -176,7 +180,7 @@ class OBLRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._defaulted = {name for name in ("lr_adaptation", "learning_rate") if getattr(self, name) is None}
-        self.default_to("trust_region" if self.score_scope == "all" else "snr")
+        self.default_to("trust_region" if self.score_scope in TRUST_REGION_SCOPES else "snr")
         if self.baseline_memory_size is None:
             has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
             self.baseline_memory_size = _MEMORY_SIZE if has_prior else 0

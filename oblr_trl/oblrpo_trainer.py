@@ -22,6 +22,7 @@ from oblr_trl.baselines import (
     summed_rewards,
 )
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
+from oblr_trl.checks.coverage import settle_coverage
 from oblr_trl.checks.options import adapt_if_possible, check_backend, check_dataset, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
@@ -161,8 +162,12 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         check_backend(self)
         check_vocabulary(self.model, self._tokenizer)
         if args.needs_scores:
-            # Unknown layers fail before any work is done.
+            # Layers that cannot be scored fail, or are reported, before any work is done.
             scoped = resolve_scope(self.model, args.score_scope, args.score_last_k)
+            line = settle_coverage(scoped, self.args)
+            if line is not None and self.is_world_process_zero():
+                logger.warning(line)
+            averages.holds_back = args.lr_adaptation != "trust_region"
             self._num_parameters = scoped.num_parameters
             self._score_pass = ScorePass(
                 self.model,
@@ -397,12 +402,13 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             )
         weighted = batch.token_weights > 0  # others are masked, and say nothing of how far they moved
         scores = batch.sketches[weighted] / batch.token_weights[weighted].unsqueeze(1)
-        num_parameters = resolve_scope(self.model, self.args.score_scope, None).num_parameters
+        scoped = resolve_scope(self.model, self.args.score_scope, None)
+        num_parameters = scoped.num_parameters
         if num_parameters != self._num_parameters:  # some were frozen or unfrozen
             self._num_parameters = num_parameters
             region.forget_parameters()
         if math.isnan(region.rate) and bool(scores.any()):
-            region.start(scores.square().sum(dim=1).mean().item(), num_parameters, num_steps=num_steps)
+            region.start(scores.square().sum(dim=1).mean().item(), scoped.num_trainable, num_steps=num_steps)
         movement = region.observe(
             scores,
             advantages[weighted],

@@ -47,6 +47,7 @@ HONOURED = {
     "an untied head": (lora_config(modules_to_save=["lm_head"]), "qwen3_untied"),
     "a copy of a tied head": (lora_config(modules_to_save=["lm_head"]), "qwen3"),
     "an untied embedding": (lora_config(modules_to_save=["embed_tokens"]), "qwen3_untied"),
+    "norms": (LNTuningConfig(target_modules=["input_layernorm", "norm"]), "qwen3"),
     "two copies": (lora_config(modules_to_save=["lm_head", "embed_tokens"]), "qwen3"),
     "two copies that stay tied": (
         lora_config(modules_to_save=["lm_head", "embed_tokens"], ensure_weight_tying=True),
@@ -103,7 +104,6 @@ REFUSED = {
     ),
     "trainable tokens": (lora_config(trainable_token_indices=[3, 4]), "TrainableTokensLayer`"),
     "IA3": (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), r"peft\.tuners\.ia3.*ia3_l\.default"),
-    "LayerNorm tuning": (LNTuningConfig(target_modules=["input_layernorm"]), r"peft\.tuners\.ln_tuning"),
     "Lily": (LilyConfig(target_modules=["q_proj"]), r"peft\.tuners\.lily.*lily_A"),
     "a prefix": (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PrefixEncoder`"),
 }
@@ -114,8 +114,24 @@ REFUSED = {
 def test_methods_other_than_lora_are_refused_by_name_before_any_work(tmp_path, name):
     config, message = REFUSED[name]
     model, trainer = tiny_model("qwen3_untied", num_layers=2), {"peft_config": config}
-    with pytest.raises(ValueError, match=rf"{message}.*or score the output projection alone \(`scope='lm_head'`"):
-        construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, trainer=trainer)
+    with pytest.raises(ValueError, match=rf"{message}.*use `scope='auto'`.*or `scope='lm_head'`"):
+        construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, trainer=trainer, score_scope="all")
+
+
+@pytest.mark.filterwarnings("ignore:.*lm_head")
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("Lily", "a prefix")])
+def test_methods_without_a_rule_train_with_the_default_options(tmp_path, name, caplog):
+    options = {"gradient_checkpointing": False, "lr_adaptation": None, "max_steps": 1}
+    model = tiny_model("qwen3_untied", num_layers=2)
+    trainer = train(Recording, OBLRPOConfig, tmp_path, model=model, peft_config=REFUSED[name][0], **options)
+    assert "Left out of the baseline's weights and of the SNR" in caplog.text
+    covered = resolve_scope(trainer.model, "auto", None).coverage
+    assert trainer.args.lr_adaptation == ("trust_region" if covered >= 0.9 else "snr")
+    moved = [
+        key for key, parameter in trainer.model.named_parameters() if not torch.equal(parameter, trainer.start[key])
+    ]
+    assert moved
+    assert all(value > 0 for value in logged(trainer, "score/norm/mean"))
 
 
 # Lily's router averages over the batch, so no sequence has a log-probability of its own.

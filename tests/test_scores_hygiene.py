@@ -1,6 +1,7 @@
 """What the scoring pass leaves behind (nothing), refuses, and holds in memory."""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -124,6 +125,27 @@ def test_accumulated_gradients_survive_and_no_gradient_is_added():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_backward_hooks_wait_for_training(fails):
+    """ZeRO-3 reduces the gradients of experts in one of theirs."""
+    model, called = model_with(nn.Linear(64, 128)), []
+    hook = model.model.layers[0].mlp.register_full_backward_hook(lambda *_: called.append("hook"))
+    pre_hook = model.model.layers[1].register_full_backward_pre_hook(lambda *_: called.append("pre-hook"))
+    if fails:
+        register_score_rule(nn.Linear, failing_rule)
+        with pytest.raises(RuntimeError, match="broken layer"):
+            score_sketches(model, *random_batch())
+    else:
+        score_sketches(model, *random_batch())
+    assert not called
+    input_ids = random_batch()[0]
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert sorted(called) == ["hook", "pre-hook"]
+    hook.remove()
+    pre_hook.remove()
+    assert not model.model.layers[0].mlp._backward_hooks
+
+
 def test_callers_without_gradients_are_served():
     model, batch = tiny_model(), random_batch()
     expected = score_sketches(model, *batch)
@@ -193,13 +215,6 @@ def test_bad_options_are_refused(options, message):
         score_sketches(tiny_model(), *random_batch(), **options)
 
 
-def test_heads_whose_logits_are_transformed_are_refused():
-    model = tiny_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
-        score_sketches(model, *random_batch())
-
-
 def test_a_head_with_a_forward_of_its_own_is_refused():
     """A quantized head is a kind of `nn.Linear`, with a packed or scaled `weight`."""
     model = tiny_model("qwen3_untied")
@@ -264,20 +279,23 @@ def test_the_head_is_tiled_over_positions_and_vocabulary():
     assert mode.largest < num_tokens * vocab_size / 3
 
 
+@pytest.mark.parametrize("softcap", [math.inf, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_head_pass_equals_autograd_across_tiles(bias):
+def test_the_head_pass_equals_autograd_across_tiles(bias, softcap):
     torch.manual_seed(0)
     vocab_size, temperature = 20_000, 0.7
     hidden = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     weight, projection = (torch.randn(vocab_size, size, dtype=torch.float64) for size in (6, 3))
     offset = torch.randn(vocab_size, dtype=torch.float64) if bias else None
     targets = torch.randint(0, vocab_size, (40,))
-    logits = torch.nn.functional.linear(hidden, weight, offset) / temperature
+    logits = torch.nn.functional.linear(hidden, weight, offset)
     logits.retain_grad()
-    log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    scaled = (logits if softcap == math.inf else softcap * torch.tanh(logits / softcap)) / temperature
+    log_probs = scaled.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
     log_probs.sum().backward()
 
-    result = head_pass(hidden.detach(), weight, offset, targets, [weight, projection], temperature=temperature)
+    options = {"temperature": temperature, "softcap": softcap}
+    result = head_pass(hidden.detach(), weight, offset, targets, [weight, projection], **options)
     torch.testing.assert_close(result.log_probs, log_probs.detach())
-    torch.testing.assert_close(result.log_normalizer, logits.detach().logsumexp(-1))
-    torch.testing.assert_close(result.gradients, (hidden.grad, logits.grad @ projection / temperature))
+    torch.testing.assert_close(result.log_normalizer, scaled.detach().logsumexp(-1))
+    torch.testing.assert_close(result.gradients, (hidden.grad, logits.grad @ projection))

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-_SCALE_EPSILON = 1e-4  # of TRL; a function that gives equal rewards has deviation 0
+from oblr_trl.baselines.reward_scale import SCALE_EPSILON
 
 
 def summed_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
@@ -53,4 +53,4 @@ def normalized_rewards(rewards_per_func: Tensor, weights: Tensor, *, by_group: b
     deviations = r - r.nanmean(dim=dim, keepdim=True)
     degrees = (~r.isnan()).sum(dim=dim, keepdim=True) - 1
     std = (deviations.square().nansum(dim=dim, keepdim=True) / degrees.clamp(min=1)).sqrt()
-    return summed_rewards(deviations / (std + _SCALE_EPSILON), weights.double()).to(rewards_per_func.dtype)
+    return summed_rewards(deviations / (std + SCALE_EPSILON), weights.double()).to(rewards_per_func.dtype)

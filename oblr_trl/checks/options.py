@@ -19,6 +19,7 @@ from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
 LR_ADAPTATIONS = ("trust_region", "snr", "none")
+TRUST_REGION_SCOPES = ("auto", "all")
 
 
 class _Refusal(NamedTuple):
@@ -99,9 +100,9 @@ _REFUSALS = (
     ),
     _Refusal(
         "score_scope",
-        lambda args: args.lr_adaptation == "trust_region" and args.score_scope != "all",
+        lambda args: args.lr_adaptation == "trust_region" and args.score_scope not in TRUST_REGION_SCOPES,
         "the trust region measures how far all trainable parameters move the policy",
-        "use 'all', or lr_adaptation='snr' or 'none'",
+        "use 'auto' or 'all', or lr_adaptation='snr' or 'none'",
     ),
     _Refusal("snr_ema_decay", lambda args: not 0 <= args.snr_ema_decay < 1, "it is a decay", "use a number in [0, 1)"),
     _Refusal(

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oblr_trl.planning.models import meta_model
 from oblr_trl.planning.setup import Setup
+from oblr_trl.scores.calls import Layout
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.taps import frozen_parameters, tapped
 
@@ -26,7 +27,7 @@ def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
     if setup.trained_bytes == 2:
         model.to(torch.bfloat16)  # adapters too, which PEFT keeps in float32
     base = model.model if setup.peft_config is None else model.get_base_model().model
-    layers = resolve_scope(model, "all", None).names
+    layers = resolve_scope(model, "auto", None).names
     length = setup.sequence_length
 
     def saved_bytes(batch_size: int) -> int:
@@ -42,7 +43,8 @@ def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
         with ExitStack() as stack:
             if scoring:
                 anchor = torch.zeros((), requires_grad=True)
-                taps = tapped(layers, anchor, lambda *_: None, batch_size=batch_size, is_active=lambda: True)
+                layout, ignore = Layout(batch_size, length), lambda *_: None
+                taps = tapped(layers, anchor, ignore, layout=layout, is_active=lambda: True, on_unknown_layout=ignore)
                 stack.enter_context(frozen_parameters(model))
                 stack.enter_context(taps)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))

@@ -56,8 +56,9 @@ def projection_bytes(scored: ScopedParameters, sketch_dim: int) -> int:
     num_signs = 0
     for name, shape in scored.shapes.items():
         widths = factored_widths(shape, sketch_dim, is_table=name in scored.tables)
-        num_signs += math.prod(shape) if widths is None else sum(shape)
-        sides = enumerate(zip(shape, widths or shape, strict=False))  # a bias of the output projection has one side
+        matrix = shape[-2:]
+        num_signs += math.prod(shape) if widths is None else math.prod(shape[:-2]) * sum(matrix)
+        sides = enumerate(zip(matrix, widths or matrix, strict=False))  # a bias of the output projection has one side
         bases |= {(side, dim, width) for side, (dim, width) in sides if width != dim}
     return num_signs + _FLOAT32 * sum(dim * width for _, dim, width in bases)
 
@@ -137,7 +138,8 @@ def _passes(setup: Setup) -> Iterator[MemoryItem]:
     scoring = setup.scoring
     if scoring is None:
         return
-    num_blocks = {"all": setup.config.num_hidden_layers, "lm_head": 0}.get(scoring.score_scope, scoring.score_last_k)
+    num_layers = setup.config.num_hidden_layers
+    num_blocks = {"auto": num_layers, "all": num_layers, "lm_head": 0}.get(scoring.score_scope, scoring.score_last_k)
     scored = resolve_scope(setup.model, scoring.score_scope, scoring.score_last_k)
     kept, backward = _kept(setup, saved_block_bytes(setup, scoring=True)) if num_blocks else (0, 0)
     yield MemoryItem("activations of scoring", (num_blocks or 0) * kept, ("score",))

@@ -5,7 +5,8 @@ theta stands for, the method what is kept of s_i; any scope goes with either met
 
 | scope | theta | passes over a micro-batch | activations held |
 |---|---|---|---|
-| `"all"` | every trainable parameter | forward, and backward to activations alone | those of training |
+| `"auto"` | trainable parameters of all layers that have a rule; if there are none, as `"lm_head"` | as `"all"` | as `"all"` |
+| `"all"` | every trainable parameter; one without a rule is an error | forward, and backward to activations alone | those of training |
 | `"last_k"` | trainable parameters of the last k blocks and of all above | forward, and backward through k blocks | of k blocks |
 | `"lm_head"` | output projection, trainable or not | forward | none |
 
@@ -16,7 +17,8 @@ theta stands for, the method what is kept of s_i; any scope goes with either met
 
 For both the output projection takes one further sweep of its logits by tiles (`head.py`). Who calls the pass ([`ScorePass`]): the
 trainer by `scoring_model.py`, anybody else by [`score_sketches`]; [`reference_scores`] is the oracle. Below it lie `scopes` (which
-parameters), `taps` (hooks), `rules` (a layer's gradient in `factors`), `head`, and one module for each method: `projections` and
+parameters, by what `coverage` says of each), `taps` (hooks, which show a rule the `calls` of a layer), `rules` and `experts` (a layer's
+gradient in `factors`), `logits` and `head` (the output projection), and one module for each method: `projections` and
 `exact_norms`.
 """
 

@@ -30,7 +30,7 @@ class ExactNormAccumulator:
             product = OuterProduct(values, torch.ones_like(values[..., :1]))
         else:
             rows = gradient.rows.to(dtype) if isinstance(gradient.rows, Tensor) else gradient.rows
-            product = OuterProduct(rows, gradient.columns.to(dtype))
+            product = OuterProduct(rows, gradient.columns.to(dtype), gradient.matrices)
         if name in self._shared:
             self._held[name].append(product)
         else:
@@ -53,7 +53,7 @@ def squared_norm(products: list[OuterProduct]) -> Tensor:
     ([Goodfellow 2015](https://huggingface.co/papers/1510.01799)).
     """
     rows, columns = products[0].rows, products[0].columns
-    if len(products) == 1 and isinstance(rows, Tensor):
+    if len(products) == 1 and isinstance(rows, Tensor) and products[0].matrices is None:
         (num_positions, num_rows), num_columns = rows.shape[1:], columns.size(-1)
         if num_rows * num_columns < num_positions * (num_rows + num_columns):
             return torch.einsum("btr,btc->brc", rows, columns).square().sum(dim=(1, 2))
@@ -61,6 +61,10 @@ def squared_norm(products: list[OuterProduct]) -> Tensor:
     for i, first in enumerate(products):
         for j, second in enumerate(products[i:], start=i):
             column_gram = torch.einsum("btc,bsc->bts", first.columns, second.columns)
+            if (
+                first.matrices is not None and second.matrices is not None
+            ):  # those of different matrices are orthogonal
+                column_gram *= first.matrices.unsqueeze(2) == second.matrices.unsqueeze(1)
             total += (1 if i == j else 2) * (_row_gram(first.rows, second.rows) * column_gram).sum(dim=(1, 2))
     return total
 

@@ -6,6 +6,7 @@ formed here: either both factors are projected (`projections.py`) or their Gram 
 Shapes: B sequences, T positions, R rows and C columns of the parameter, V vocabulary, d hidden features.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class HeadRows:
     log_normalizer: Tensor  # (B, T), log-sum-exp of the logits over the temperature
     other_probs: Tensor  # (B, T), 1 - softmax(l)_y, which a difference would lose
     temperature: float
+    softcap: float
     projected: Tensor | None = None  # (B, T, r), the factor times a projection, where it was asked for
 
     def at(self, tokens: Tensor) -> Tensor:
@@ -59,10 +61,22 @@ class HeadRows:
         logits = self.hidden @ weight.to(self.hidden.dtype).mT
         if bias is not None:
             logits += bias.to(self.hidden.dtype)
-        logits = logits.to(self.log_normalizer.dtype).div_(self.temperature)
-        probs = logits.sub_(self.log_normalizer.unsqueeze(2)).exp_()
+        logits = logits.to(self.log_normalizer.dtype)
+        slopes = cap_logits(logits, self.softcap)
+        probs = logits.div_(self.temperature).sub_(self.log_normalizer.unsqueeze(2)).exp_()
         is_target = self.targets.unsqueeze(2) == tokens.unsqueeze(1)
-        return torch.where(is_target, self.other_probs.unsqueeze(2), -probs) * self.coefficients.unsqueeze(2)
+        columns = torch.where(is_target, self.other_probs.unsqueeze(2), -probs) * self.coefficients.unsqueeze(2)
+        return columns if slopes is None else columns * slopes
+
+
+def cap_logits(logits: Tensor, softcap: float) -> Tensor | None:
+    r"""Let logits l be \\( c \tanh(l / c) \\), in place, and return the slope \\( 1 - \tanh^2(l / c) \\); `None` without a cap."""
+    if softcap == math.inf:
+        return None
+    logits.div_(softcap).tanh_()
+    slopes = 1 - logits.square()
+    logits.mul_(softcap)
+    return slopes
 
 
 Rows = Tensor | IndexRows | HeadRows
@@ -70,10 +84,12 @@ Rows = Tensor | IndexRows | HeadRows
 
 @dataclass
 class OuterProduct:
-    """Per-sequence gradient of a matrix parameter, `einsum("btr,btc->brc", rows, columns)`."""
+    """Per-sequence gradient of a matrix parameter, `einsum("btr,btc->brc", rows, columns)`, or of a stack of matrices
+    `(E, R, C)`, where each position adds to one of them."""
 
-    rows: Rows  # (B, T, R), or what stands for it: the factor along the parameter's first axis
+    rows: Rows  # (B, T, R), or what stands for it: the factor along the matrix's first axis
     columns: Tensor  # (B, T, C), along its second axis
+    matrices: Tensor | None = None  # (B, T), which of the stack
 
 
 @dataclass

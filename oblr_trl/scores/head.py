@@ -11,6 +11,7 @@ The softmax is that over all tokens but the target y, because a low-entropy poli
 Shapes: B sequences, T completion tokens, M of these tokens with a weight, d hidden features, V vocabulary.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.factors import HeadRows, OuterProduct
+from oblr_trl.scores.factors import HeadRows, OuterProduct, cap_logits
 
 # Tiles of at most 1024 x 8192 logits (32 MiB in float32): large enough for full arithmetic speed, far below M x V.
 _TOKEN_TILE = 1024
@@ -43,16 +44,18 @@ def head_pass(
     matrices: Sequence[Tensor],
     *,
     temperature: float = 1.0,
+    softcap: float = math.inf,
 ) -> HeadPass:
     """
-    Log-probabilities of `targets` (M,) under softmax((hidden weight^T + bias) / temperature), `hidden` being (M, d), and the gradient
-    of the logits multiplied by each of `matrices` (V, u); `weight` (V, d) gives the gradient of `hidden`.
+    Log-probabilities of `targets` (M,) under softmax(cap(hidden weight^T + bias) / temperature), cap(l) = softcap tanh(l / softcap),
+    `hidden` being (M, d), and the gradient of l multiplied by each of `matrices` (V, u); `weight` (V, d) gives the gradient of
+    `hidden`.
 
     Products run in the dtype of `hidden`; every sum over the vocabulary is kept in float32 at least.
     """
     if hidden.size(0) > _TOKEN_TILE:
         tiles = [
-            head_pass(hidden_tile, weight, bias, target_tile, matrices, temperature=temperature)
+            head_pass(hidden_tile, weight, bias, target_tile, matrices, temperature=temperature, softcap=softcap)
             for hidden_tile, target_tile in zip(hidden.split(_TOKEN_TILE), targets.split(_TOKEN_TILE), strict=True)
         ]
         return HeadPass(
@@ -65,24 +68,26 @@ def head_pass(
     averages = [hidden.new_zeros(hidden.size(0), matrix.size(1), dtype=dtype) for matrix in matrices]
     maximum = hidden.new_full((hidden.size(0), 1), -torch.inf, dtype=dtype)
     normalizer = torch.zeros_like(maximum)
-    target_logits = torch.zeros_like(maximum)
+    target_logits, target_slopes = torch.zeros_like(maximum), torch.zeros_like(maximum)
 
     for start in range(0, weight.size(0), _VOCAB_TILE):
         vocab = slice(start, start + _VOCAB_TILE)
         bias_tile = None if bias is None else bias[vocab].to(hidden.dtype)
         logits = nn.functional.linear(hidden, weight[vocab].to(hidden.dtype), bias_tile).to(dtype)
-        logits.div_(temperature)  # in place: one tile at a time
+        slopes = cap_logits(logits, softcap)  # in place, like what follows: one tile at a time
+        logits.div_(temperature)
         # Taken from the tile, rounded as every other logit: the loss does the same, so that its ratio to these is 1.
         local = targets.unsqueeze(1) - start
         inside, index = (local >= 0) & (local < logits.size(1)), local.clamp(0, logits.size(1) - 1)
         at_target = logits.gather(1, index)
         target_logits += torch.where(inside, at_target, 0.0)
+        target_slopes += inside if slopes is None else torch.where(inside, slopes.gather(1, index), 0.0)
         logits.scatter_(1, index, torch.where(inside, -torch.inf, at_target))
         new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
         rescale = torch.exp(maximum - new_maximum)
         probs = logits.sub_(new_maximum).exp_()
         normalizer = normalizer * rescale + probs.sum(dim=1, keepdim=True)
-        probs = probs.to(hidden.dtype)
+        probs = (probs if slopes is None else probs.mul_(slopes)).to(hidden.dtype)
         for average, matrix in zip(averages, matrices, strict=True):
             average.mul_(rescale).add_(probs @ matrix[vocab].to(hidden.dtype))
         maximum = new_maximum
@@ -90,7 +95,7 @@ def head_pass(
     log_odds = target_logits - (maximum + normalizer.log())  # of the target against all others
     log_probs, other_probs = nn.functional.logsigmoid(log_odds), torch.sigmoid(-log_odds)
     gradients = tuple(
-        matrix[targets].to(dtype).sub_(average / normalizer).mul_(other_probs / temperature)
+        matrix[targets].to(dtype).mul_(target_slopes).sub_(average / normalizer).mul_(other_probs / temperature)
         for average, matrix in zip(averages, matrices, strict=True)
     )
     return HeadPass(log_probs.squeeze(1), (target_logits - log_probs).squeeze(1), other_probs.squeeze(1), gradients)
@@ -114,6 +119,7 @@ def score_head(
     projections: Mapping[str, Tensor],
     *,
     temperature: float,
+    softcap: float = math.inf,
     needs_grad_hidden: bool,
     copy_parameters: bool,
 ) -> HeadScores:
@@ -133,7 +139,9 @@ def score_head(
         return out
 
     matrices = [*projections.values(), *([head.weight] if needs_grad_hidden else [])]
-    result = head_pass(hidden[scored], head.weight, head.bias, targets[scored], matrices, temperature=temperature)
+    result = head_pass(
+        hidden[scored], head.weight, head.bias, targets[scored], matrices, temperature=temperature, softcap=softcap
+    )
     token_weights = token_weights.to(result.log_probs.dtype)
     gradients = [spread(gradient).mul_(token_weights.unsqueeze(-1)) for gradient in result.gradients]
     scale = _inverse_power_of_two(gradients[-1]) if needs_grad_hidden else torch.ones_like(token_weights[:, :1])
@@ -153,6 +161,7 @@ def score_head(
         log_normalizer=spread(result.log_normalizer, torch.inf),
         other_probs=spread(result.other_probs),
         temperature=temperature,
+        softcap=softcap,
     )
     columns = {"weight": hidden, "bias": torch.ones_like(hidden[..., :1])}
     projected = dict(zip(projections, gradients, strict=True))

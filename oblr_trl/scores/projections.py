@@ -13,12 +13,15 @@ probability 1 / k at most, wherever a gradient's outliers are.
 Products of different parameters vanish in expectation, and so `E<z_i, z_j> = <s_i, s_j>`. Where all parameters together are no
 longer than the sketch, nothing is projected and nothing shares a place.
 
+A stack of matrices (E x R x C, the weights of experts) is E matrices with signs of their own that share a place in the sketch: a
+position adds to one of them, and positions of different experts are projected in one product.
+
 Memory: for each dimension of a projected matrix one float32 basis of at most `dim x k / min(C, sqrt(k))` numbers, whatever the
 depth; one byte per row and column of a projected matrix; one byte per entry that is added as it is. Tables, which have a row for
 every token of a vocabulary, are always projected from both sides unless it is tiny: neither V x V nor B x T x V numbers are
 formed.
 
-Shapes: B sequences, T positions, R rows, C columns, V vocabulary, r and c their projected widths, k sketch length.
+Shapes: B sequences, T positions, E matrices of a stack, R rows, C columns, V vocabulary, r and c their projected widths, k sketch length.
 """
 
 import math
@@ -41,6 +44,7 @@ _AXIS_NAMES = ("rows", "columns")
 class _Parameter(NamedTuple):
     """How one parameter is added to the sketch."""
 
+    num_matrices: int  # E, of a stack
     dims: tuple[int, int]  # R and C
     widths: tuple[int, int]  # r and c
     is_factored: bool  # signs of rows and columns, else of every entry
@@ -79,17 +83,20 @@ class Projections:
         self._parameters: dict[str, _Parameter] = {}
         all_fit, cursor = sum(math.prod(shape) for shape in shapes.values()) <= sketch_dim, 0
         for name, shape in shapes.items():
-            dims = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+            num_matrices = shape[0] if len(shape) == 3 else 1
+            matrix = shape[-2:] if len(shape) == 3 else shape
+            dims = (matrix[0], math.prod(matrix[1:])) if shape else (1, 1)
             factored = None if all_fit else factored_widths(shape, sketch_dim, is_table=name in tables)
             widths = factored or dims
             if all_fit:
                 starts = [cursor]
                 cursor += math.prod(shape)
             else:
-                num_blocks = math.ceil(math.prod(widths) / sketch_dim)
+                num_entries = math.prod(widths) if factored else math.prod(shape)
+                num_blocks = math.ceil(num_entries / sketch_dim)
                 generator = self._generator(f"{name}-starts")
                 starts = torch.randint(sketch_dim, (num_blocks,), generator=generator).tolist()
-            self._parameters[name] = _Parameter(dims, widths, factored is not None, starts)
+            self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
     def projection(self, name: str, axis: int, chosen: slice | Tensor = slice(None)) -> Tensor:
         """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
@@ -100,9 +107,18 @@ class Projections:
         matrix = matrix[chosen]
         return matrix * self._side_signs(name, axis)[chosen].unsqueeze(-1) if parameter.is_factored else matrix
 
-    def project(self, name: str, axis: int, values: Tensor) -> Tensor:
-        """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases."""
+    def project(self, name: str, axis: int, values: Tensor, matrices: Tensor | None = None) -> Tensor:
+        """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases. `matrices` (...)
+        says of which matrices of a stack."""
         parameter, dtype = self._parameters[name], torch.promote_types(values.dtype, self.dtype)
+        if matrices is not None and parameter.is_factored:
+            values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices].to(
+                values.dtype
+            )
+            if parameter.widths[axis] == parameter.dims[axis]:
+                return values.to(dtype)
+            basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis])
+            return (values @ basis.to(values.dtype)).to(dtype)
         if parameter.widths[axis] < parameter.dims[axis]:
             # In the activations' precision: a cast of the activations would cost more than the product.
             return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
@@ -125,7 +141,10 @@ class Projections:
 
     def project_entries(self, name: str, values: Tensor, start: int) -> Tensor:
         """`P^T G Q`, of shape `(1, r, c)`, of a parameter G that is 0 but for `(n,)` consecutive entries of it, flattened, from `start` on."""
-        (num_rows, num_columns), (row_width, _) = self._parameters[name].dims, self._parameters[name].widths
+        parameter = self._parameters[name]
+        if parameter.num_matrices > 1:
+            return self._project_entries_of_stack(name, parameter, values, start)
+        (num_rows, num_columns), (row_width, _) = parameter.dims, parameter.widths
         first, last = start // num_columns, (start + values.numel() - 1) // num_columns + 1
         block = values.new_zeros((last - first) * num_columns)
         block[start - first * num_columns :][: values.numel()] = values
@@ -136,9 +155,37 @@ class Projections:
             rows = self.project(name, ROWS, nn.functional.pad(block.T, (first, num_rows - last))).T
         return rows.unsqueeze(0)
 
-    def unflatten(self, name: str, values: Tensor) -> Tensor:
-        """Values of the parameter's shape, `(B, *shape)` or flattened, as matrices `(B, R, C)`."""
-        return values.reshape(-1, *self._parameters[name].dims)
+    def _project_entries_of_stack(self, name: str, parameter: _Parameter, values: Tensor, start: int) -> Tensor:
+        end, size = start + values.numel(), math.prod(parameter.dims)
+        whole = not parameter.is_factored  # is added entry by entry, all of them
+        first, last = (0, parameter.num_matrices) if whole else (start // size, (end - 1) // size + 1)
+        block = nn.functional.pad(values, (start - first * size, last * size - end)).view(-1, *parameter.dims)
+        if whole:
+            return block.unsqueeze(0)
+        matrices = torch.arange(first, last, device=values.device).unsqueeze(1)
+        block = self.project(name, COLUMNS, block, matrices)  # (last - first, R, c)
+        return self.project(name, ROWS, block.mT, matrices).sum(dim=0).T.unsqueeze(0)
+
+    def unflatten(self, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values of the parameter's shape, `(B, *shape)` or flattened, as matrices `(B, R, C)` or `(B, E, R, C)`, and which of a stack
+        they are."""
+        parameter = self._parameters[name]
+        if parameter.num_matrices == 1:
+            return values.reshape(-1, *parameter.dims), None
+        values = values.reshape(-1, parameter.num_matrices, *parameter.dims)
+        return values, torch.arange(parameter.num_matrices, device=values.device).unsqueeze(1)
+
+    def form(self, name: str, rows: Tensor, columns: Tensor, matrices: Tensor) -> Tensor:
+        """The gradient of a small stack, of shape `(B, E, R, C)`."""
+        parts = [
+            torch.einsum("btr,btc->brc", rows * (matrices == matrix).unsqueeze(2), columns)
+            for matrix in range(self._parameters[name].num_matrices)
+        ]
+        return torch.stack(parts, dim=1)
+
+    def is_factored(self, name: str) -> bool:
+        """Whether a parameter is projected from both sides."""
+        return self._parameters[name].is_factored
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
@@ -156,7 +203,8 @@ class Projections:
         return self._drawn[key].to(self.dtype)
 
     def _side_signs(self, name: str, axis: int) -> Tensor:
-        return self._signs(f"{name}-{_AXIS_NAMES[axis]}", self._parameters[name].dims[axis])
+        parameter = self._parameters[name]
+        return self._signs(f"{name}-{_AXIS_NAMES[axis]}", parameter.num_matrices * parameter.dims[axis])
 
     def _basis(self, axis: int, dim: int, width: int) -> Tensor:
         """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
@@ -181,13 +229,21 @@ class SketchAccumulator:
         """Add `P^T G Q` for the gradient G of one use of a parameter."""
         drawn = self._projections
         if isinstance(gradient, DenseGradient):
-            values = drawn.unflatten(name, gradient.values.to(drawn.dtype))
+            values, matrices = drawn.unflatten(name, gradient.values.to(drawn.dtype))
             # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT).mT)
+            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
+            if matrices is not None and drawn.is_factored(name):
+                projected = projected.sum(dim=1)
         else:
             # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-            rows, columns = self._project_rows(name, gradient), drawn.project(name, COLUMNS, gradient.columns)
-            projected = torch.einsum("btr,btc->brc", rows, columns)
+            rows, columns = (
+                self._project_rows(name, gradient),
+                drawn.project(name, COLUMNS, gradient.columns, gradient.matrices),
+            )
+            if gradient.matrices is not None and not drawn.is_factored(name):
+                projected = drawn.form(name, rows, columns, gradient.matrices)
+            else:
+                projected = torch.einsum("btr,btc->brc", rows, columns)
         drawn.add_projected(self._total, name, projected)
 
     def add_entries(self, name: str, values: Tensor, start: int) -> None:
@@ -203,7 +259,7 @@ class SketchAccumulator:
                 assert projected is not None, "the head pass was not given this accumulator's row projection"
                 return projected
             case values:
-                return self._projections.project(name, ROWS, values)
+                return self._projections.project(name, ROWS, values, gradient.matrices)
 
     def result(self) -> Tensor:
         """The sketches, of shape `(B, k)`."""
@@ -213,6 +269,8 @@ class SketchAccumulator:
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:
     """[`projected_widths`] of a parameter that is projected from both sides, `None` for one that is added as it is: a vector,
     or a matrix whose gradient takes no more arithmetic per position to form than its factors to project."""
+    if len(shape) == 3 and min(shape[1:]) > 1:  # a stack, of which no gradient is formed
+        return projected_widths(shape[1], shape[2], sketch_dim)
     is_table = is_table and shape[0] > _TINY_VOCABULARY
     if len(shape) != 2 and not is_table:
         return None

@@ -1,22 +1,33 @@
 r"""Layer rules: the gradient of one layer's parameters, per sequence, from the layer's input and output gradient.
 
 The role of `grad_sample` rules in [Opacus](https://github.com/meta-pytorch/opacus), except that a rule returns factors of
-a gradient, which are then projected, and that it never reads a parameter: backends may have sharded it.
+a gradient, which are then projected. Parameters are read by the rules of experts and by recomputation alone.
 
 Shapes: B sequences, T positions (all axes between the first and the last, flattened), d_in and d_out features. In formulas a is
 the input, \\( \delta \\) the output gradient, and in the einsums that follow them o counts d_out and i counts d_in.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from oblr_trl.scores.calls import LayerCall, float_tensors
+from oblr_trl.scores.experts import dense_experts_rule, experts_rule, routes_tokens
 from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct, PerSequenceGradient
 
 Gradients = dict[str, PerSequenceGradient]  # by the module's own parameter names
 ScoreRule = Callable[[Any, Tensor, Tensor], Gradients]
+# Of a layer whose forward is recomputed: a dense gradient for every sequence.
+_MAX_RECOMPUTED_ENTRIES = 2**22
+
+
+class CallRule(NamedTuple):
+    """A rule that sees all arguments of a call and the gradients of all its outputs."""
+
+    function: Callable[[Any, LayerCall, tuple[Tensor | None, ...]], Gradients]
 
 
 def register_score_rule(module_class: type[nn.Module], rule: ScoreRule) -> None:
@@ -34,15 +45,56 @@ def register_score_rule(module_class: type[nn.Module], rule: ScoreRule) -> None:
     _RULES[module_class] = rule
 
 
-def find_score_rule(module: nn.Module) -> ScoreRule | None:
+def find_score_rule(module: nn.Module) -> ScoreRule | CallRule | None:
     """The rule for the class whose `forward` the module runs, or `None`: a subclass that computes something else must not
     inherit a rule by accident."""
     owner = forward_owner(module)
     if owner in _RULES:
         return _RULES[owner]
-    if owner.__module__.startswith("transformers."):
-        return _RULES_BY_CLASS_NAME.get("RMSNorm" if owner.__name__.endswith("RMSNorm") else owner.__name__)
-    return None
+    # This package does not import transformers below the config.
+    return _rule_of_transformers(module, owner.__name__) if owner.__module__.startswith("transformers.") else None
+
+
+def apply_rule(module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> Gradients:
+    """The gradients that the module's rule gives for one call."""
+    rule = find_score_rule(module)
+    assert rule is not None  # or the scope would not hold it
+    if isinstance(rule, CallRule):
+        return rule.function(module, call, grad_outputs)
+    (grad_output,) = grad_outputs
+    assert grad_output is not None
+    return rule(module, call.tensors()[0], grad_output)
+
+
+def _rule_of_transformers(module: Any, name: str) -> ScoreRule | CallRule | None:
+    """Layers by the name of their class or by their structure, others by recomputation if they are leaves."""
+    attributes = vars(module)
+    parameters = dict(module.named_parameters(recurse=False))
+    if name == "Conv1D":
+        return conv1d_rule
+    if (
+        name.endswith("RMSNorm")
+        and parameters.keys() == {"weight"}
+        and attributes.keys() & {"variance_epsilon", "eps"}
+    ):
+        return rms_norm_rule
+    if name.endswith("ScaledWordEmbedding"):
+        return scaled_embedding_rule
+    if name == "Llama4TextExperts":
+        return CallRule(dense_experts_rule)
+    if routes_tokens(module):
+        return CallRule(experts_rule)
+    # Of its models: its integrations hold layers in packed formats.
+    of_a_model = forward_owner(module).__module__.startswith("transformers.models.")
+    is_leaf = len(parameters) == len(list(module.parameters()))
+    shapes = [full_shape(parameter) for parameter in parameters.values()]
+    small = all(len(shape) <= 2 and math.prod(shape) <= _MAX_RECOMPUTED_ENTRIES for shape in shapes)
+    return CallRule(recomputed_rule) if of_a_model and is_leaf and small else None
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a parameter before DeepSpeed ZeRO-3 partitioned it, which keeps it in `ds_shape`; `shape` is empty there."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def forward_owner(module: nn.Module) -> type:
@@ -71,6 +123,11 @@ def embedding_rule(module: nn.Embedding, inputs: Tensor, grad_output: Tensor) ->
     return {"weight": OuterProduct(IndexRows(inputs.flatten(1)), grad_output.flatten(1, -2))}
 
 
+def scaled_embedding_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients:
+    r"""`nn.Embedding` times a constant (Gemma): [`embedding_rule`] of \\( s \delta \\)."""
+    return embedding_rule(module, inputs, grad_output * module.embed_scale)
+
+
 def layer_norm_rule(module: nn.LayerNorm, inputs: Tensor, grad_output: Tensor) -> Gradients:
     r"""`nn.LayerNorm`: \\( \nabla \gamma = \sum_t \delta_t \hat a_t \\), `bti,bti->bi`; \\( \nabla \beta = \sum_t \delta_t \\),
     `bti->bi`."""
@@ -89,16 +146,42 @@ def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients
     return {"weight": _sum_positions(grad_output * normalized)}
 
 
+def recomputed_rule(module: Any, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> Gradients:
+    r"""Any layer: its forward once more for each sequence, \\( \nabla p = \sum_o \delta_o^\top \partial o / \partial p \\). For layers
+    that are little arithmetic, such as routers, norms with a gate and norms of other kinds. Random numbers, where a layer draws any,
+    are drawn anew."""
+    parameters = dict(module.named_parameters(recurse=False))
+    # The parameters themselves have hooks of backends, which reduce gradients.
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    try:
+        module._parameters.update(leaves)
+        for i, (args, kwargs) in enumerate(call.of_sequences()):
+            with torch.enable_grad(), call.autocast:
+                outputs = float_tensors(module.forward(*args, **kwargs))
+            used = [(o, g[i].reshape(o.shape)) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+            found = torch.autograd.grad(
+                [o for o, _ in used],
+                list(leaves.values()),
+                [g for _, g in used],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for name, gradient in zip(leaves, found, strict=True):
+                gradients[name].append(gradient.flatten())
+    finally:
+        module._parameters.update(parameters)
+    return {name: DenseGradient(torch.stack(parts)) for name, parts in gradients.items()}
+
+
 def _sum_positions(values: Tensor) -> DenseGradient:
     """Sum (B, ..., d) over all axes between, at least in float32."""
     return DenseGradient(values.flatten(1, -2).sum(dim=1, dtype=torch.promote_types(values.dtype, torch.float32)))
 
 
-# Types whose `forward` is theirs, and layers of transformers by the name of their class: this package does not import transformers
-# below the config.
+# Types whose `forward` is theirs.
 _RULES: dict[type[nn.Module], ScoreRule] = {
     nn.Linear: linear_rule,
     nn.Embedding: embedding_rule,
     nn.LayerNorm: layer_norm_rule,
 }
-_RULES_BY_CLASS_NAME: dict[str, ScoreRule] = {"Conv1D": conv1d_rule, "RMSNorm": rms_norm_rule}

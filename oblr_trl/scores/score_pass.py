@@ -18,13 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oblr_trl.scores.calls import LayerCall, Layout
 from oblr_trl.scores.exact_norms import ExactNormAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
 from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
-from oblr_trl.scores.rules import find_score_rule
+from oblr_trl.scores.rules import apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
-from oblr_trl.scores.taps import frozen_parameters, intercepted_head, non_reentrant_checkpointing, tapped
+from oblr_trl.scores.taps import (
+    frozen_parameters,
+    intercepted_head,
+    non_reentrant_checkpointing,
+    suspended_backward_hooks,
+    tapped,
+)
 
 METHODS = ("sketch", "exact")
 
@@ -46,7 +53,7 @@ class ScorePass:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model, not wrapped by DDP or an engine. Its parameters may be partitioned by ZeRO-3.
-        scope (`str`, *optional*, defaults to `"all"`): `"all"`, `"last_k"` or `"lm_head"`.
+        scope (`str`, *optional*, defaults to `"all"`): `"auto"`, `"all"`, `"last_k"` or `"lm_head"`.
         last_k (`int`, *optional*): Number of blocks of the scope `"last_k"`.
         methods (`tuple[str, ...]`, *optional*, defaults to `("sketch",)`): Any of `"sketch"` and `"exact"`.
         sketch_dim (`int`, *optional*, defaults to `4096`): Length k of a sketch.
@@ -130,11 +137,19 @@ class _MicroBatch:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(scoped.names)))
             stack.enter_context(frozen_parameters(settings.model))
+            stack.enter_context(suspended_backward_hooks(settings.model))
             stack.enter_context(non_reentrant_checkpointing(settings.model, enabled=settings.gradient_checkpointing))
             head_calls = stack.enter_context(intercepted_head(scoped.head, self._score_head))
             if scoped.first_block is not None:
                 stack.callback(scoped.first_block.register_forward_pre_hook(self._on_first_block).remove)
-            taps = tapped(scoped.names, anchor, self._on_layer, batch_size=batch_size, is_active=lambda: self._begun)
+            taps = tapped(
+                scoped.names,
+                anchor,
+                self._on_layer,
+                layout=Layout(batch_size, _num_tokens(model_inputs)),
+                is_active=lambda: self._begun,
+                on_unknown_layout=self._on_unknown_layout,
+            )
             calls = stack.enter_context(taps)
             settings.model(**model_inputs, use_cache=False)
             self._warn_of_uncalled(calls)
@@ -168,7 +183,7 @@ class _MicroBatch:
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> HeadScores:
         hidden = hidden[:, -self._targets.size(1) - 1 : -1]
         dtype = self._settings.head_dtype or _compute_dtype(head, hidden)
-        drawn, names = self._projections, self._scoped.head_names
+        drawn, names, transform = self._projections, self._scoped.head_names, self._scoped.logit_transform
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             return score_head(
                 head,
@@ -177,7 +192,9 @@ class _MicroBatch:
                 self._token_weights,
                 names,
                 {} if drawn is None else {name: drawn.projection(ours, ROWS) for name, ours in names.items()},
-                temperature=self._settings.temperature,
+                # Both in the unit of the projection's own output.
+                temperature=self._settings.temperature / transform.scale,
+                softcap=transform.softcap / transform.scale,
                 needs_grad_hidden=bool(self._scoped.names),
                 copy_parameters="exact" in self._settings.methods,
             )
@@ -185,13 +202,23 @@ class _MicroBatch:
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
         self._begun = True
 
-    def _on_layer(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
+    def _on_layer(self, module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> None:
         names = self._scoped.names[module]
-        rule = find_score_rule(module)
-        assert rule is not None  # or the scope would have been refused
-        for name, gradient in rule(module, inputs, grad_output).items():
+        for name, gradient in apply_rule(module, call, grad_outputs).items():
             if name in names:
                 self._add(names[name], gradient)
+
+    def _on_unknown_layout(self, module: nn.Module, tensor: Tensor) -> None:
+        name, size = next(iter(self._scoped.names[module].values())), self._targets.size(0)
+        message = (
+            f"The {type(module).__name__} of `{name}` was called with a first axis of {tensor.size(0)} in a batch of {size} "
+            "sequences, so its gradient cannot be told apart by sequence"
+        )
+        if self._settings.scope != "auto":
+            raise ValueError(
+                f"{message}. Freeze it, or use `scope='auto'`, which leaves such calls out, or `scope='lm_head'`."
+            )
+        warnings.warn(f"{message}: this call is left out of the scores.")
 
     def _add(self, name: str, gradient: PerSequenceGradient) -> None:
         for accumulator in self._accumulators.values():
@@ -202,8 +229,12 @@ class _MicroBatch:
         if uncalled:
             warnings.warn(
                 f"{len(uncalled)} layers with trainable parameters, the first with `{uncalled[0]}`, were not called in the scoring "
-                "pass and count as zero score. Freeze them if they are unused."
+                "pass (unused, or run by a fused kernel) and count as zero score. Freeze them if they are unused."
             )
+
+
+def _num_tokens(model_inputs: Mapping[str, Any]) -> int:
+    return model_inputs["input_ids"].size(1)
 
 
 def _compute_dtype(head: nn.Linear, hidden: Tensor) -> torch.dtype:

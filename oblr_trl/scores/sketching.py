@@ -39,9 +39,10 @@ def score_sketches(
         token_weights (`torch.Tensor` of shape `(B, C)`, *optional*):
             Weight of each token's log-probability; 1 if not given.
         scope (`str`, *optional*, defaults to `"all"`):
-            `"all"`: every trainable parameter. `"last_k"`: trainable parameters of the last `last_k` blocks and of everything
+            `"all"`: every trainable parameter. `"auto"`: those of all layers that have a score rule; the output projection if there
+            are none. `"last_k"`: trainable parameters of the last `last_k` blocks and of everything
             above them. `"lm_head"`: the output projection, trainable or not; needs no backward pass. Tied embeddings are one
-            matrix; scopes other than `"all"` see its use as output projection only.
+            matrix; the scopes that follow see its use as output projection only.
         last_k (`int`, *optional*): Number of blocks for `scope="last_k"`.
         sketch_dim (`int`, *optional*, defaults to `4096`): Length of a sketch.
         method (`str`, *optional*, defaults to `"sketch"`): `"sketch"` or `"exact"`.

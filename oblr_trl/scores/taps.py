@@ -1,4 +1,5 @@
-"""What the scoring pass borrows from a model while it runs: taps on layers, the call of its head, frozen parameters, checkpointing.
+"""What the scoring pass borrows from a model while it runs: taps on layers, the call of its head, frozen parameters,
+quiet backward hooks, checkpointing.
 
 A tap is an autograd node behind a layer that sees the layer's input and output gradient. Unlike `register_full_backward_hook` it
 keeps the input with `save_for_backward`, so gradient checkpointing frees and recomputes it like any other activation; unlike
@@ -6,7 +7,7 @@ keeps the input with `save_for_backward`, so gradient checkpointing frees and re
 """
 
 import functools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,56 +16,85 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Called with the module, its input and the gradient of its output.
-Observer = Callable[[nn.Module, Tensor, Tensor], None]
+from oblr_trl.scores.calls import LayerCall, Layout, current_autocast, float_tensors
+from oblr_trl.scores.rules import CallRule, find_score_rule
+
+# Called with the module, its call and the gradients of its floating-point outputs, batch first; `None` for one that is not used.
+Observer = Callable[[nn.Module, LayerCall, tuple[Tensor | None, ...]], None]
 Result = TypeVar("Result")
 
 
 class _IdentityTap(torch.autograd.Function):
-    """Passes `output` through; in backward shows (input, output gradient) to the observer.
+    """Passes outputs through; in backward shows (inputs, output gradients) to `observe`.
 
     `anchor` is a scalar that requires a gradient. It connects every tapped layer to the graph while all parameters are
     frozen, and it ends the backward pass at the lowest tapped layer.
     """
 
     @staticmethod
-    def forward(ctx, output: Tensor, anchor: Tensor, inputs: Tensor, module: nn.Module, observer: Observer) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.module, ctx.observer = module, observer
-        # Not a view, which autograd would not let the model change in place (OLMo clamps queries, keys and values).
-        return output.detach()
+    def forward(ctx, observe: Callable, num_outputs: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors[num_outputs:])
+        ctx.set_materialize_grads(False)
+        ctx.observe, ctx.num_inputs = observe, len(tensors) - num_outputs
+        # Not views, which autograd would not let the model change in place (OLMo clamps queries, keys and values).
+        return tuple(tensor.detach() for tensor in tensors[:num_outputs])
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        (inputs,) = ctx.saved_tensors
+    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            ctx.observer(ctx.module, inputs, grad_output)
-        return grad_output, grad_output.new_zeros(()), None, None, None
+            ctx.observe(ctx.saved_tensors, grad_outputs)
+        anchor = next(gradient.new_zeros(()) for gradient in grad_outputs if gradient is not None)
+        return None, None, anchor, *grad_outputs, *[None] * ctx.num_inputs
 
 
 @contextmanager
 def tapped(
-    modules: Iterable[nn.Module], anchor: Tensor, observer: Observer, *, batch_size: int, is_active: Callable[[], bool]
+    modules: Iterable[nn.Module],
+    anchor: Tensor,
+    observer: Observer,
+    *,
+    layout: Layout,
+    is_active: Callable[[], bool],
+    on_unknown_layout: Callable[[nn.Module, Tensor], None],
 ) -> Iterator[Counter[nn.Module]]:
     """
-    Tap the outputs of `modules`, which must be tensors, while the block runs.
+    Tap the outputs of `modules` while the block runs.
 
-    `anchor` is a scalar that requires a gradient. `observer` is called in the backward pass with module, input and output gradient, the
-    `batch_size` sequences first; `is_active` is asked at each call of a layer whether it is to be tapped. Yields how often each
-    layer has been called so far, recomputations included.
+    `anchor` is a scalar that requires a gradient. `observer` is called in the backward pass, where the parameters of the module are
+    complete on every backend; `is_active` is asked at each call of a layer whether it is to be tapped, and `on_unknown_layout` is told
+    of a call that does not keep sequences apart, which is not. Yields how often each layer has been called so far, recomputations
+    included.
     """
     calls: Counter[nn.Module] = Counter()
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         calls[module] += 1
         if not is_active():
             return output
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        inputs, output = (_batch_first(tensor, batch_size, module) for tensor in (inputs, output))
-        return _IdentityTap.apply(output, anchor, inputs, module, observer)
+        outputs = float_tensors(output)
+        if not isinstance(find_score_rule(module), CallRule):  # which gets by with the first input
+            args, kwargs = (args[:1], {}) if args else ((), dict([next(iter(kwargs.items()))]))
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        views = [layout.batch_first(tensor) for tensor in (*outputs, *inputs)]
+        for tensor, view in zip((*outputs, *inputs), views, strict=True):
+            if view is None:
+                on_unknown_layout(module, tensor)
+                return output
+        # One row per sequence: of a layer that is called once for all of them the output gradient is not to be summed.
+        passed = [view if tensor.size(0) == 1 else tensor for tensor, view in zip(outputs, views, strict=False)]
+        observe = _observe(module, observer, layout, args, kwargs, current_autocast(anchor.device.type))
+        results = _IdentityTap.apply(observe, len(passed), anchor, *passed, *inputs)
+        if not isinstance(output, tuple):
+            return results[0]
+        remaining = iter(results)
+        return tuple(next(remaining) if any(o is tensor for tensor in outputs) else o for o in output)
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    # A rule that reads parameters comes before any other hook of its layer: the backward pass then reaches it after the hooks of
+    # ZeRO-3 that gather them. Others come last: the output of an embedding, which ZeRO-3 expects no gradient of, stays as it is.
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True, prepend=isinstance(find_score_rule(module), CallRule))
+        for module in modules
+    ]
     try:
         yield calls
     finally:
@@ -72,18 +102,23 @@ def tapped(
             handle.remove()
 
 
-def _batch_first(tensor: Tensor, batch_size: int, module: nn.Module) -> Tensor:
-    """One row per sequence: a layer that is called once for all sequences (GPT-2's positions) is expanded, so that its
-    output gradient is not summed over them."""
-    if tensor.size(0) == batch_size:
-        return tensor
-    if tensor.size(0) == 1:
-        return tensor.expand(batch_size, *tensor.shape[1:])
-    raise ValueError(
-        f"A {type(module).__name__} was called with a first axis of {tensor.size(0)} in a batch of {batch_size} sequences, "
-        "so its gradient cannot be told apart by sequence. Layers that flatten the batch (mixture-of-experts routers, "
-        "padding-free attention) are not supported: freeze them, or use `scope='lm_head'`."
-    )
+def _observe(
+    module: nn.Module, observer: Observer, layout: Layout, args: tuple, kwargs: dict, autocast: torch.autocast
+) -> Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]:
+    """What a tap does with what it saved: `args` and `kwargs` are kept without their tensors, which are part of the graph."""
+    in_graph = object()
+    args = tuple(in_graph if isinstance(value, Tensor) else value for value in args)
+    kwargs = {name: in_graph if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+    def observe(inputs: tuple[Tensor, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
+        remaining = iter(inputs)
+        filled = [next(remaining) if value is in_graph else value for value in (*args, *kwargs.values())]
+        call = LayerCall(
+            layout, tuple(filled[: len(args)]), dict(zip(kwargs, filled[len(args) :], strict=True)), autocast
+        )
+        observer(module, call, tuple(None if g is None else layout.batch_first(g) for g in grad_outputs))
+
+    return observe
 
 
 @contextmanager
@@ -126,6 +161,21 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def suspended_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Let no module's backward hooks be called while the block runs: they wait for training's gradients. ZeRO-3's on a mixture of experts
+    reduces the weight gradients of its experts, of which the pass forms none."""
+    hooked: list[Any] = [module for module in model.modules() if module._backward_hooks or module._backward_pre_hooks]
+    before = [(module._backward_hooks, module._backward_pre_hooks) for module in hooked]
+    for module in hooked:
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks in zip(hooked, before, strict=True):
+            module._backward_hooks, module._backward_pre_hooks = hooks
 
 
 @contextmanager

@@ -36,6 +36,7 @@ LORA = {
     "lora_target_modules": "all-linear",
 }
 MEMORY = STRADDLING | {"train_size": 6}  # every prompt comes back in every second step
+EXPERTS = PLAIN | {"model": "experts"}
 TRUST = {"lr_adaptation": "trust_region"}
 ALONE = {"num_generations": 1}  # of 16 prompts
 REFERENCES = {
@@ -48,6 +49,8 @@ REFERENCES = {
     "last_k": PLAIN | {"score_scope": "last_k", "score_last_k": 1},
     "exact": PLAIN | {"score_method": "exact"},
     "memory": MEMORY,
+    "experts": EXPERTS,
+    "experts, trust region": EXPERTS | TRUST,
     "trust region": PLAIN | TRUST,
     "trust region, window": WINDOW | TRUST,
     "trust region, LoRA": LORA | TRUST,
@@ -58,6 +61,7 @@ DDP = {"processes": 2}
 ZERO2 = {"processes": 2, "engine": "deepspeed", "zero_stage": 2}
 ZERO3 = {"processes": 2, "engine": "deepspeed", "zero_stage": 3}
 FSDP2 = {"processes": 2, "engine": "fsdp2"}
+FSDP2_EXPERTS = FSDP2 | {"env": {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3MoeDecoderLayer"}}
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 
@@ -96,6 +100,14 @@ CONFIGURATIONS = {
     "FSDP2, exact norms": ("exact", FSDP2 | halved(PLAIN)),
     "memory, DDP 2, groups on both processes": ("memory", DDP | halved(MEMORY)),
     "memory, ZeRO-3, groups on both processes": ("memory", ZERO3 | halved(MEMORY)),
+    "experts, DDP 2, 4 x 2, checkpointing": ("experts", DDP | CHECKPOINTING | halved(EXPERTS, 2)),
+    "experts, ZeRO-3": ("experts", ZERO3 | halved(EXPERTS)),
+    "experts, ZeRO-3, checkpointing": ("experts", ZERO3 | CHECKPOINTING | halved(EXPERTS)),
+    "experts, trust region, ZeRO-3": ("experts, trust region", ZERO3 | halved(EXPERTS)),
+    "experts, trust region, FSDP2, checkpointing": (
+        "experts, trust region",
+        FSDP2_EXPERTS | CHECKPOINTING | halved(EXPERTS),
+    ),
     "trust region, DDP 2, 4 x 2": ("trust region", DDP | halved(PLAIN, 2)),
     "trust region, ZeRO-2": ("trust region", ZERO2 | halved(PLAIN)),
     "trust region, ZeRO-3": ("trust region", ZERO3 | halved(PLAIN)),

@@ -91,4 +91,4 @@ def test_an_adapted_model_keeps_a_frozen_copy_as_reference(tmp_path, trainer_cla
 def test_an_adapter_that_cannot_be_scored_is_refused_by_name_with_the_remedy(tmp_path):
     peft_config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
     with pytest.raises(ValueError, match=r"PromptEmbedding.*`score_scope`"):
-        build(OBLRPOTrainer, tmp_path, trainer={"peft_config": peft_config})
+        build(OBLRPOTrainer, tmp_path, trainer={"peft_config": peft_config}, score_scope="all")

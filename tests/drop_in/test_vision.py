@@ -1,4 +1,4 @@
-"""A language model that sees images is scored with them; a trainable vision tower is refused, unless the head is the scope."""
+"""A language model that sees images is scored with them; a trainable vision tower is trained and left out of the scores."""
 
 import pytest
 import torch
@@ -70,7 +70,17 @@ def test_adapters_in_the_language_model_leave_the_vision_tower_alone(tmp_path, t
 def test_trainable_parameters_that_see_images_are_refused_when_the_trainer_is_built(tmp_path, build_model, name):
     """Their first axis counts images or patches; that it may equal the number of sequences is no proof that it is."""
     with pytest.raises(ValueError, match=rf"`{name}\..*outside the language model.*(?i:freeze).*score_scope"):
-        build(OBLRPOTrainer, tmp_path, trainer=image_script(build_model()))
+        build(OBLRPOTrainer, tmp_path, trainer=image_script(build_model()), score_scope="all")
+
+
+@pytest.mark.parametrize("build_model", [llava, qwen], ids=["LLaVA", "Qwen2.5-VL"])
+def test_what_sees_images_is_trained_and_left_out_of_the_scores(tmp_path, build_model, caplog):
+    trainer = run(OBLRPOTrainer, tmp_path, trainer=image_script(build_model()), max_steps=1)
+    assert "Left out of the baseline's weights and of the SNR" in caplog.text
+    assert any("visual" in name or "vision_tower" in name for name in moved(trainer))
+    towers = ("model.visual",) if hasattr(trainer.model.model, "visual") else LLAVA_VISION
+    freeze(trainer.model, towers)  # for the oracle
+    assert_advantages(trainer)
 
 
 @pytest.mark.parametrize("build_model", [llava, qwen], ids=["LLaVA", "Qwen2.5-VL"])
