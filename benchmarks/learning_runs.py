@@ -44,11 +44,13 @@ _TRAINERS = {
     "mean_prior": (OBLRPOConfig, MeanPriorTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
 }
-_BASELINE_ONLY = {"baseline": "gradient_weighted", "lr_adaptation": "none"}
-_FIXED_KL = {"lr_adaptation": "trust_region", "snr_min_multiplier": 1.0}
+# These studies compare learning rates and baselines of one batch: no memory of prompts, which come again in small tasks.
+_FORGETFUL = {"baseline_memory_size": 0}
+_BASELINE_ONLY = _FORGETFUL | {"baseline": "gradient_weighted", "lr_adaptation": "none"}
+_FIXED_KL = _FORGETFUL | {"lr_adaptation": "trust_region", "snr_min_multiplier": 1.0}
 # Trainer, and its options in addition to the study's common settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "oblrpo": ("oblrpo", {"lr_adaptation": "snr"}),
+    "oblrpo": ("oblrpo", _FORGETFUL | {"lr_adaptation": "snr"}),
     "baseline_only": ("oblrpo", _BASELINE_ONLY),
     "snr_only": ("oblrpo", {"baseline": "leave_one_out", "lr_adaptation": "snr"}),
     "grpo": ("grpo", {}),
@@ -60,8 +62,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "constant": ("oblrpo", _BASELINE_ONLY),
     "linear": ("oblrpo", _BASELINE_ONLY | {"lr_scheduler_type": "linear"}),
-    "snr": ("oblrpo", {"lr_adaptation": "snr"}),
-    "trust_region": ("oblrpo", {"lr_adaptation": "trust_region"}),
+    "snr": ("oblrpo", _FORGETFUL | {"lr_adaptation": "snr"}),
+    "trust_region": ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region"}),
     # The same movement whatever rho is.
     "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
