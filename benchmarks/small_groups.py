@@ -2,8 +2,8 @@
 
     python -m benchmarks.small_groups
 
-OBLR-PO, the same without gradient weights (a mean with the same prior), RLOO and GRPO, at every group size, all with the trust
-region, so that no rate is tuned. RLOO and GRPO run again at the best constant rate of a grid with a factor of 2, at the group size
+OBLR-PO, the same without memory of prompts (they come again in these small tasks) and without gradient weights (a mean with the same
+priors), RLOO and GRPO, at every group size, all with the trust region, so that no rate is tuned. RLOO and GRPO run again at the best constant rate of a grid with a factor of 2, at the group size
 that was best for them. What is compared is the number of rollouts until a method has the accuracy that the strongest of RLOO and
 GRPO ends with.
 
@@ -106,8 +106,6 @@ def untuned(args: SmallGroupsArguments) -> dict[str, Cells]:
         for task in args.tasks
         for method in args.methods
         for group_size in GROUP_SIZES[method]
-        # Only prompts that come again can be remembered.
-        if method != "ours_no_memory" or "train_size" in TASKS[task]
     ]
     specs = [args.spec(task, method, group_size, seed) for seed, task, method, group_size in keys]
     cells: dict[str, Cells] = {task: {} for task in args.tasks}
