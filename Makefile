@@ -7,16 +7,19 @@ VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
 RECIPES := recipes/tiny-Qwen3
-TASK := config_chain_sum.yaml
+# As many completions per step: 128 prompts x 1, 16 prompts x 8.
+OBLRPO := $(RECIPES)/oblrpo/config_chain_sum_one_completion.yaml
+GRPO := $(RECIPES)/grpo/config_chain_sum.yaml
+COMPARE = $(BIN)/python -m oblr_trl.scripts.compare --rollouts_per_step 128
 
 # No hub is asked for anything: models and data of demo and tests are made here.
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
-demo demo-seeds notebooks ablation study study-trust-region bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
+demo demo-seeds notebooks ablation study study-trust-region study-small-groups bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -35,17 +38,18 @@ LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mix
 
 demo: install  ## Train OBLR-PO and its GRPO control on the CPU and compare them (about 8 minutes)
 	$(BIN)/python -m examples.tiny_qwen3
-	$(LAUNCH) --config $(RECIPES)/oblrpo/$(TASK) --output_dir $(RUNS)/oblrpo
-	$(LAUNCH) --config $(RECIPES)/grpo/$(TASK) --output_dir $(RUNS)/grpo
-	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
+	$(LAUNCH) --config $(OBLRPO) --output_dir $(RUNS)/oblrpo
+	$(LAUNCH) --config $(GRPO) --output_dir $(RUNS)/grpo
+	$(COMPARE) OBLR-PO=$(RUNS)/oblrpo GRPO=$(RUNS)/grpo \
 		--output $(RUNS)/compare.png --json $(RUNS)/compare.json
 
 demo-seeds: install  ## The demo's two methods with three seeds each; writes runs/seeds/compare.json
 	$(BIN)/python -m examples.tiny_qwen3
-	for seed in 0 1 2; do for method in oblrpo grpo; do \
-		$(LAUNCH) --config $(RECIPES)/$$method/$(TASK) --seed $$seed --output_dir runs/seeds/$$method/seed-$$seed || exit 1; \
-	done; done
-	$(BIN)/python -m oblr_trl.scripts.compare OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
+	for seed in 0 1 2; do \
+		$(LAUNCH) --config $(OBLRPO) --seed $$seed --output_dir runs/seeds/oblrpo/seed-$$seed || exit 1; \
+		$(LAUNCH) --config $(GRPO) --seed $$seed --output_dir runs/seeds/grpo/seed-$$seed || exit 1; \
+	done
+	$(COMPARE) OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
 		--output runs/seeds/compare.png --json runs/seeds/compare.json
 
 test: install  ## Run the tests (about 4 minutes on 2 cores)
@@ -83,7 +87,7 @@ notebooks-write: install  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
-results: study study-trust-region bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
+results: study study-trust-region study-small-groups bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
 
 report: install  ## Write tables and figures of docs/results.md from benchmarks/results
 	$(BIN)/python -m benchmarks.report
@@ -112,6 +116,9 @@ bench-variance: install  ## Measure the gradient's variance under each baseline 
 study-trust-region: install  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
 	$(BIN)/python -m benchmarks.trust_region
 	$(BIN)/python -m benchmarks.kl_measures
+
+study-small-groups: install  ## The same rollouts in groups of 1 to 8, against RLOO and GRPO (resumes; hours)
+	$(BIN)/python -m benchmarks.small_groups
 
 bench-snr: install  ## Measure how right rho is
 	$(BIN)/python -m examples.tiny_qwen3

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from benchmarks.sections import cost, kl_measures, learning, score_memory, snr, trust_region, variance
+from benchmarks.sections import cost, kl_measures, learning, score_memory, small_groups, snr, trust_region, variance
 
 ROOT = Path(__file__).parent.parent
 # By the name of the record, `benchmarks/results/NAME.json`.
 SECTIONS = {
+    "small_groups": small_groups,
     "trust_region": trust_region,
     "kl_measures": kl_measures,
     "learning": learning,
@@ -34,6 +35,7 @@ SECTIONS = {
     "score_memory": score_memory,
 }
 FIGURES = {
+    "small_groups": "Held-out accuracy against rollouts by group size",
     "trust_region": "One delta against rates tuned for each setting",
     "learning": "Learning speed and collapse",
     "variance": "Variance of the gradient",

@@ -178,11 +178,11 @@ def load_rollouts(folder: str, process_index: int, device: torch.device) -> list
 
 
 def check_same_options(state: dict[str, Any], args: Any, names: Sequence[str]) -> None:
-    """Refuse to resume with other values of the options `names`, which the saved state belongs to."""
+    """Refuse to resume with other values of the options `names`, which the saved state belongs to, as far as it has them."""
     for name in names:
-        if state.get(name) != getattr(args, name):
+        if name in state and state[name] != getattr(args, name):
             raise ValueError(
-                f"The checkpoint was written with {name}={state.get(name)!r} but this run has {getattr(args, name)!r}. Resume "
+                f"The checkpoint was written with {name}={state[name]!r} but this run has {getattr(args, name)!r}. Resume "
                 "with the former, or start a new run from the checkpoint's weights."
             )
 

@@ -1,5 +1,6 @@
 """GRPOConfig with the options of OBLR-PO. What it cannot honour is in [`~checks.options`]."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -11,7 +12,7 @@ from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS
 
 _MEMORY_SIZE = 65536  # prompts: less than 20 MiB on every process, 1.5 MiB in a checkpoint
-# Of `lr_adaptation="snr"`, whose multiplier averages about 0.2 in the demo (`make demo` prints it): TRL's rate in effect.
+# Of `lr_adaptation="snr"`, whose multiplier averages about 0.2 with `recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml`: TRL's rate in effect.
 _SNR_LEARNING_RATE = 5e-6
 
 
@@ -47,7 +48,7 @@ class OBLRPOConfig(GRPOConfig):
             Number of prompts of which `"gradient_weighted"` remembers the rewards and score norms of earlier visits, as a second
             prior whose strength is chosen from earlier batches (see [`~baselines.PromptMemory`]). The least recently visited
             leave first. Takes effect when a prompt comes back, in the second epoch. Defaults to 65536; to 0, no memory, with
-            `baseline_prior_strength=0` (the paper) and with other baselines.
+            `baseline_prior_strength=0` (the paper) or `inf`, with other baselines, and where rewards are scaled by a deviation of the batch.
         score_scope (`str`, *optional*, defaults to `"auto"`):
             Parameters whose gradient makes up a score: all trainable ones that the pass can score (`"auto"`; a line at the start
             says which it cannot, and if it can none the output projection stands in for them), `"all"` trainable ones, one that
@@ -90,7 +91,7 @@ class OBLRPOConfig(GRPOConfig):
     >   constant.
     > - `scale_rewards`: Defaults to `"none"` instead of `"group"`: the paper's advantage is r - b.
     > - `learning_rate`: Without effect on the size of the steps by default. Defaults to `5e-6` with `lr_adaptation="snr"`: the
-    >   multiplier averages about 0.2 in the demo (`make demo` prints it), which brings the average step back to GRPO's.
+    >   multiplier averages about 0.2 with `recipes/tiny-Qwen3/oblrpo/config_chain_sum.yaml`, which brings the average step back to GRPO's.
     """
 
     learning_rate: float = field(  # type: ignore[assignment]
@@ -181,9 +182,9 @@ class OBLRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         self._defaulted = {name for name in ("lr_adaptation", "learning_rate") if getattr(self, name) is None}
         self.default_to("trust_region" if self.score_scope in TRUST_REGION_SCOPES else "snr")
-        if self.baseline_memory_size is None:
-            has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength != 0
-            self.baseline_memory_size = _MEMORY_SIZE if has_prior else 0
+        # The default of another configuration, as `dataclasses.replace` hands it on, counts as unset.
+        if self.baseline_memory_size in (None, _MEMORY_SIZE):
+            self.baseline_memory_size = _MEMORY_SIZE if self._has_use_for_memory else 0
         single = self.num_generations == 1
         if single:
             self.num_generations = _SingleGeneration(1)
@@ -201,6 +202,20 @@ class OBLRPOConfig(GRPOConfig):
         if "learning_rate" in self._defaulted:
             self.learning_rate = _SNR_LEARNING_RATE if self.lr_adaptation == "snr" else GRPOConfig.learning_rate
         return self.lr_adaptation == lr_adaptation
+
+    @property
+    def _has_use_for_memory(self) -> bool:
+        """Whether a prior of this batch can be mixed with one of earlier ones: finite, and of rewards in their own unit."""
+        has_prior = self.baseline == "gradient_weighted" and self.baseline_prior_strength not in (0, math.inf)
+        return has_prior and not self.scales_rewards
+
+    @property
+    def scales_rewards(self) -> bool:
+        """Whether rewards or advantages are divided by a deviation of the batch."""
+        return (
+            str(self.scale_rewards).lower() not in ("none", "false")
+            or self.multi_objective_aggregation != "sum_then_normalize"
+        )
 
     @property
     def needs_scores(self) -> bool:

@@ -202,7 +202,6 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
 
         batch = self._grouped_batch(output, old_logps_forward)
-        estimator = self._baseline_estimator
         if estimator.memory is not None:
             batch.prompt_keys = self._gathered_prompt_keys(inputs)
         baselines = estimator(batch)
@@ -418,7 +417,9 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             is_exact=num_parameters <= self.args.score_sketch_dim,
         )
         values = {metrics.KL: movement.kl, metrics.CURVATURE: movement.curvature}
-        return values | {metrics.PREDICTED_GAIN: movement.predicted_gain}
+        if self.multi_objective_aggregation != "normalize_then_sum":  # whose unit is another one in every batch
+            values[metrics.PREDICTED_GAIN] = movement.predicted_gain
+        return values
 
     def _log_train_metrics(self, values: dict[str, float], *, replace: bool = False) -> None:
         for name, value in values.items():
@@ -446,6 +447,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         super().create_scheduler(num_training_steps, optimizer)
         if not isinstance(self._schedule, SNRScheduler):
             adapt_if_possible(self.args, check_wrappable, self.lr_scheduler)
+        if not self.args.needs_scores:
+            self._score_pass = None
         if self.args.lr_adaptation != "none" and not isinstance(self._schedule, SNRScheduler):
             low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
             if self.args.lr_adaptation == "trust_region":
@@ -515,8 +518,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         args = self.args
-        chooses_prior = args.baseline == "gradient_weighted" and args.baseline_prior_strength is None
-        averages = args.lr_adaptation != "none" or chooses_prior
+        averages = args.lr_adaptation != "none" or self._baseline_estimator.automatic is not None
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])

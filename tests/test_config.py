@@ -215,8 +215,6 @@ def test_what_trl_checks_of_its_options_is_checked_with_one_completion_per_promp
         config(tmp_path, **ALONE, num_generations_eval=3, eval_strategy="steps", eval_steps=1)
     with pytest.raises(ValueError, match="divisible by the global batch size"):
         config(tmp_path, **ALONE, generation_batch_size=129)
-    with pytest.raises(ValueError, match="sapo"):
-        config(tmp_path, **ALONE, loss_type="sapo")
 
 
 def test_few_prompts_of_one_completion_are_warned_of_without_the_advice_to_lower_it(tmp_path):

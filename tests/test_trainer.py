@@ -307,7 +307,7 @@ def test_layers_without_a_rule_fail_before_any_work(tmp_path):
     model = tiny_model(num_layers=2)
     model.model.layers[0].mlp.up_proj = torch.nn.Bilinear(2, 2, 2)
     with pytest.raises(ValueError, match=r"No score rule covers .*Bilinear"):
-        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model)
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, score_scope="all")
 
 
 def test_arguments_may_be_positional_as_in_trl(tmp_path):

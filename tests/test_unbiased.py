@@ -56,7 +56,7 @@ def test_the_automatic_prior_strength_is_unbiased(num_generations):
     automatic = AutomaticPriorStrength(grid=(0.0, 4.0, math.inf))
 
     def baseline(r, w, length):
-        b = gradient_weighted_baseline(r, w, prior_strength=automatic.value)
+        b = automatic.baseline(r, w)
         automatic.update(r, w)
         return b
 

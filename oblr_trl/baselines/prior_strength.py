@@ -14,6 +14,8 @@ PRIOR_STRENGTH_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, math.inf)
 # Of the memory of prompts. Until the first prompt comes back all tie, and ties go to the first: a remembered completion counts
 # as one of the batch.
 MEMORY_STRENGTH_GRID = (1.0, 0.0, 0.5, 2.0, 4.0)
+# Strengths whose variances differ by rounding alone, as with one completion per prompt and no memory, are equally good.
+_TIE = 1e-9
 
 
 class AutomaticPriorStrength:
@@ -21,7 +23,8 @@ class AutomaticPriorStrength:
     Chooses the strengths \\( \kappa \\) and \\( m \\) of [`gradient_weighted_baseline`] from *earlier* batches.
 
     Keeps, for every pair of a small grid, an exponential moving average of [`gradient_variance`] (divided by the batch's mean
-    weight, so that batches count alike while score norms drift) and returns the grid point of minimum variance. At
+    weight, so that batches count alike while score norms drift) and returns the grid point of minimum variance, of several such
+    one with the initial \\( \kappa \\). At
     \\( \kappa = \infty \\), where memory has no say, there is one \\( m \\). Call [`update`][AutomaticPriorStrength.update]
     *after* the batch's baseline was taken: strengths chosen on the batch they are applied to would depend on every completion
     and bias the gradient.
@@ -65,7 +68,9 @@ class AutomaticPriorStrength:
     def _best(self) -> tuple[float, float]:
         if not self._seen:
             return self.initial, MEMORY_STRENGTH_GRID[0]
-        return self._pairs[min(range(len(self._pairs)), key=self._variances.__getitem__)]
+        lowest = min(self._variances) * (1 + _TIE)
+        tied = [pair for pair, variance in zip(self._pairs, self._variances, strict=True) if variance <= lowest]
+        return min(tied, key=lambda pair: pair[0] != self.initial)
 
     def baseline(
         self, rewards: Tensor, weights: Tensor, memory: Tensor | None = None, *, leave_one_out: bool = True
@@ -109,15 +114,12 @@ class AutomaticPriorStrength:
         return {"variances": list(self._variances), "seen": self._seen}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a state of [`state_dict`][AutomaticPriorStrength.state_dict], or one from before there was a memory.
+        """Restore a state of [`state_dict`][AutomaticPriorStrength.state_dict].
 
         Raises:
             `ValueError`: If the state belongs to another grid.
         """
         variances = [float(variance) for variance in state["variances"]]
-        if len(variances) == len(self.grid):  # without memory all its strengths tie
-            by_strength = dict(zip(self.grid, variances, strict=True))
-            variances = [by_strength[strength] for strength, _ in self._pairs]
         if len(variances) != len(self._pairs):
             raise ValueError(
                 f"The saved prior-strength state has {len(variances)} grid points but this version uses "

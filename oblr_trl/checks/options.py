@@ -79,6 +79,13 @@ _REFUSALS = (
         "it counts prompts, and only 'gradient_weighted' has a memory of them",
         "leave it unset, or use a number of at least 0 with baseline='gradient_weighted'",
     ),
+    # A remembered reward lies outside of a batch of equal ones, whose deviation of 0 would divide the difference.
+    _Refusal(
+        "baseline_memory_size",
+        lambda args: args.baseline_memory_size != 0 and args.scales_rewards,
+        "rewards of earlier batches are in another unit than those that this one's deviation divides",
+        "leave it unset, which is 0 here, or use scale_rewards='none' and multi_objective_aggregation='sum_then_normalize'",
+    ),
     _Refusal(
         "num_generations",
         lambda args: args.num_generations == 1 and not _has_prior(args),

@@ -1,7 +1,7 @@
 """Nothing but two names differs between a script for `GRPOTrainer` and one for ours; here both trainers run it.
 
-The exception: ours is asked for exact score norms (`OPTIONS`), so that its advantages can be compared with those of one
-backward pass per sequence.
+The exception: ours is asked for exact score norms and for no memory of prompts (`OPTIONS`), so that its advantages can be compared
+with those of one backward pass per sequence of the batch.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from tests.tiny_models import construct, digit_reward, tiny_tokenizer
 
 both_trainers = pytest.mark.parametrize("trainer_class", [GRPOTrainer, OBLRPOTrainer], ids=["GRPO", "OBLRPO"])
 CONFIGS = {GRPOTrainer: GRPOConfig, OBLRPOTrainer: OBLRPOConfig}
-OPTIONS = {GRPOTrainer: {}, OBLRPOTrainer: {"score_method": "exact"}}
+OPTIONS = {GRPOTrainer: {}, OBLRPOTrainer: {"score_method": "exact", "baseline_memory_size": 0}}
 G = 4  # completions per prompt
 # Two optimizer steps on every generation batch, which has as many rows as by default and comes as often.
 OFF_POLICY = {"per_device_train_batch_size": 2 * G, "steps_per_generation": 2, "max_steps": 4}
