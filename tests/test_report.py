@@ -65,15 +65,16 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
         in readme
     )
 
-    parts = records["learning"]["summary"]["adamw"]
-    baselines = ("grpo", "dr_grpo", "rloo")
-    above = [name for name in parts if all(parts[name]["ours_minus"][other]["area"]["low"] > 0 for other in baselines)]
-    assert above == ["chain_sum", "decimal_chain_sum"]
-    areas = {name: parts["chain_sum"]["evaluation"][name]["area"]["mean"] for name in baselines}
-    difference = parts["chain_sum"]["ours_minus"][max(areas, key=areas.get)]["area"]
-    interval = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
-    assert f"{interval} above the strongest of GRPO, Dr. GRPO and RLOO on chain_sum" in readme
-    assert "on two of three tasks" in readme
+    groups = records["small_groups"]["summary"]
+    parts = {
+        task: next(
+            row["part_of_rollouts"] for row in part["rows"] if (row["method"], row["group_size"]) == ("ours", 1)
+        )
+        for task, part in groups.items()
+    }
+    intervals = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**part) for part in parts.values()]
+    assert list(parts) == ["chain_sum", "products, easy to hard"]
+    assert f"after {intervals[0]} of their rollouts on chain_sum and {intervals[1]} where prompts" in readme
 
     random, demo = (
         records["cost"]["comparisons"][name]["ratios"]["all"]["median"] for name in ("transformers", "demo")
