@@ -57,11 +57,16 @@ MODELS = {
     "Granite": ("Granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     "GraniteMoe": ("GraniteMoe", _LOCAL | {"logits_scaling": 4.0}),
     "Lfm2": ("Lfm2", {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    "Lfm2Moe": (
+        "Lfm2Moe",
+        _MOE | {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
+    ),
     "Llama": ("Llama", {}),
     "Llama4": (
         "Llama4Text",
         _HEADS | _LOCAL | {"num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
     ),
+    "MiniMaxM2": ("MiniMaxM2", _HEADS | _LOCAL),
     "Mistral": ("Mistral", _HEADS | {"sliding_window": 8}),
     "Mixtral": ("Mixtral", _LOCAL),
     "Nemotron": ("Nemotron", {}),
@@ -116,4 +121,7 @@ def zoo_model(name, experts_implementation="eager", **options):
             # Zeros and ones would hide mistakes in their rules, and experts and routers are often left at zero.
             scale = 0.2 if parameter.dim() == 1 or not parameter.any() else 0.02
             parameter += scale * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # of routers, as long as there are experts
+                buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
     return model

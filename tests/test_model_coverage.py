@@ -258,7 +258,7 @@ def test_a_layer_that_does_not_keep_sequences_apart_is_left_out_when_it_is_calle
     frozen = model()
     frozen.model.norm[1].requires_grad_(False)
     torch.testing.assert_close(found, score_sketches(frozen, *batch, method="exact", scope="all"))
-    with pytest.raises(ValueError, match="cannot be told apart by sequence"):
+    with pytest.raises(ValueError, match="do not keep the sequences of the batch apart"):
         score_sketches(model(), *batch, scope="all")
 
 
@@ -277,6 +277,9 @@ def test_layouts_that_keep_sequences_apart_are_told_from_others():
     assert torch.equal(layout.of_sequence(values, 1), values[1:2])
     positions = torch.zeros(1, 4, dtype=torch.long)
     assert layout.of_sequence(positions, 1) is positions
+    bias = torch.zeros(3)  # of as many experts as there are sequences
+    assert layout.of_sequence(bias, 1) is bias
+    assert layout.batch_first(torch.tensor(1.0)) is None
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_TRAINED_BY_TRL])

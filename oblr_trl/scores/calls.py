@@ -1,7 +1,8 @@
 """One call of a layer, as a rule sees it in the backward pass: its arguments and where it keeps the sequences apart.
 
 Shapes: B sequences of L tokens; a layer is called with (B, ...), with (B L m, ...) where a model flattens sequences, positions and
-heads (mixture-of-experts layers, gated norms), or with (1, ...) where it computes the same for all of them (GPT-2's positions).
+heads (mixture-of-experts layers, gated norms), or with (1, ...) where it computes the same for all of them (GPT-2's positions). Vectors
+and numbers are shared by all sequences: the biases that some routers are called with.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ class Layout:
 
     def batch_first(self, tensor: Tensor) -> Tensor | None:
         """A view of shape `(B, ...)`, or `None` if the first axis does not tell sequences apart."""
+        if tensor.dim() == 0:
+            return None
         # A single row of features is that of one token, wherever it comes from: an expert may be called with B or 1 of them.
         if not _is_flat(tensor):
             if tensor.size(0) == self.batch_size:
@@ -33,6 +36,8 @@ class Layout:
 
     def of_sequence(self, tensor: Tensor, index: int) -> Tensor:
         """What a call with one sequence alone would have got in the place of `tensor`."""
+        if is_shared(tensor):
+            return tensor
         if not _is_flat(tensor) and tensor.size(0) in (1, self.batch_size):
             return tensor if tensor.size(0) == 1 else tensor[index : index + 1]
         return tensor.unflatten(0, (self.batch_size, -1))[index]
@@ -48,8 +53,9 @@ class LayerCall:
     autocast: torch.autocast
 
     def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors, batch first."""
-        views = [self.layout.batch_first(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        """The arguments that are tensors of sequences, batch first."""
+        tensors = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor) and not is_shared(v)]
+        views = [self.layout.batch_first(tensor) for tensor in tensors]
         return [view for view in views if view is not None]
 
     def of_sequences(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -73,6 +79,11 @@ def float_tensors(output: Any) -> list[Tensor]:
     """The outputs of a layer that may have a gradient, one or several of a tuple."""
     outputs = output if isinstance(output, tuple) else (output,)
     return [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether an argument is the same for all sequences, whatever the length of its only axis."""
+    return tensor.dim() <= 1
 
 
 def _is_flat(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from oblr_trl.scores.experts import holds_experts
 from oblr_trl.scores.logits import qualified_name
 from oblr_trl.scores.rules import find_score_rule
 
@@ -58,7 +59,10 @@ class Coverage:
                 "gradient cannot be told apart by sequence. Freeze the vision tower and the projector (for adapters, limit "
                 f"`target_modules` to the language model), or {remedy} (`score_scope` in `OBLRPOConfig`)."
             )
-        if not is_head and find_score_rule(module) is None:
+        # What experts call inside gets tokens in the order of the experts.
+        parts = module_name.split(".")
+        of_experts = any(holds_experts(self._modules[".".join(parts[:i])]) for i in range(1, len(parts)))
+        if not is_head and (of_experts or find_score_rule(module) is None):
             return (
                 f"No score rule covers the trainable parameter `{full_name}` of a {type(module).__name__}. Freeze it, {remedy}, "
                 "or teach the pass this layer with `oblr_trl.scores.register_score_rule`."

@@ -18,12 +18,16 @@ from oblr_trl.scores.calls import LayerCall
 from oblr_trl.scores.factors import IndexRows, OuterProduct
 
 
+def holds_experts(module: Any) -> bool:
+    """Whether a layer is one of transformers' `@use_experts_implementation`."""
+    return vars(module).keys() >= {"has_gate", "has_bias", "is_transposed"}
+
+
 def routes_tokens(module: Any) -> bool:
-    """Whether a layer is one of transformers' `@use_experts_implementation`, without what the rule does not know: experts that are
-    spread over processes, or followed by a norm."""
-    attributes = vars(module)
-    described = attributes.keys() >= {"has_gate", "has_bias", "is_transposed"}
-    return described and not any(attributes.get(name) for name in ("_is_expert_parallel", "has_post_expert_norm"))
+    """Whether a layer [`holds_experts`], without what the rule does not know: experts that are spread over processes, or followed
+    by a norm."""
+    unknown = ("_is_expert_parallel", "has_post_expert_norm")
+    return holds_experts(module) and not any(vars(module).get(name) for name in unknown)
 
 
 def experts_rule(module: Any, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> dict[str, Any]:

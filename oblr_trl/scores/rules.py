@@ -66,14 +66,23 @@ def apply_rule(module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | 
     return rule(module, call.tensors()[0], grad_output)
 
 
+# Layers that choose at random: another draw would choose other experts than those that the output's gradient belongs to.
+_NOT_RECOMPUTED = ("PhimoeTopKRouter",)
+
+
 def _rule_of_transformers(module: Any, name: str) -> ScoreRule | CallRule | None:
     """Layers by the name of their class or by their structure, others by recomputation if they are leaves."""
     attributes = vars(module)
     parameters = dict(module.named_parameters(recurse=False))
     if name == "Conv1D":
         return conv1d_rule
+    if name == "FalconLinear":
+        return linear_rule
+    if name in _NOT_RECOMPUTED:
+        return None
     if (
         name.endswith("RMSNorm")
+        and not name.endswith("InputScaledRMSNorm")  # which scales before it normalises
         and parameters.keys() == {"weight"}
         and attributes.keys() & {"variance_epsilon", "eps"}
     ):

@@ -209,16 +209,17 @@ class _MicroBatch:
                 self._add(names[name], gradient)
 
     def _on_unknown_layout(self, module: nn.Module, tensor: Tensor) -> None:
-        name, size = next(iter(self._scoped.names[module].values())), self._targets.size(0)
+        name = next(iter(self._scoped.names[module].values()))
         message = (
-            f"The {type(module).__name__} of `{name}` was called with a first axis of {tensor.size(0)} in a batch of {size} "
-            "sequences, so its gradient cannot be told apart by sequence"
+            f"The {type(module).__name__} of `{name}` was called with tensors that do not keep the sequences of the batch apart, and "
+            "neither can its gradient"
         )
         if self._settings.scope != "auto":
             raise ValueError(
-                f"{message}. Freeze it, or use `scope='auto'`, which leaves such calls out, or `scope='lm_head'`."
+                f"{message} (shape {tuple(tensor.shape)}, {self._targets.size(0)} sequences). Freeze it, or use `scope='auto'`, which leaves such calls out, or `scope='lm_head'`."
             )
-        warnings.warn(f"{message}: this call is left out of the scores.")
+        # The same text for all batches, so that it is said once.
+        warnings.warn(f"{message}: such calls are left out of the scores.")
 
     def _add(self, name: str, gradient: PerSequenceGradient) -> None:
         for accumulator in self._accumulators.values():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from oblr_trl.scores.calls import LayerCall, Layout, current_autocast, float_tensors
+from oblr_trl.scores.calls import LayerCall, Layout, current_autocast, float_tensors, is_shared
 from oblr_trl.scores.rules import CallRule, find_score_rule
 
 # Called with the module, its call and the gradients of its floating-point outputs, batch first; `None` for one that is not used.
@@ -75,8 +75,9 @@ def tapped(
         if not isinstance(find_score_rule(module), CallRule):  # which gets by with the first input
             args, kwargs = (args[:1], {}) if args else ((), dict([next(iter(kwargs.items()))]))
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        views = [layout.batch_first(tensor) for tensor in (*outputs, *inputs)]
-        for tensor, view in zip((*outputs, *inputs), views, strict=True):
+        of_sequences = [*outputs, *(tensor for tensor in inputs if not is_shared(tensor))]
+        views = [layout.batch_first(tensor) for tensor in of_sequences]
+        for tensor, view in zip(of_sequences, views, strict=True):
             if view is None:
                 on_unknown_layout(module, tensor)
                 return output
