@@ -518,7 +518,8 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         args = self.args
-        averages = args.lr_adaptation != "none" or self._baseline_estimator.automatic is not None
+        chooses_prior = args.baseline == "gradient_weighted" and self._baseline_estimator.automatic is not None
+        averages = args.lr_adaptation != "none" or chooses_prior
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])

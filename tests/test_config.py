@@ -129,6 +129,8 @@ def test_the_document_marks_exactly_the_options_that_are_refused_and_those_with_
         ({"baseline_prior_strength": math.nan}, "cannot honour baseline_prior_strength=nan"),
         ({"baseline_memory_size": -1}, "cannot honour baseline_memory_size=-1"),
         ({"baseline": "leave_one_out", "baseline_memory_size": 1}, "only 'gradient_weighted' has a memory"),
+        ({"scale_rewards": "batch", "baseline_memory_size": 1}, "in another unit"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "baseline_memory_size": 1}, "in another unit"),
         ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),
@@ -239,6 +241,15 @@ def test_a_memory_is_the_default_of_what_has_a_prior(tmp_path):
     assert config(tmp_path, baseline="group_mean").baseline_memory_size == 0
     assert config(tmp_path, baseline_prior_strength=0.0).baseline_memory_size == 0
     assert config(tmp_path, baseline_prior_strength=0.0, baseline_memory_size=9).baseline_memory_size == 9
+    assert config(tmp_path, baseline_prior_strength=math.inf).baseline_memory_size == 0
+    # A deviation of the batch divides what lies in it; a remembered reward may not.
+    for scaled in ("group", "batch", True):
+        assert config(tmp_path, scale_rewards=scaled).baseline_memory_size == 0
+    assert config(tmp_path, scale_rewards=False).baseline_memory_size == 65536
+    assert config(tmp_path, multi_objective_aggregation="normalize_then_sum").baseline_memory_size == 0
+    # The default that a copy inherits is still one.
+    copied = dataclasses.replace(config(tmp_path), baseline="group_mean", generation_batch_size=None)
+    assert copied.baseline_memory_size == 0
 
 
 def test_every_own_field_has_help_and_a_docstring_entry():

@@ -138,7 +138,7 @@ def test_averages_in_another_unit_are_not_resumed(tmp_path_factory, name, option
 
 @pytest.mark.parametrize(
     "baseline",
-    [{"baseline": "leave_one_out"}, {"baseline_prior_strength": 16.0}],
+    [{"baseline": "leave_one_out"}, {"baseline_prior_strength": 16.0, "baseline_memory_size": 0}],
     ids=["leave_one_out", "fixed_prior"],
 )
 def test_without_averages_the_loss_may_change_on_resume(tmp_path, baseline):
@@ -150,6 +150,14 @@ def test_without_averages_the_loss_may_change_on_resume(tmp_path, baseline):
         OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", max_steps=2, **changed, resume_from_checkpoint=checkpoint
     )
     assert resumed.state.global_step == 2
+
+
+def test_a_memory_in_another_unit_is_not_resumed(tmp_path):
+    plain = {"lr_adaptation": "none", "baseline_prior_strength": 16.0, "save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=1, **plain)
+    changed = plain | {"reward_weights": [100.0], "resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+    with pytest.raises(ValueError, match="written with reward_weights=None"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", max_steps=2, **changed)
 
 
 def test_the_snr_of_the_group_mean_leaves_missing_rewards_out(tmp_path):

@@ -346,19 +346,6 @@ def test_groups_of_one_teach_every_pair_of_strengths():
     assert all(0 < variance < 1 for variance in variances)
 
 
-def test_a_state_from_before_there_was_a_memory_is_loaded():
-    _, plain = estimators()
-    for batch in Prompts([0.1, 0.9] * 32, 8, 2).epoch():
-        plain.update(batch)
-    state = plain.automatic.state_dict()
-    first_of_each = [*state["variances"][::5]]  # all five are equal
-    old = {"variances": first_of_each, "seen": True}
-    loaded, _ = estimators()
-    loaded.load_state_dict(old)
-    assert loaded.automatic.state_dict() == state
-    assert loaded.prior_strength == plain.prior_strength != 16.0
-
-
 def test_the_state_of_another_fixed_strength_is_left_alone():
     fixed, _ = estimators(prior_strength=2.0)
     for _ in range(2):
