@@ -52,10 +52,10 @@ demo-seeds: install  ## The demo's two methods with three seeds each; writes run
 	$(COMPARE) OBLR-PO=runs/seeds/oblrpo GRPO=runs/seeds/grpo \
 		--output runs/seeds/compare.png --json runs/seeds/compare.json
 
-test: install  ## Run the tests (about 4 minutes on 2 cores)
+test: install  ## Run the tests (about 7 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2
 
-test-backends: install  ## Train on 2 processes: DDP, ZeRO-2, ZeRO-3, FSDP2; kill, resume, faults, soak (about 15 minutes)
+test-backends: install  ## Train on 2 processes: DDP, ZeRO-2, ZeRO-3, FSDP2; kill, resume, faults, soak (about 25 minutes)
 	$(BIN)/python -m pytest tests/backends
 
 # vLLM's CPU build pins other versions than constraints.txt, hence an environment of its own. Where pip does not find torch's

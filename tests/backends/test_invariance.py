@@ -164,7 +164,8 @@ def test_the_backend_changes_nothing(shared_run, table, name):
     sharded = engine == "fsdp2" or changes.get("zero_stage") == 3
     assert end["partitioned"] == (end["num_parameters"] if sharded else 0)
     assert run.numbers("remembered").tolist() == reference.numbers("remembered").tolist()
-    assert (reference.numbers("remembered")[-1] == 1) == (reference_name == "memory")
+    if reference_name == "memory":
+        assert reference.numbers("remembered")[-1] == 1
     for record in run.records[1:]:  # all processes computed with the whole batch
         assert [line["advantages"] for line in record if line["kind"] == "batch"] == run.advantages.tolist()
         assert record[-1]["tensors"] == end["tensors"]
