@@ -25,7 +25,7 @@ SETTINGS = {
 BACKENDS = {
     "1 process": {},
     "2 processes, ZeRO-3": {"processes": 2, "engine": "deepspeed", "per_device_train_batch_size": 8},
-    "one completion per prompt": {"num_generations": 1},
+    "one completion per prompt": {"num_generations": 1, "train_size": 48},
 }
 TIMES = ("step_time", "score/pass_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
