@@ -71,6 +71,7 @@ def summarise(cells: Mapping[tuple[str, int], Sequence[Run]]) -> dict[str, Any]:
                 "area": spread([step_area(run) for run in runs]),
                 "pass_at_8": spread([run["pass_at_8"][-1] for run in runs]),
                 "part_of_rollouts": part_of_rollouts(runs, controls[strongest]),
+                "cpu_seconds": spread([run["cpu_seconds"][-1] for run in runs]),
                 "pass_at_8_there": pass_at_8_when(runs, level),
                 "logged": {name: mean(row[name] for row in logged) for name in LOGGED if logged and name in logged[0]},
                 "curve": mean_curve(runs),

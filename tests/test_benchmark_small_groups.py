@@ -14,6 +14,7 @@ def made(curve, pass_at_8=None, learning_rate=1e-6):
     return {
         "accuracies": curve,
         "pass_at_8": pass_at_8 or curve,
+        "cpu_seconds": [0.0, 10.0 * curve[-1]],
         "logged": {"advantage/live_fraction": curve[0]},
         "spec": {"learning_rate": learning_rate},
     }
@@ -58,6 +59,7 @@ def test_the_strongest_control_ends_highest():
     summary = small_groups_summary.summarise(cells)
     assert summary["strongest"] == ["grpo", 4]
     assert [row["part_of_rollouts"]["mean"] for row in summary["rows"]] == [pytest.approx(0.5), None, 1.0]
+    assert [row["cpu_seconds"]["mean"] for row in summary["rows"]] == [9.0, 3.0, 5.0]
     assert section.markdown(
         {"summary": {"task": summary}, "settings": {"num_steps": 1, "evaluation_seeds": 1, "tuning_seeds": 1, "test_size": 1}}
     ).count("\n| ") == 5  # fmt: skip

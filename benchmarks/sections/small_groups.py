@@ -27,18 +27,23 @@ def markdown(record: dict[str, Any]) -> str:
     text = (
         f"{settings['num_steps']} steps of 64 rollouts; {settings['evaluation_seeds']} seeds; constant rates chosen with "
         f"{settings['tuning_seeds']} other seed(s) per rate; {settings['test_size']} held-out prompts. Rollouts: part of a run "
-        "until the mean accuracy that the strongest of RLOO and GRPO (bold) ends with, and its bootstrap 95 % interval. pass@8 there: at "
+        "until the mean accuracy that the strongest of RLOO and GRPO (bold) ends with, and its bootstrap 95 % interval. Time: the same in "
+        "processor seconds of that control's run, scoring passes included. pass@8 there: at "
         "that accuracy, bold at the end."
     )
     return "\n\n".join([text, *(_task_table(task, part) for task, part in record["summary"].items())])
 
 
 def _task_table(task: str, part: dict[str, Any]) -> str:
-    header = ["", "prompts x completions", "final accuracy", "mean over the run", "rollouts", "pass@8 there"]
+    header = ["", "prompts x completions", "final accuracy", "mean over the run", "rollouts", "time", "pass@8 there"]
     header += ["live rollouts", "noise per rollout"]
+    (seconds,) = (
+        row["cpu_seconds"]["mean"] for row in part["rows"] if [row["method"], row["group_size"]] == part["strongest"]
+    )
     rows = []
     for row in part["rows"]:
         strongest = [row["method"], row["group_size"]] == part["strongest"]
+        until, slower = row["part_of_rollouts"]["mean"], row["cpu_seconds"]["mean"] / seconds
         mark = "**" * strongest
         rows.append(
             [
@@ -47,6 +52,7 @@ def _task_table(task: str, part: dict[str, Any]) -> str:
                 f"{mark}{plus_minus(row['final'], '.3f')}{mark}",
                 plus_minus(row["area"], ".3f"),
                 "1" if strongest else _interval(row["part_of_rollouts"]),
+                "1" if strongest else _number(None if until is None else until * slower, ".2f"),
                 f"**{row['pass_at_8']['mean']:.3f}**" if strongest else _number(row["pass_at_8_there"], ".3f"),
                 _number(row["logged"].get("advantage/live_fraction"), ".2f"),
                 _number(row["logged"].get("gradient_snr/noise_per_rollout"), ".3g"),
