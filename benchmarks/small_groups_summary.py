@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.learning_summary import NUM_RESAMPLES, Run, step_area
 from benchmarks.record import spread
+from benchmarks.sections.small_groups import CONTROLS
 from benchmarks.trust_region_summary import mean_curve
 
-CONTROLS = ("rloo_kl", "grpo_kl", "rloo", "grpo")
 # What a run logs of its rollouts and gradients; TRL's trainer logs none of it.
 LOGGED = ("advantage/live_fraction", "gradient_snr/noise_per_rollout", "baseline/remembered_fraction")
 
