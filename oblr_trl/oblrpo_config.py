@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from oblr_trl.baselines import BASELINES
-from oblr_trl.checks.options import LR_ADAPTATIONS, TRUST_REGION_SCOPES, check_options, check_prompts
+from oblr_trl.checks.batches import check_prompts
+from oblr_trl.checks.options import LR_ADAPTATIONS, TRUST_REGION_SCOPES, check_options
 from oblr_trl.scores.loss_weights import differentiates_sequences
 from oblr_trl.scores.scopes import SCOPES
 from oblr_trl.scores.score_pass import METHODS

@@ -22,8 +22,10 @@ from oblr_trl.baselines import (
     summed_rewards,
 )
 from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
+from oblr_trl.checks.adaptation import adapt_if_possible
+from oblr_trl.checks.backends import check_backend, check_vocabulary
+from oblr_trl.checks.batches import check_dataset
 from oblr_trl.checks.coverage import settle_coverage
-from oblr_trl.checks.options import adapt_if_possible, check_backend, check_dataset, check_vocabulary
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
 from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance

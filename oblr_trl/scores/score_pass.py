@@ -216,7 +216,8 @@ class _MicroBatch:
         )
         if self._settings.scope != "auto":
             raise ValueError(
-                f"{message} (shape {tuple(tensor.shape)}, {self._targets.size(0)} sequences). Freeze it, or use `scope='auto'`, which leaves such calls out, or `scope='lm_head'`."
+                f"{message} (shape {tuple(tensor.shape)}, {self._targets.size(0)} sequences). Freeze it, or use `scope='auto'`, "
+                "which leaves such calls out, or `scope='lm_head'`."
             )
         # The same text for all batches, so that it is said once.
         warnings.warn(f"{message}: such calls are left out of the scores.")
