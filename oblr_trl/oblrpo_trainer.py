@@ -3,15 +3,14 @@
 import logging
 import math
 import textwrap
-import warnings
 from typing import Any
 
 import torch
-from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from oblr_trl import metrics
+from oblr_trl.adaptive_rate import AdaptiveRateGRPOTrainer
 from oblr_trl.baselines import (
     SCALE_EPSILON,
     BaselineEstimator,
@@ -21,28 +20,21 @@ from oblr_trl.baselines import (
     scaled_advantages,
     summed_rewards,
 )
-from oblr_trl.checkpoints import ResumableGRPOTrainer, add_method_settings, check_same_options
-from oblr_trl.checks.adaptation import adapt_if_possible
+from oblr_trl.checkpoints import add_method_settings, check_same_options
 from oblr_trl.checks.backends import check_backend, check_vocabulary
 from oblr_trl.checks.batches import check_dataset
 from oblr_trl.checks.coverage import settle_coverage
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
-from oblr_trl.gradient_snr import MIN_PROMPTS, GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
-from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
+from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
-from oblr_trl.scores.parameters import local_parameter_sketch
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel
-from oblr_trl.trust_region import TrustRegion
 
 logger = logging.getLogger(__name__)
 
-_TINY = 1e-300  # keeps a rate of 0 from dividing by it
-# Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
-_DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
 # Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
 _AVERAGED_OPTIONS = (
     "baseline_leave_one_out",
@@ -56,10 +48,9 @@ _AVERAGED_OPTIONS = (
     "temperature",
     "num_generations",
 )
-_PROJECTION_OPTIONS = ("score_sketch_dim", "seed")
 
 
-class OBLRPOTrainer(ResumableGRPOTrainer):
+class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
     r"""
     Trainer for Optimal Baseline and Learning-Rate Policy Optimization (OBLR-PO).
 
@@ -126,7 +117,6 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
     _logs: dict[str, Any]
 
     # Without the constructor, as tests of a plug-in may make one, it is a `GRPOTrainer`.
-    lr_scheduler: Any = None
     _baseline_estimator: Any = None
     _errors_of_rewards: RewardFunctions | None = None
     _old_logps_forward: OldLogpsForward | None = None
@@ -148,16 +138,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             prior_strength=args.baseline_prior_strength,
             memory_size=args.baseline_memory_size,
         )
-        # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
-        averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
-        self._gradient_snr = StepGradientSNR(averages)
-        self._rho = math.nan  # of the batch at hand
-        self._trust_region = TrustRegion(
-            args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
-        )
-        self._initial_lrs: list[float] = []
         self._rewards_per_func: Tensor | None = None
-        self._score_pass: ScorePass | None = None
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._errors_of_rewards = RewardFunctions(args.reward_timeout)
         self.reward_funcs = [self._errors_of_rewards.wrap(reward_func) for reward_func in self.reward_funcs]
@@ -169,7 +150,7 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             line = settle_coverage(scoped, self.args)
             if line is not None and self.is_world_process_zero():
                 logger.warning(line)
-            averages.holds_back = args.lr_adaptation != "trust_region"
+            self._gradient_snr.averages.holds_back = args.lr_adaptation != "trust_region"
             self._num_parameters = scoped.num_parameters
             self._score_pass = ScorePass(
                 self.model,
@@ -341,180 +322,13 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
             logged.pop()
         logged.extend(advantages.tolist())
 
-    def _adapt_learning_rate(
-        self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any
-    ) -> None:
-        """Signal, noise and rho of the optimizer step at hand, and its learning rate."""
-        assert self.args.steps_per_generation is not None  # set by the configuration
-        sketches = batch.sketches
-        assert sketches is not None  # or there is no learning rate to adapt
-        # Optimizer steps that share the batch, where above 1.
-        steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
-        movement = {}
-        if self.args.lr_adaptation == "trust_region":
-            num_steps = max(steps * self.num_iterations, 1)
-            movement = self._measure_movement(batch, batch.rewards - baselines, num_steps)
-        if self.args.loss_type in _DIVIDED_BY_TOKENS:
-            advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
-        snr = self._gradient_snr
-        self._rho = snr.add(
-            per_prompt_gradients(sketches, advantages),
-            step=self.state.global_step,
-            sampling_variance=sampling_variance(sketches, advantages, steps),
-        )
-        adapts = self.args.lr_adaptation != "none"
-        if adapts and snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
-            warnings.warn(
-                "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
-                "learning rate stays as it was. See for what the reward functions return None."
-            )
-        values = {
-            metrics.SIGNAL: snr.averages.signal,
-            metrics.NOISE: snr.averages.noise,
-            metrics.NOISE_PER_ROLLOUT: self.num_generations * snr.averages.noise,
-            metrics.RHO: self._rho,
-            metrics.NUM_PROMPTS: snr.num_prompts,
-        }
-        if snr.num_batches == 1:  # of several batches of one step the first one tells how far the step before went
-            values |= movement
-        schedule = self._schedule
-        if isinstance(schedule, SNRScheduler):
-            if self.args.lr_adaptation == "trust_region":
-                rate = self._trust_region.next_rate(self._rho, schedule.position)
-                if not math.isnan(rate):  # or no token could be scored yet
-                    self._set_rate(rate)
-                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, schedule.position)
-            elif not math.isnan(self._rho):
-                schedule.set_rho(self._rho)
-            values[metrics.LR_MULTIPLIER] = schedule.multiplier
-        # Of several batches of one step the last one's hold: the others were provisional.
-        self._log_train_metrics(values, replace=snr.num_batches > 1)
-
-    def _measure_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
-        """How far the policy has moved since the last generation batch, from this one's completions."""
-        assert self._score_pass is not None
-        assert batch.sketches is not None
-        assert batch.token_weights is not None
-        region, position = self._trust_region, self._schedule.position
-        if position > 1 + 1e-6:
-            warnings.warn(
-                f"The schedule stands at {position:g} times its initial learning rate, and the KL of a step follows its square: the "
-                "trust region takes the initial rate for the largest. Use a schedule that starts there or rises to it (warm-up)."
-            )
-        weighted = batch.token_weights > 0  # others are masked, and say nothing of how far they moved
-        scores = batch.sketches[weighted] / batch.token_weights[weighted].unsqueeze(1)
-        scoped = resolve_scope(self.model, self.args.score_scope, None)
-        num_parameters = scoped.num_parameters
-        if num_parameters != self._num_parameters:  # some were frozen or unfrozen
-            self._num_parameters = num_parameters
-            region.forget_parameters()
-        if math.isnan(region.rate) and bool(scores.any()):
-            region.start(scores.square().sum(dim=1).mean().item(), scoped.num_trainable, num_steps=num_steps)
-        movement = region.observe(
-            scores,
-            advantages[weighted],
-            self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum"),
-            step=self.state.global_step,
-            position=position,
-            is_exact=num_parameters <= self.args.score_sketch_dim,
-        )
-        values = {metrics.KL: movement.kl, metrics.CURVATURE: movement.curvature}
-        if self.multi_objective_aggregation != "normalize_then_sum":  # whose unit is another one in every batch
-            values[metrics.PREDICTED_GAIN] = movement.predicted_gain
-        return values
-
-    def _log_train_metrics(self, values: dict[str, float], *, replace: bool = False) -> None:
-        for name, value in values.items():
-            logged = self._metrics["train"][name]
-            if replace and logged:  # a callback may have logged in the middle of the step
-                logged.pop()
-            logged.append(value)
-
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and isinstance(self._schedule, SNRScheduler):
-            self._schedule.multiply()  # also in steps on rollouts of an earlier one, which set no rho
-        return inputs
-
     def _get_train_sampler(self, dataset=None):
         check_dataset(self.args, len(self.train_dataset if dataset is None else dataset))
         return super()._get_train_sampler(dataset)
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
-        self._gradient_snr.restart()
-        last_rate = self._trust_region.rate
-        self._trust_region.restart()
-        adapt_if_possible(self.args, check_steerable, self.optimizer if optimizer is None else optimizer)
-        super().create_scheduler(num_training_steps, optimizer)
-        if not isinstance(self._schedule, SNRScheduler):
-            adapt_if_possible(self.args, check_wrappable, self.lr_scheduler)
-        if not self.args.needs_scores:
-            self._score_pass = None
-        if self.args.lr_adaptation != "none" and not isinstance(self._schedule, SNRScheduler):
-            low, high = self.args.snr_min_multiplier, self.args.snr_max_multiplier
-            if self.args.lr_adaptation == "trust_region":
-                low, high = 0.0, math.inf  # no step before the first batch
-            self.lr_scheduler = SNRScheduler(self.lr_scheduler, min_multiplier=low, max_multiplier=high)
-        lrs = initial_lrs(self._schedule)
-        if lrs != self._initial_lrs:
-            # In place: for a DeepSpeed file with an optimizer of its own transformers calls this first on a copy of the trainer.
-            self._initial_lrs[:] = lrs
-            if self.is_world_process_zero():
-                logger.warning(self._start_line())
-        # Rollouts that an earlier `train` has not used up.
-        if self.args.lr_adaptation == "trust_region" and not math.isnan(last_rate):
-            self._set_rate(last_rate)
-        elif self.args.lr_adaptation == "snr" and not math.isnan(self._rho):
-            self._schedule.set_rho(self._rho)
-        return self.lr_scheduler
-
-    def _set_rate(self, rate: float) -> None:
-        """Let the schedule's initial rate be `rate`; of several parameter groups that of the largest."""
-        self._schedule.set_multiplier(rate / max(*self._initial_lrs, _TINY))
-
-    @property
-    def _schedule(self) -> Any:
-        """The scheduler without the wrapper that DeepSpeed's comes in."""
-        scheduler = self.lr_scheduler
-        return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-
-    def _start_line(self) -> str:
-        """What training is about to do, for a reader who kept the options of `GRPOTrainer`."""
-        args = self.args
-        rates = ", ".join(f"{lr:g}" for lr in sorted(set(self._initial_lrs)))
-        completions = "1 completion" if args.num_generations == 1 else f"{args.num_generations} completions"
-        line = f"{args.prompts_per_step:g} prompts x {completions} per optimizer step, baseline "
-        line += f"{args.baseline!r}; learning rate: the schedule (from {rates})"
-        if args.lr_adaptation == "none":
-            return line + " alone, as in GRPOTrainer."
-        if args.lr_adaptation == "trust_region":
-            return (
-                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x rho nats "
-                "per generation batch, whatever `learning_rate` is; `learning_rate` is logged as applied."
-            )
-        low, high = args.snr_min_multiplier, args.snr_max_multiplier
-        return (
-            f"{line} x rho, {low:g} to {high:g} times it and {low:g} while rho is unknown. A rate that was tuned without this "
-            "multiplier is therefore too small; `learning_rate` is logged as applied."
-        )
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        wanted = list(self._initial_lrs)
-        if checkpoint is not None and (loaded := restore_initial_lrs(self._schedule, wanted)) != wanted:
-            logger.warning(
-                "The schedule continues from initial learning rates %s, not the checkpoint's %s.", wanted, loaded
-            )
-            if not math.isnan(self._trust_region.rate):
-                self._set_rate(self._trust_region.rate)
-
     def _algorithm_state(self) -> dict[str, Any]:
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
-            **{name: getattr(self.args, name) for name in _PROJECTION_OPTIONS},
-            "gradient_snr": self._gradient_snr.averages.state_dict(),
-            "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
             "prior_strength": self._baseline_estimator.state_dict(),
         }
 
@@ -524,11 +338,6 @@ class OBLRPOTrainer(ResumableGRPOTrainer):
         averages = args.lr_adaptation != "none" or chooses_prior
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
-        self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
-        if args.lr_adaptation == "trust_region":
-            # A sketch of parameters says nothing under other projections: the next batch then measures nothing.
-            same = all(state[name] == getattr(args, name) for name in _PROJECTION_OPTIONS)
-            self._trust_region.load_state_dict(state["trust_region"] | ({} if same else {"parameters": None}))
         self._baseline_estimator.load_state_dict(state["prior_strength"])
 
     def _algorithm_tensors(self) -> dict[str, Tensor]:

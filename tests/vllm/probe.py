@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from oblr_trl import OBLRPOTrainer, oblrpo_trainer
+from oblr_trl import OBLRPOTrainer, adaptive_rate
 from oblr_trl.baselines import BaselineEstimator
 
 BATCH_KEYS = (
@@ -161,7 +161,7 @@ def installed(directory: Path, *, sync: bool = True, shift: float = 0.0) -> Iter
     with ExitStack() as stack:
         stack.enter_context(around(OBLRPOTrainer, "_generate_and_score_completions", probe.generate_and_score))
         stack.enter_context(around(BaselineEstimator, "__call__", probe.baselines))
-        stack.enter_context(around(oblrpo_trainer, "per_prompt_gradients", probe.per_prompt_gradients))
+        stack.enter_context(around(adaptive_rate, "per_prompt_gradients", probe.per_prompt_gradients))
         if shift:
             stack.enter_context(around(VLLMGeneration, "generate", shift_logprobs(shift)))
         if not sync:
