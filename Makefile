@@ -6,6 +6,11 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
+# Of the targets for a GPU: where their results go, and how many processes share it. A machine whose Python has the packages already
+# needs no .venv: `make gpu BIN=/opt/torch/.venv/bin INSTALLED=`.
+OUT ?= runs/gpu
+WORKERS ?= 8
+INSTALLED ?= install
 RECIPES := recipes/tiny-Qwen3
 # As many completions per step: 128 prompts x 1, 16 prompts x 8.
 OBLRPO := $(RECIPES)/oblrpo/config_chain_sum_one_completion.yaml
@@ -19,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds notebooks ablation study study-trust-region study-small-groups bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-gpu test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -69,6 +74,10 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-trl: install  ## Run TRL's own tests of GRPOTrainer with two names changed; TRL_SOURCE is a checkout of TRL (about 15 minutes)
 	$(BIN)/python -m pytest tests/trl_suite
+
+test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (about 1 minute; with OBLR_GPU_REHEARSAL=1 on a CPU)
+	@mkdir -p $(OUT)
+	set -o pipefail; $(BIN)/python -m pytest tests/gpu -n $(WORKERS) 2>&1 | tee $(OUT)/test-gpu.txt
 
 test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 10 minutes; 4 GB of packages)
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm

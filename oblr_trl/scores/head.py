@@ -130,11 +130,12 @@ def score_head(
     `names` are those of the parameters in question, and `projections` of their rows, `(V, r)`, are there for sketches. `copy_parameters` is for
     exact norms, which are taken after the head's call, where the backend frees the weight at its end.
     """
-    scored = token_weights != 0
+    # As indices: on a GPU every use of a mask in their place waits until all that was begun is done.
+    scored = token_weights.nonzero(as_tuple=True)
 
     def spread(values: Tensor, elsewhere: float = 0.0) -> Tensor:
         """From scored positions back to (B, T, ...)."""
-        out = values.new_full((*scored.shape, *values.shape[1:]), elsewhere)
+        out = values.new_full((*token_weights.shape, *values.shape[1:]), elsewhere)
         out[scored] = values
         return out
 

