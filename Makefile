@@ -11,6 +11,7 @@ RUNS ?= runs/demo
 OUT ?= runs/gpu
 WORKERS ?= 8
 INSTALLED ?= install
+BENCH_GPU := $(if $(OBLR_GPU_REHEARSAL),--device cpu --shape tiny --sequence_lengths 32 --profiled tiny,--budget 130)
 RECIPES := recipes/tiny-Qwen3
 # As many completions per step: 128 prompts x 1, 16 prompts x 8.
 OBLRPO := $(RECIPES)/oblrpo/config_chain_sum_one_completion.yaml
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds notebooks ablation study study-trust-region study-small-groups bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-gpu test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
+.PHONY: help install demo demo-seeds test test-backends test-gpu gpu test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -79,6 +80,13 @@ test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (about 1 minute; with O
 	@mkdir -p $(OUT)
 	set -o pipefail; $(BIN)/python -m pytest tests/gpu -n $(WORKERS) 2>&1 | tee $(OUT)/test-gpu.txt
 
+gpu: $(INSTALLED)  ## All that needs a GPU, tests and measurements, into OUT (about 5 minutes; with OBLR_GPU_REHEARSAL=1 on a CPU)
+	@mkdir -p $(OUT)
+	status=0; \
+	$(MAKE) test-gpu || status=1; \
+	$(BIN)/python -m benchmarks.gpu $(BENCH_GPU) --output $(OUT)/gpu.json || status=1; \
+	exit $$status
+
 test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 10 minutes; 4 GB of packages)
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
@@ -115,7 +123,7 @@ bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps
 bench-memory: install  ## Measure the peak memory of the scoring pass against training's
 	$(BIN)/python -m benchmarks.score_memory
 
-bench-gpu: install  ## Measure time and memory of the scoring pass at 4B and 8B; needs a GPU
+bench-gpu: install  ## Measure time and memory of the scoring pass from 0.6B to 8B; needs a GPU
 	$(BIN)/python -m benchmarks.gpu
 
 bench-variance: install  ## Measure the gradient's variance under each baseline and score scope

@@ -53,9 +53,11 @@ class FLOPs(NamedTuple):
     score_lm_head: float
 
 
-def flops_per_token(model: Any, *, length: int, sketch_dim: int, last_k: int, checkpointing: bool) -> FLOPs:
+def flops_per_token(
+    model: Any, *, length: int, sketch_dim: int, last_k: int, checkpointing: bool, completion_share: float = 1.0
+) -> FLOPs:
     """
-    FLOPs of full fine-tuning, per token of a sequence that is all completion.
+    FLOPs of full fine-tuning, per token of a sequence that is all completion, or of which `completion_share` is.
 
     A product with a matrix of n weights takes 2 n in each of forward, gradient of activations and gradient of weights; causal
     attention takes 2 q T a layer forward (half of 4 q T) and twice that backward; checkpointing runs the blocks forward once
@@ -64,12 +66,12 @@ def flops_per_token(model: Any, *, length: int, sketch_dim: int, last_k: int, ch
     layers, head_shape = linear_layers(model), (model.config.vocab_size, model.config.hidden_size)
     attention = 2 * length * sum(layer.in_features for name, layer in layers.items() if name.endswith("o_proj"))
     blocks = 2 * sum(layer.weight.numel() for layer in layers.values())
-    head = 2 * math.prod(head_shape)
+    head = 2 * completion_share * math.prod(head_shape)
     forward = blocks + attention + head
     below = blocks + 2 * attention  # gradients of activations in all blocks
     below += blocks + attention if checkpointing else 0
     sketches = sum(_sketch_flops(*layer.weight.shape, sketch_dim) for layer in layers.values())
-    head_sketch = _sketch_flops(*head_shape, sketch_dim)
+    head_sketch = completion_share * _sketch_flops(*head_shape, sketch_dim)
     share = last_k / model.config.num_hidden_layers
     return FLOPs(
         forward=forward,

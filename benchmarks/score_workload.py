@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from oblr_trl.scores import ScoreOutput, ScorePass
 
 CPU = torch.device("cpu")
+COMPLETION_SHARE = 3 / 4
 # TRL's trainer always asks for the entropy too.
 _TRAINER_OUTPUTS = ("log_probs", "entropy")
 
@@ -30,6 +31,10 @@ class WorkloadArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter on all linear layers."})
     sketch_dim: int = field(default=4096, metadata={"help": "Length of a sketch."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, tokens and projections."})
+    attention: str = field(
+        default="sdpa",
+        metadata={"help": "Implementation of attention.", "choices": ["sdpa", "eager", "flash_attention_2"]},
+    )
 
 
 class Case(NamedTuple):
@@ -60,12 +65,12 @@ def qwen3_config(hidden_size: int, num_layers: int, vocab_size: int) -> Qwen3Con
     )
 
 
-def build_model(config: PretrainedConfig, seed: int, device: torch.device) -> Any:
+def build_model(config: PretrainedConfig, seed: int, device: torch.device, attention: str = "sdpa") -> Any:
     """A model of that shape with random weights, made on the device and in its dtype."""
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
 
 
 class Workload:
@@ -88,7 +93,7 @@ class Workload:
         scores: dict[str, dict[str, Any]],
         device: torch.device = CPU,
     ) -> None:
-        model = self._decoder = build_model(config, args.seed, device)
+        model = self._decoder = build_model(config, args.seed, device, args.attention)
         if case.lora:
             adapter = LoraConfig(r=args.lora_r, target_modules="all-linear")
             model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
@@ -155,7 +160,7 @@ class Workload:
 
 
 def _num_completion_tokens(input_ids: Tensor) -> int:
-    return input_ids.size(1) * 3 // 4
+    return int(input_ids.size(1) * COMPLETION_SHARE)
 
 
 @contextmanager
