@@ -4,8 +4,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# Read by cuBLAS when CUDA starts: without it sums of products may differ from run to run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
+
+if os.environ.get("OBLR_TEST_DEVICE", "cpu") != "cpu":
+    # On a GPU too, resumed runs equal others to the bit.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 # The models are tiny: more threads only contend with the other test process.
 torch.set_num_threads(1)

@@ -8,8 +8,12 @@ from oblr_trl.scores import reference_scores
 from tests.tiny_models import tiny_model
 
 
+def _on_cpu(values):
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
 def recording(trainer_class):
-    """A subclass, as a user might write one, that keeps every generated training batch and the weights it came from."""
+    """A subclass, as a user might write one, that keeps every generated training batch and the weights it came from, on the CPU."""
 
     class Recording(trainer_class):
         def __init__(self, *args, **kwargs):
@@ -18,17 +22,18 @@ def recording(trainer_class):
             self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
         def _calculate_rewards(self, *args):
-            self.last_rewards = super()._calculate_rewards(*args)
-            return self.last_rewards
+            rewards = super()._calculate_rewards(*args)
+            self.last_rewards = rewards.cpu()
+            return rewards
 
         def _generate_and_score_completions(self, inputs):
-            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            state = _on_cpu({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
             output = super()._generate_and_score_completions(inputs)
             if self.model.training:
                 prior_strength = self._metrics["train"].get("baseline/prior_strength", [None])[-1]
                 rewards = self.last_rewards[:, 0].view(-1, self.num_generations)
                 self.batches.append(
-                    dict(output) | {"state": state, "rewards": rewards, "prior_strength": prior_strength}
+                    _on_cpu(output) | {"state": state, "rewards": rewards, "prior_strength": prior_strength}
                 )
             return output
 

@@ -35,7 +35,7 @@ class NotFiniteAtStepThree(OBLRPOTrainer):
         output = super()._generate(prompts)
         if self.state.global_step == 2:
             self.model.model.norm.register_forward_hook(
-                lambda module, inputs, output: output.index_fill(0, torch.tensor([1]), math.nan)
+                lambda module, inputs, output: output.index_fill(0, torch.tensor([1], device=output.device), math.nan)
             )
         return output
 

@@ -175,7 +175,7 @@ def test_an_interrupted_generation_leaves_no_scoring_pass_behind(tmp_path):
     trainer = construct(Interrupted, OBLRPOConfig, tmp_path, steps_per_generation=2, per_device_train_batch_size=16)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    ids = torch.ones(2, 6, dtype=torch.long)
+    ids = torch.ones(2, 6, dtype=torch.long, device=trainer.accelerator.device)
     logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 4)
     assert logps.requires_grad
 

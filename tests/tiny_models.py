@@ -24,6 +24,8 @@ from transformers import (
 from oblr_trl import OBLRPOConfig
 from oblr_trl.metrics import CURVATURE, KL, PREDICTED_GAIN
 
+# `OBLR_TEST_DEVICE=cuda` trains on a GPU where nothing else is said.
+ON_CPU = os.environ.get("OBLR_TEST_DEVICE", "cpu") == "cpu"
 # Metrics that are measured from the batch after a step: unknown at the first.
 OF_LAST_STEP = (CURVATURE, KL, PREDICTED_GAIN)
 ALPHABET = "0123456789+-=? abcdefghij"
@@ -115,7 +117,7 @@ def digit_reward(completions, **kwargs):
 
 
 def construct(trainer_class, config_class, output_dir, *, model=None, reward=digit_reward, trainer=None, **overrides):
-    """A trainer of a tiny model on the CPU; `trainer` are further arguments of the trainer, `overrides` options."""
+    """A trainer of a tiny model, on the CPU unless [`ON_CPU`] is off; `trainer` are further arguments of the trainer, `overrides` options."""
     options = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 32,
@@ -123,7 +125,7 @@ def construct(trainer_class, config_class, output_dir, *, model=None, reward=dig
         "max_completion_length": 8,
         "learning_rate": 1e-3,
         "max_steps": 3,
-        "use_cpu": True,
+        "use_cpu": ON_CPU,
         "bf16": False,
         "report_to": "none",
         "logging_steps": 1,

@@ -1,10 +1,5 @@
 """Tests of this folder are skipped without a GPU, unless `OBLR_GPU_REHEARSAL=1` rehearses them on the CPU."""
 
-import os
-
-# Read by cuBLAS when CUDA starts: without it sums of products may differ from run to run.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 from pathlib import Path
 
 import pytest
