@@ -310,6 +310,7 @@ def main(args: GpuArguments) -> int:
         sys.stderr.write("not measured: there is no GPU here. `--device cpu --shape tiny` rehearses the command.\n")
         return 1
     device, started, start = torch.device(args.device), machine(), time.monotonic()
+    gc.freeze()  # of what the imports left, which every measurement would look through
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     rate = product_rate(device)
     results: dict[str, Any] = {"passes": PASSES, "goals": TIME_GOALS, "product_rate": rate, "cases": []}
