@@ -111,11 +111,13 @@ class BaselineEstimator:
         if self.baseline != "gradient_weighted":
             return
         assert batch.weights is not None
+        # Thousands of operations on N x G numbers, over the grid of strengths: on a GPU each would take as long as its launch.
+        rewards, weights, memory = batch.rewards.cpu(), batch.weights.cpu(), self._recall(batch)
         if self.automatic is not None:
-            self.automatic.update(batch.rewards, batch.weights, self._recall(batch))
+            self.automatic.update(rewards, weights, None if memory is None else memory.cpu())
         if self.memory is not None:
             assert batch.prompt_keys is not None
-            self.memory.update(batch.prompt_keys, batch.rewards, batch.weights)
+            self.memory.update(batch.prompt_keys.cpu(), rewards, weights)
 
     def state_dict(self) -> dict[str, Any] | None:
         """State of the choice of strengths, as plain numbers; that of the memory is its own."""
