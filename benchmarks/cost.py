@@ -2,8 +2,9 @@
 
     python -m benchmarks.cost            # generation by transformers; writes benchmarks/results/cost.json
     python -m benchmarks.cost --vllm     # generation by vLLM, in an environment that has it; writes cost_vllm.json
+    python -m benchmarks.cost --model benchmarks/shapes/SmolLM2-135M --methods grpo all trust_region --demo_model '' --output smollm2.json
 
-Policies are a random Qwen3 (float32, CPU, one thread) whose completions all have full length, and the demo's model. All
+Policies are a random Qwen3 or any other model (float32, CPU, one thread) whose completions all have full length, and the demo's model. All
 trainers of a comparison are alive in one process and train for real; a ratio is taken between steps of one round.
 """
 
@@ -30,7 +31,7 @@ from benchmarks.record import machine, write_record
 from benchmarks.sections.cost import table
 
 CONTROL = "grpo"
-VLLM_METHODS = [name for name in METHODS if name not in ("baseline_only", "per_sequence")]
+NOT_BY_VLLM = ("baseline_only", "per_sequence")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class CostArguments(Case):
 
     rounds: int = field(default=7, metadata={"help": "Steps of every trainer in a comparison; one more warms up."})
     demo_model: str = field(default=DEMO_MODEL, metadata={"help": "The demo's model; empty leaves it out."})
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "Methods to compare, `grpo` among them; all if empty."}
+    )
     vllm: bool = field(default=False, metadata={"help": "Generate by vLLM; then the demo's model is left out."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, prompts and sampling."})
     output: str = field(
@@ -47,8 +51,8 @@ class CostArguments(Case):
 
 
 def measure_random(args: CostArguments) -> dict[str, Any]:
-    """All methods on the random policy."""
-    methods = VLLM_METHODS if args.vllm else list(METHODS)
+    """The methods on the random policy, or the model in its place."""
+    methods = args.methods or [name for name in METHODS if not (args.vllm and name in NOT_BY_VLLM)]
     with tempfile.TemporaryDirectory() as folder:
         trainers = random_trainers(args, methods, Path(folder), rounds=args.rounds, seed=args.seed, use_vllm=args.vllm)
         measured = interleave(trainers, args.rounds)
@@ -57,9 +61,10 @@ def measure_random(args: CostArguments) -> dict[str, Any]:
 
 
 def measure_demo(args: CostArguments) -> dict[str, Any]:
-    """All methods on the demo's model, task and batch."""
+    """The methods on the demo's model, task and batch."""
+    methods = args.methods or list(METHODS)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = demo_trainers(args.demo_model, list(METHODS), Path(folder), rounds=args.rounds, seed=args.seed)
+        trainers = demo_trainers(args.demo_model, methods, Path(folder), rounds=args.rounds, seed=args.seed)
         return summarise(interleave(trainers, args.rounds))
 
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.score_workload import CPU, build_model, qwen3_config
@@ -38,6 +38,13 @@ _DEMO_TASK = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 class Case:
     """A policy and the shape of its generation batch; fields are documented by their `help`."""
 
+    model: str = field(
+        default="",
+        metadata={
+            "help": "Directory of a model instead of the random Qwen3, such as benchmarks/shapes/SmolLM2-135M; without weights there they "
+            "are random. Its tokenizer is not used."
+        },
+    )
     hidden_size: int = field(default=256, metadata={"help": "Hidden features; the MLP has 3 times as many, heads 64."})
     num_layers: int = field(default=4, metadata={"help": "Decoder blocks."})
     vocab_size: int = field(default=2048, metadata={"help": "Vocabulary."})
@@ -57,10 +64,15 @@ def per_sequence_pass(model: Any, model_inputs: dict[str, Any], targets: Tensor,
 
 
 def save_policy(case: Case, directory: Path, seed: int) -> None:
-    """Write a random Qwen3 and a tokenizer of the words `w3`, `w4`, ..., for every trainer and vLLM to load."""
-    config = qwen3_config(case.hidden_size, case.num_layers, case.vocab_size)
-    build_model(config, seed, CPU).save_pretrained(directory)
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, case.vocab_size))]
+    """Write the policy in float32 and a tokenizer of the words `w3`, `w4`, ..., for every trainer and vLLM to load."""
+    if case.model and any(Path(case.model).glob("*.safetensors")):
+        model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+    elif case.model:
+        model = build_model(AutoConfig.from_pretrained(case.model), seed, CPU)
+    else:
+        model = build_model(qwen3_config(case.hidden_size, case.num_layers, case.vocab_size), seed, CPU)
+    model.save_pretrained(directory)
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, model.config.vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -76,10 +88,11 @@ def word_reward(completions: list[str], **kwargs: Any) -> list[float]:
 def random_trainers(
     case: Case, methods: list[str], directory: Path, *, rounds: int, seed: int, use_vllm: bool = False
 ) -> dict[str, Any]:
-    """The trainers of `methods` on a random policy of that shape, set up for `rounds + 1` steps."""
+    """The trainers of `methods` on a policy of that shape and random prompts, set up for `rounds + 1` steps."""
     save_policy(case, directory / "policy", seed)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, case.vocab_size, (64, case.prompt_length), generator=generator)
+    vocab_size = AutoConfig.from_pretrained(directory / "policy").vocab_size
+    tokens = torch.randint(3, vocab_size, (64, case.prompt_length), generator=generator)
     prompts = Dataset.from_dict({"prompt": [" ".join(f"w{token}" for token in row) for row in tokens.tolist()]})
     options: dict[str, Any] = {
         "max_steps": rounds + 1,

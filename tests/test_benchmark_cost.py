@@ -1,11 +1,13 @@
 """The commands on whole steps and on the scoring pass at a tiny size, their arithmetic and turn-taking. No timing is asserted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
 from benchmarks import cost, score_memory
@@ -13,11 +15,11 @@ from benchmarks.cost import CostArguments, summarise
 from benchmarks.cost_trainers import METHODS, Case, demo_trainers, per_sequence_pass, random_trainers, save_policy
 from benchmarks.interleaving import interleave, ratio_spread
 from benchmarks.score_memory import Memory, ScoreMemoryArguments, measure_memory, warm_workload
-from benchmarks.score_workload import CPU, Workload, WorkloadArguments, qwen3_config
+from benchmarks.score_workload import CPU, Workload, WorkloadArguments, build_model, qwen3_config
 from benchmarks.sections import cost as cost_section
 from benchmarks.sections import score_memory as memory_section
 
-TINY = Case(64, 1, 32, prompt_length=3, completion_length=4, num_prompts=2, num_generations=2)
+TINY = Case("", 64, 1, 32, prompt_length=3, completion_length=4, num_prompts=2, num_generations=2)
 SMALL = "--hidden_size 64 --num_layers 2 --vocab_size 64 --batch_size 2"
 MIB = 2**20
 
@@ -28,7 +30,7 @@ def parse(arguments_class, argv):
 
 
 def tiny_cost(argv):
-    flags = " ".join(f"--{name} {value}" for name, value in vars(TINY).items())
+    flags = " ".join(f"--{name}={value}" for name, value in vars(TINY).items())
     return parse(CostArguments, f"{flags} --rounds 1 {argv}")
 
 
@@ -135,6 +137,24 @@ def test_the_cost_command_writes_a_complete_record_that_its_section_reads(tmp_pa
     text = cost_section.markdown(record)
     assert "completions come from vLLM 0.31.0" in text
     assert "| vLLM: step / GRPO's | pass / GRPO's step |" in text
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_any_model_can_be_measured_and_its_weights_are_used_where_it_has_some(tmp_path, has_weights):
+    saved = build_model(qwen3_config(64, 2, 40), 1, CPU)
+    (saved if has_weights else saved.config).save_pretrained(tmp_path / "model")
+    case = replace(TINY, model=str(tmp_path / "model"))
+    trainers = random_trainers(case, ["grpo"], tmp_path, rounds=1, seed=0)
+    trained = trainers["grpo"].model
+    assert trained.config.num_hidden_layers == 2
+    assert torch.equal(trained.get_input_embeddings().weight, saved.get_input_embeddings().weight) == has_weights
+    assert len(interleave(trainers, 1)["seconds"]["grpo"]) == 1
+
+
+def test_the_shape_of_smollm2_is_that_of_135_million_parameters():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("benchmarks/shapes/SmolLM2-135M"))
+    assert model.num_parameters() == 134_515_008
 
 
 def test_a_demo_model_that_is_missing_is_named(tmp_path, restored_threads):

@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.factors import DenseGradient
-from oblr_trl.scores.parameters import local_entries, local_parameter_sketch
+from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parameter_sketch
 from oblr_trl.scores.projections import Projections, SketchAccumulator
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
@@ -92,7 +93,7 @@ def test_the_kl_is_unbiased_over_sketches_where_the_plain_square_is_not():
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
-    """However the flattened parameters are cut: a matrix that is projected, a table, a small matrix, a vector, a scalar."""
+    """However the flattened parameters are cut, by processes and to bound memory: a matrix that is projected, a table, a small matrix, a vector, a scalar."""
     shapes = {"matrix": (96, 80), "table": (600, 24), "small": (6, 5), "vector": (70,), "scalar": ()}
     sketch_dim = data.draw(st.sampled_from([64, 256, 200_000]))
     projections = Projections(
@@ -104,7 +105,9 @@ def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
         whole.add(name, DenseGradient(values.unsqueeze(0)))
         cut = data.draw(st.integers(0, values.numel()))
         for start, part in ((0, values[:cut]), (cut, values[cut:])):
-            if part.numel():
+            with mock.patch(
+                "oblr_trl.scores.projections._ENTRIES_AT_ONCE", data.draw(st.sampled_from([1, 150, 2**20]))
+            ):
                 shards.add_entries(name, part, start)
     torch.testing.assert_close(shards.result(), whole.result())
 
@@ -117,9 +120,17 @@ def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():
     )
     parameter._hp_mapping = mapping
     entries = local_entries(parameter)
-    assert (entries.values.tolist(), entries.start, entries.num_copies) == ([5.5, 6.5], 5, 1)
+    assert (entries.values.tolist(), entries.start) == ([5.5, 6.5], 5)
     parameter._hp_mapping = None  # another process holds it
     assert local_entries(parameter).values.numel() == 0
+
+
+@given(st.integers(0, 20), st.integers(1, 7))
+def test_copies_of_the_same_entries_are_shared_out_among_their_holders(num_entries, num_copies):
+    held = LocalEntries(torch.arange(float(num_entries)), 5)
+    shares = [held.share(index, num_copies) for index in range(num_copies)]
+    assert torch.equal(torch.cat([share.values for share in shares]), held.values)
+    assert all((share.values == torch.arange(share.values.numel()) + share.start - 5).all() for share in shares)
 
 
 def test_a_shard_of_zero_3_is_read_without_its_padding(monkeypatch):
@@ -132,7 +143,7 @@ def test_a_shard_of_zero_3_is_read_without_its_padding(monkeypatch):
         parameter._z3_optimizer = SimpleNamespace(get_local_fp32_param=lambda _, shard=shard: shard)
         entries = local_entries(parameter)
         assert entries.values.tolist() == [float(i) for i in range(10)][6 * rank : 6 * rank + 6]
-        assert (entries.start, entries.num_copies) == (6 * rank, 1)
+        assert entries.start == 6 * rank
 
 
 @pytest.fixture
@@ -148,7 +159,7 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
     for placements in ([Replicate(), Shard(0)], [Shard(0), Replicate()]):
         entries = local_entries(nn.Parameter(distribute_tensor(weight, mesh, placements)))
         assert entries.values.tolist() == list(range(12))
-        assert (entries.start, entries.num_copies) == (0, 1)
+        assert entries.start == 0
     with pytest.raises(ValueError, match="only along its first axis"):
         local_entries(nn.Parameter(distribute_tensor(weight, mesh, [Replicate(), Shard(1)])))
 

@@ -31,9 +31,10 @@ def _conditions(record: dict[str, Any]) -> str:
         f"{median(comparison['seconds']['grpo']):.2f} s ({_COLUMNS[name]})"
         for name, comparison in record["comparisons"].items()
     )
+    shape = f"hidden {settings['hidden_size']}, {settings['num_layers']} layers, vocabulary {settings['vocab_size']}"
+    policy = settings.get("model") or f"a Qwen3 ({shape}, float32)"  # records of before `model` lack it
     return (
-        f"The random policy is a Qwen3 (hidden {settings['hidden_size']}, {settings['num_layers']} layers, vocabulary "
-        f"{settings['vocab_size']}, float32), {settings['num_prompts']} prompts x {settings['num_generations']} completions of "
+        f"The random policy is {policy}, {settings['num_prompts']} prompts x {settings['num_generations']} completions of "
         f"{settings['prompt_length']} + {settings['completion_length']} tokens per step; median [quartiles] over {settings['rounds']} rounds, "
         f"seed {settings['seed']}. A GRPO step takes {times}."
     )

@@ -17,22 +17,23 @@ from oblr_trl.scores.projections import SketchAccumulator
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 
-# Entries of a parameter that are projected at once: 32 MiB of them.
-_CHUNK = 2**22
-
 
 class LocalEntries(NamedTuple):
-    """The entries of one parameter that this process holds, in the precision that the optimizer steps in."""
+    """Entries of one parameter that this process holds, in the precision that the optimizer steps in."""
 
     values: Tensor  # (n,), consecutive entries of the flattened parameter
     start: int  # of the first one
-    num_copies: int  # processes that hold these entries
+
+    def share(self, index: int, num_copies: int) -> "LocalEntries":
+        """The part of process `index` of all that hold the same entries."""
+        size = -(-self.values.numel() // num_copies)
+        return LocalEntries(self.values[index * size :][:size], self.start + index * size)
 
 
 def local_entries(parameter: nn.Parameter) -> LocalEntries:
     """
-    What this process holds of a parameter: all of it (one process, DDP), or its shard of DeepSpeed's float32 master copy or of
-    FSDP 2's parameter.
+    This process's part of a parameter: its shard of DeepSpeed's float32 master copy or of FSDP 2's parameter; where several processes
+    hold the same entries (DDP) an equal share of them.
 
     Raises:
         `ValueError`: If the parameter is sharded in another way than along its first axis.
@@ -41,34 +42,36 @@ def local_entries(parameter: nn.Parameter) -> LocalEntries:
     if hasattr(parameter, "ds_id"):  # ZeRO-3: a flat shard, padded at the end
         shard = engine_parameter._z3_optimizer.get_local_fp32_param(parameter).flatten()
         start = dist.get_rank(engine_parameter.ds_process_group) * engine_parameter.ds_tensor.ds_numel
-        return LocalEntries(shard[: max(engine_parameter.ds_numel - start, 0)], start, 1)
+        return LocalEntries(shard[: max(engine_parameter.ds_numel - start, 0)], start)
     if hasattr(parameter, "_hp_mapping"):  # ZeRO-1, ZeRO-2: a fragment of the flattened group, or nothing
         mapping = engine_parameter._hp_mapping
         if mapping is None:
-            return LocalEntries(torch.empty(0, device=parameter.device), 0, 1)
-        return LocalEntries(mapping.get_hp_fragment().flatten(), mapping.lp_fragment_address.start, 1)
+            return LocalEntries(torch.empty(0, device=parameter.device), 0)
+        return LocalEntries(mapping.get_hp_fragment().flatten(), mapping.lp_fragment_address.start)
     if isinstance(engine_parameter, DTensor):
         return _of_dtensor(engine_parameter)
-    copies = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return LocalEntries(parameter.detach().flatten(), 0, copies)
+    entries = LocalEntries(parameter.detach().flatten(), 0)
+    if dist.is_available() and dist.is_initialized():
+        return entries.share(dist.get_rank(), dist.get_world_size())
+    return entries
 
 
 def _of_dtensor(parameter: DTensor) -> LocalEntries:
     """FSDP 2 gives process i of n the i-th of `torch.chunk`'s blocks of rows."""
-    start, copies = 0, 1
+    start, index, copies = 0, 0, 1
     for axis, placement in enumerate(parameter.placements):
-        size = parameter.device_mesh.size(axis)
+        size, rank = parameter.device_mesh.size(axis), parameter.device_mesh.get_local_rank(axis)
         if placement.is_replicate():
-            copies *= size
+            index, copies = index * size + rank, copies * size
         elif type(placement) is Shard and placement.dim == 0 and not start:
             rows = -(-parameter.size(0) // size)
-            start = parameter.device_mesh.get_local_rank(axis) * rows * (parameter.numel() // parameter.size(0))
+            start = rank * rows * (parameter.numel() // parameter.size(0))
         else:
             raise ValueError(
                 f"The trust region cannot read a parameter that is sharded as {parameter.placements}, only along its first "
                 "axis, as FSDP 2 does. Use lr_adaptation='snr' or 'none'."
             )
-    return LocalEntries(parameter.to_local().detach().flatten(), start, copies)
+    return LocalEntries(parameter.to_local().detach().flatten(), start).share(index, copies)
 
 
 @torch.no_grad()
@@ -90,8 +93,5 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
     accumulator = SketchAccumulator(1, projections, torch.float64)
     for name in scoped.shapes:
-        values, start, num_copies = local_entries(parameters[name])
-        for part in values.split(_CHUNK) if values.numel() else ():
-            accumulator.add_entries(name, part.double() / num_copies, start)
-            start += part.numel()
+        accumulator.add_entries(name, *local_entries(parameters[name]))
     return accumulator.result()[0]

@@ -36,6 +36,8 @@ from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterPro
 
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
+# Entries of a parameter that are projected at once: 8 MiB in float64.
+_ENTRIES_AT_ONCE = 2**20
 # The axes of a parameter. A vector is a matrix of one column.
 ROWS, COLUMNS = 0, 1
 _AXIS_NAMES = ("rows", "columns")
@@ -146,8 +148,8 @@ class Projections:
             return self._project_entries_of_stack(name, parameter, values, start)
         (num_rows, num_columns), (row_width, _) = parameter.dims, parameter.widths
         first, last = start // num_columns, (start + values.numel() - 1) // num_columns + 1
-        block = values.new_zeros((last - first) * num_columns)
-        block[start - first * num_columns :][: values.numel()] = values
+        before, after = start - first * num_columns, last * num_columns - start - values.numel()
+        block = nn.functional.pad(values, (before, after)) if before or after else values
         block = self.project(name, COLUMNS, block.view(-1, num_columns))  # (last - first, c)
         if row_width < num_rows:
             rows = self.projection(name, ROWS, slice(first, last)).to(block.dtype).T @ block
@@ -186,6 +188,10 @@ class Projections:
     def is_factored(self, name: str) -> bool:
         """Whether a parameter is projected from both sides."""
         return self._parameters[name].is_factored
+
+    def num_columns(self, name: str) -> int:
+        """C, of a parameter."""
+        return self._parameters[name].dims[1]
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
@@ -248,8 +254,14 @@ class SketchAccumulator:
 
     def add_entries(self, name: str, values: Tensor, start: int) -> None:
         """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to a batch of one."""
-        projected = self._projections.project_entries(name, values.to(self._total), start)
-        self._projections.add_projected(self._total, name, projected)
+        drawn = self._projections
+        while values.numel():
+            # Whole rows where they can be had: others are copied to be padded.
+            size = drawn.num_columns(name) * max(_ENTRIES_AT_ONCE // drawn.num_columns(name), 1)
+            size -= start % drawn.num_columns(name)
+            projected = drawn.project_entries(name, values[:size].to(self._total), start)
+            drawn.add_projected(self._total, name, projected)
+            values, start = values[size:], start + size
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
         match gradient.rows:
