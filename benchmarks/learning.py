@@ -11,7 +11,7 @@ methods are equally far at any time.
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,14 +136,24 @@ def control_specs(args: LearningArguments, evaluation: Sequence[Run]) -> list[Ru
     return specs
 
 
-def complete(specs: Sequence[RunSpec], directory: str, num_workers: int, stage: str) -> list[Run]:
-    """The runs of `specs` in order: each is read from `directory`, or made in one of the processes and kept there."""
-    finish = partial(learning_runs.finished_run, directory)
+def complete(
+    specs: Sequence[Any],
+    directory: str,
+    num_workers: int,
+    stage: str,
+    finished_run: Callable[[str, Any], Run] = learning_runs.finished_run,
+    runs_per_process: int | None = None,
+) -> list[Run]:
+    """The runs of `specs` in order: each is read from `directory`, or made in one of the processes and kept there; a process is
+    replaced after so many runs."""
+    finish = partial(finished_run, directory)
     progress = partial(tqdm, total=len(specs), desc=f"{stage} runs")
     if not num_workers:
         return list(progress(map(finish, specs)))
     os.environ.update(ENVIRONMENT)  # says one thread before torch is imported
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), max_tasks_per_child=runs_per_process
+    ) as pool:
         return list(progress(pool.map(finish, specs)))
 
 

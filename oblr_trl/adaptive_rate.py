@@ -18,14 +18,13 @@ from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.parameters import local_parameter_sketch
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
-from oblr_trl.trust_region import TrustRegion
+from oblr_trl.trust_region import Movement, TrustRegion
 
 logger = logging.getLogger(__name__)
 
 _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 # Losses that TRL divides by the number of tokens of the generation batch, not by a constant.
 _DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
-_PROJECTION_OPTIONS = ("score_sketch_dim", "seed")
 
 
 class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
@@ -64,7 +63,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         movement = {}
         if self.args.lr_adaptation == "trust_region":
             num_steps = max(steps * self.num_iterations, 1)
-            movement = self._measure_movement(batch, batch.rewards - baselines, num_steps)
+            movement = self._take_in_movement(batch, batch.rewards - baselines, num_steps)
         if self.args.loss_type in _DIVIDED_BY_TOKENS:
             advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
         snr = self._gradient_snr
@@ -101,8 +100,18 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(values, replace=snr.num_batches > 1)
 
-    def _measure_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
-        """How far the policy has moved since the last generation batch, from this one's completions."""
+    def _begin_movement(self) -> None:
+        """Let the scoring pass measure how far the policy has moved since the last generation batch, from the completions of this one."""
+        assert self._score_pass is not None
+        region = self._trust_region
+        num_parameters = resolve_scope(self.model, self.args.score_scope, None).num_parameters
+        if num_parameters != self._num_parameters:  # some were frozen or unfrozen
+            self._num_parameters, region.parameters = num_parameters, None
+        parameters = self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum")
+        self._score_pass.update = region.update_since(parameters, step=self.state.global_step)
+
+    def _take_in_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
+        """What the scoring pass has measured of the movement."""
         assert self._score_pass is not None
         assert batch.sketches is not None
         assert batch.token_weights is not None
@@ -113,22 +122,16 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
                 "trust region takes the initial rate for the largest. Use a schedule that starts there or rises to it (warm-up)."
             )
         weighted = batch.token_weights > 0  # others are masked, and say nothing of how far they moved
-        scores = batch.sketches[weighted] / batch.token_weights[weighted].unsqueeze(1)
-        scoped = resolve_scope(self.model, self.args.score_scope, None)
-        num_parameters = scoped.num_parameters
-        if num_parameters != self._num_parameters:  # some were frozen or unfrozen
-            self._num_parameters = num_parameters
-            region.forget_parameters()
+        token_weights = batch.token_weights[weighted].unsqueeze(1)
+        scores = batch.sketches[weighted] / token_weights
         if math.isnan(region.rate) and bool(scores.any()):
-            region.start(scores.square().sum(dim=1).mean().item(), scoped.num_trainable, num_steps=num_steps)
-        movement = region.observe(
-            scores,
-            advantages[weighted],
-            self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum"),
-            step=self.state.global_step,
-            position=position,
-            is_exact=num_parameters <= self.args.score_sketch_dim,
-        )
+            num_trainable = resolve_scope(self.model, self.args.score_scope, None).num_trainable
+            region.start(scores.square().sum(dim=1).mean().item(), num_trainable, num_steps=num_steps)
+        update, self._score_pass.update = self._score_pass.update, None
+        movement = Movement()
+        if update is not None and batch.products is not None:
+            products = batch.products[weighted] / token_weights
+            movement = region.observe(update, products, advantages[weighted], position=position)
         values = {metrics.KL: movement.kl, metrics.CURVATURE: movement.curvature}
         if self.multi_objective_aggregation != "normalize_then_sum":  # whose unit is another one in every batch
             values[metrics.PREDICTED_GAIN] = movement.predicted_gain
@@ -218,7 +221,6 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
 
     def _algorithm_state(self) -> dict[str, Any]:
         return super()._algorithm_state() | {
-            **{name: getattr(self.args, name) for name in _PROJECTION_OPTIONS},
             "gradient_snr": self._gradient_snr.averages.state_dict(),
             "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
         }
@@ -227,6 +229,18 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
         if self.args.lr_adaptation == "trust_region":
-            # A sketch of parameters says nothing under other projections: the next batch then measures nothing.
-            same = all(state[name] == getattr(self.args, name) for name in _PROJECTION_OPTIONS)
-            self._trust_region.load_state_dict(state["trust_region"] | ({} if same else {"parameters": None}))
+            self._trust_region.load_state_dict(state["trust_region"])
+
+    def _algorithm_tensors(self) -> dict[str, Tensor]:
+        sketch = self._trust_region.parameters
+        return super()._algorithm_tensors() | ({} if sketch is None else {self._parameters_key: sketch.cpu()})
+
+    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super()._load_algorithm_tensors(tensors)
+        # Under other projections there is none, and the next batch measures nothing.
+        self._trust_region.parameters = tensors.get(self._parameters_key)
+
+    @property
+    def _parameters_key(self) -> str:
+        """Name of the sketch of the parameters in a checkpoint: it says nothing under other projections."""
+        return f"parameters, {self.args.score_sketch_dim} numbers, seed {self.args.seed}"

@@ -170,6 +170,8 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         as_parent = estimator is None or (estimator.baseline == "group_mean" and self._score_pass is None)
         if as_parent or not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        if self.args.lr_adaptation == "trust_region":
+            self._begin_movement()
         # A tool mask would be known too late for a pass that takes the place of the parent's.
         masked_later = self.tools or self.rollout_func is not None
         if self._score_pass is not None and self.args.reuses_old_logps_forward and not masked_later:
@@ -239,6 +241,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             scores, token_weights = self._score_completions(output, loss_mask, old_logps_forward)
             assert scores.sketches is not None  # the first of the methods
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
+            batch.products = None if scores.products is None else scores.products.view(*rewards.shape, -1)
             batch.token_weights = self.accelerator.gather(token_weights.sum(dim=1)).view_as(rewards) / batch.lengths
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
@@ -347,7 +350,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
     def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
         super()._load_algorithm_tensors(tensors)
         memory = self._baseline_estimator.memory
-        if memory is not None and tensors:
+        if memory is not None and "keys" in tensors:
             memory.load_state_dict(tensors)
 
     def create_model_card(self, *args, **kwargs):

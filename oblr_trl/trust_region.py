@@ -11,13 +11,12 @@ so that the rate which moves it by any other KL is known. Progress, \\( \eta a -
 \\( a = \langle \nabla J, d \rangle \\), is largest at \\( \eta = a / (\lambda d^\top F d) \\): for plain SGD Theorem 4 with \\( L = \lambda f \\),
 where f is the curvature \\( d^\top F d / \|d\|^2 \\).
 
-Everything here is plain arithmetic on numbers and score sketches. Shapes: N prompts, G completions, n = N G, k sketch length.
+Everything here is plain arithmetic on numbers and sketches.
 """
 
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 # What the rate may change by from one generation batch to the next; up while it is searched for, and once it was found.
@@ -30,7 +29,7 @@ _TINY = 1e-300  # keeps the curvature of no update finite
 _STATE = ("rate", "_unit_rate", "_taken", "_position", "_curvature", "_weight", "_is_searching", "_step")
 
 
-def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) -> float:
+def kl_of_update(products: Tensor) -> float:
     r"""
     How far an update moved the policy, from completions that it has not been computed from:
 
@@ -41,26 +40,18 @@ def kl_of_update(sketches: Tensor, update: Tensor, *, is_exact: bool = False) ->
 
     to second order in the update, in nats per completion. The completions must be those of the batch *after* the update, sampled from
     the policy that it made: on the batch that it was computed from, every completion's own push is in the sum, which is up to
-    a hundred times the movement of others. With sketches, the square of an inner product also contains the variance of its
-    coordinates' sum, about \\( \|s\|^2 \|\Delta\theta\|^2 / k \\), as large as the KL itself: products of a coordinate with itself are
-    left out, \\( \tfrac{k}{k-1} \sum_{a \ne b} x_a x_b \\) with \\( x = z \odot u \\), which may be negative. It is unbiased where coordinates
-    are independent; those of a matrix that is projected from both sides share rows and columns, which leaves a small positive part
-    (`benchmarks.kl_measures`).
+    a hundred times the movement of others. The square of an estimate would contain its variance; products of two that share no
+    projection do not.
 
     Args:
-        sketches (`torch.Tensor` of shape `(n, k)`): Score sketches of the completions, of the plain sum over tokens.
-        update (`torch.Tensor` of shape `(k,)`): Sketch of the parameter update.
-        is_exact (`bool`, *optional*, defaults to `False`): Whether sketches are as long as the parameters, and inner products exact.
+        products (`torch.Tensor` of shape `(n, 4)`):
+            Estimates of the inner products (see [`~scores.movement`]), of scores of the plain sum over tokens.
 
     Returns:
-        `float`: `nan` without completions.
+        `float`: Unbiased, and therefore negative at times; `nan` without completions.
     """
-    products = sketches.double() * update.double()
-    squares = products.sum(dim=1).square()
-    if not is_exact:
-        k = update.numel()
-        squares = (squares - products.square().sum(dim=1)) * (k / max(k - 1, 1))
-    return 0.5 * squares.mean().item()
+    first, second, third, fourth = products.double().unbind(dim=1)
+    return 0.25 * (first * fourth + second * third).mean().item()
 
 
 class Movement(NamedTuple):
@@ -109,13 +100,10 @@ class TrustRegion:
         self._curvature = 0.0
         self._weight = 0.0
         self._is_searching = True
-        # Of the last batch: the sketch of the parameters that generated it, and the step that it was for.
+        # Of the last batch: the sketch of the parameters that generated it, the step that it was for, and the steps before it.
         self._parameters: Tensor | None = None
         self._step = -1
-
-    def forget_parameters(self) -> None:
-        """Let the next batch measure nothing: it has other parameters or other projections than the last one."""
-        self._parameters = None
+        self._num_steps = 0
 
     def start(self, squared_norm: float, num_parameters: int, *, num_steps: float = 1) -> None:
         r"""
@@ -135,37 +123,38 @@ class TrustRegion:
         """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
         return self.kl * min(max(rho, self.min_rho), self.max_rho) * position**2
 
-    def observe(
-        self,
-        sketches: Tensor,
-        advantages: Tensor,
-        parameters: Tensor,
-        *,
-        step: int,
-        position: float,
-        is_exact: bool = False,
-    ) -> Movement:
+    def update_since(self, parameters: Tensor, *, step: int) -> Tensor | None:
         """
-        Take in a generation batch: how far the parameters have moved the policy since the batch of an earlier step.
+        What the parameters have moved by since the batch of an earlier step.
 
         Args:
-            sketches (`torch.Tensor` of shape `(n, k)`): Score sketches, of the plain sum over tokens.
-            advantages (`torch.Tensor` of shape `(n,)`): r - b; `nan` where a completion was not scored.
-            parameters (`torch.Tensor` of shape `(k,)`): Sketch of the parameters that generated the batch.
+            parameters (`torch.Tensor` of shape `(n,)`): Sketch of those that generated the batch at hand.
             step (`int`): Number of the optimizer step that the batch is for; several batches may be for one.
-            position (`float`): Where the schedule stands, as a part of its initial rate.
-            is_exact (`bool`, *optional*, defaults to `False`): As for [`kl_of_update`].
 
         Returns:
-            [`Movement`]: All `nan` for the first batch, for a second one of a step, and without completions.
+            `torch.Tensor` of shape `(n,)`: `None` for the first batch, and for a second one of a step.
         """
         before, self._parameters = self._parameters, parameters
-        num_steps, self._step = step - self._step, step
-        if before is None or not num_steps or not len(sketches):
+        self._num_steps, self._step = step - self._step, step
+        return None if before is None or not self._num_steps else parameters - before.to(parameters.device)
+
+    def observe(self, update: Tensor, products: Tensor, advantages: Tensor, *, position: float) -> Movement:
+        """
+        Take in how far an update has moved the policy.
+
+        Args:
+            update (`torch.Tensor` of shape `(n,)`): The last result of [`update_since`][TrustRegion.update_since].
+            products (`torch.Tensor` of shape `(n, 4)`): As for [`kl_of_update`].
+            advantages (`torch.Tensor` of shape `(n,)`): r - b; `nan` where a completion was not scored.
+            position (`float`): Where the schedule stands, as a part of its initial rate.
+
+        Returns:
+            [`Movement`]: All `nan` without completions.
+        """
+        if not len(products):
             return Movement()
-        update = parameters - before.to(parameters.device)
-        kl = kl_of_update(sketches, update, is_exact=is_exact)
-        gain = (advantages * (sketches.double() @ update)).nanmean().item() / num_steps
+        num_steps, kl = self._num_steps, kl_of_update(products)
+        gain = (advantages * products.double().mean(dim=1)).nanmean().item() / num_steps
         # The mean over the steps, on a schedule that is about linear between two batches.
         mean_position = self._position + (num_steps - 1) / (2 * num_steps) * (position - self._position)
         rate = self.rate * mean_position
@@ -207,13 +196,19 @@ class TrustRegion:
         return math.inf if self._is_searching else self._taken
 
     def state_dict(self) -> dict[str, Any]:
-        """State as plain numbers."""
-        sketch = None if self._parameters is None else self._parameters.tolist()
-        return {name: getattr(self, name) for name in _STATE} | {"parameters": sketch}
+        """State as plain numbers, without the sketch of the parameters."""
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state of [`state_dict`][TrustRegion.state_dict]."""
         for name in _STATE:
             setattr(self, name, state[name])
-        sketch = state["parameters"]
-        self._parameters = None if sketch is None else torch.tensor(sketch, dtype=torch.float64)
+
+    @property
+    def parameters(self) -> Tensor | None:
+        """Sketch of the parameters that generated the last batch, the part of the state that is long."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, sketch: Tensor | None) -> None:
+        self._parameters = sketch

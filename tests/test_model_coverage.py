@@ -95,11 +95,13 @@ def test_a_stack_is_sketched_alike_from_factors_gradients_and_entries(sketch_dim
     projections = stack_projections(sketch_dim)
     sketches = sketch_of(product, projections)
     torch.testing.assert_close(sketch_of(DenseGradient(dense.flatten(1)), projections), sketches)
+    projected = SketchAccumulator(2, projections).add("stack", product)
     for i, gradient in enumerate(dense):
-        accumulator = SketchAccumulator(1, projections)
-        for start in range(0, 210, 37):  # in pieces that end within matrices and rows
-            accumulator.add_entries("stack", gradient.flatten()[start : start + 37], start)
-        torch.testing.assert_close(accumulator.result()[0], sketches[i])
+        pieces = [  # that end within matrices and rows
+            projections.project_entries("stack", gradient.flatten()[start : start + 37], start, torch.float64)
+            for start in range(0, 210, 37)
+        ]
+        torch.testing.assert_close(sum(pieces), projected[i].flatten())
 
 
 @pytest.mark.parametrize("sketch_dim", [150, 16], ids=["signs", "projected"])

@@ -21,7 +21,7 @@ from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parame
 from oblr_trl.scores.projections import Projections, SketchAccumulator
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
-from oblr_trl.trust_region import TrustRegion, kl_of_update
+from oblr_trl.trust_region import Movement, TrustRegion, kl_of_update
 from tests.recording import Recording, RecordingSGD, oracle_scores
 from tests.tiny_models import digit_reward, logged, random_batch, tiny_model, train
 
@@ -55,39 +55,66 @@ def test_inner_products_with_the_update_are_changes_of_log_probabilities(archite
     model = tiny_model(architecture, hidden_size=32, num_layers=1).double()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     score_pass = ScorePass(model, sketch_dim=num_parameters)
-    scores = score_sketches(model, *batch, sketch_dim=num_parameters)
     old = local_parameter_sketch(score_pass)
+    start = copied(model)
     with torch.no_grad():  # central differences: transformers' norms and rotations are in float32 even here
         moved(model, 1e-3)
         change, update = log_probs(model, *batch), local_parameter_sketch(score_pass) - old
         moved(model, -2e-3)
         change = (change - log_probs(model, *batch)) / 2
+    model.load_state_dict(start)
     assert update.norm().item() == pytest.approx(1e-3, rel=1e-6)
-    torch.testing.assert_close(scores @ update, change, rtol=2e-3, atol=1e-7)
-    exact = 0.5 * change.square().mean().item()
-    assert kl_of_update(scores, update, is_exact=True) == pytest.approx(exact, rel=2e-3)
+    products = inner_products(score_pass, update, batch)
+    torch.testing.assert_close(products, change.unsqueeze(1).expand(-1, 4), rtol=2e-3, atol=1e-7)
+    assert kl_of_update(products) == pytest.approx(0.5 * change.square().mean().item(), rel=4e-3)
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def inner_products(score_pass, update, batch):
+    input_ids, attention_mask, completion_mask = batch
+    score_pass.update = update
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return score_pass(inputs, input_ids[:, -completion_mask.size(1) :], completion_mask.double()).products
+
+
+def kl_over_sketches(model, batch, size, *, num_seeds, sketch_dim=256):
+    """The exact KL of a move, and its estimates and the plain squares over seeds of the sketches."""
+    start, estimates, plain = copied(model), [], []
+    for seed in range(num_seeds):
+        model.load_state_dict(start)
+        score_pass = ScorePass(model, sketch_dim=sketch_dim, seed=seed)
+        old = local_parameter_sketch(score_pass)
+        with torch.no_grad():
+            old_logps = log_probs(model, *batch)
+            moved(model, size)
+            exact = 0.5 * (log_probs(model, *batch) - old_logps).square().mean().item()
+        update = local_parameter_sketch(score_pass) - old
+        model.load_state_dict(start)
+        products = inner_products(score_pass, update, batch)
+        estimates.append(kl_of_update(products))
+        plain.append(0.5 * products.mean(dim=1).square().mean().item())
+    return exact, torch.tensor(estimates), torch.tensor(plain)
 
 
 def test_the_kl_is_unbiased_over_sketches_where_the_plain_square_is_not():
-    batch = random_batch(batch_size=16)
     model = tiny_model(num_layers=2).double()
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    debiased, plain = [], []
-    for seed in range(60):
-        model.load_state_dict(start)
-        score_pass = ScorePass(model, sketch_dim=256, seed=seed)
-        scores, old = score_sketches(model, *batch, sketch_dim=256, seed=seed), local_parameter_sketch(score_pass)
-        with torch.no_grad():
-            old_logps = log_probs(model, *batch)
-            moved(model, 1e-4)
-            exact = 0.5 * (log_probs(model, *batch) - old_logps).square().mean().item()
-        update = local_parameter_sketch(score_pass) - old
-        debiased.append(kl_of_update(scores, update) / exact)
-        plain.append(kl_of_update(scores, update, is_exact=True) / exact)
-    debiased, plain = torch.tensor(debiased), torch.tensor(plain)
-    error = debiased.std() / math.sqrt(len(debiased))
-    assert abs(debiased.mean() - 1) < 3 * error
-    assert plain.mean() - 1 > 6 * error
+    exact, estimates, plain = kl_over_sketches(model, random_batch(batch_size=16), 1e-4, num_seeds=60)
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - exact) < 3 * error
+    assert plain.mean() - exact > 6 * error
+
+
+def test_the_kl_of_a_deep_model_is_far_more_precise_than_one_sketch_of_all_its_parameters():
+    """The variance of one inner product of two sketches is |s|^2 |update|^2 / k; parameter by parameter it is divided by their number."""
+    model = tiny_model(num_layers=6).double()
+    batch = random_batch(batch_size=16)
+    _, estimates, _ = kl_over_sketches(model, batch, 1e-4, num_seeds=12)
+    scores = score_sketches(model, *batch, sketch_dim=4096)
+    of_one_sketch = 0.5 * math.sqrt(2) * scores.square().sum(dim=1).mean().item() * 1e-8 / 256
+    assert estimates.std() < of_one_sketch / 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,17 +126,17 @@ def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(data):
     projections = Projections(
         shapes, tables={"table"}, sketch_dim=sketch_dim, seed=3, dtype=torch.float64, device=torch.device("cpu")
     )
-    whole, shards = SketchAccumulator(1, projections), SketchAccumulator(1, projections)
     for i, (name, shape) in enumerate(shapes.items()):
         values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        whole.add(name, DenseGradient(values.unsqueeze(0)))
+        whole = SketchAccumulator(1, projections).add(name, DenseGradient(values.unsqueeze(0)))
         cut = data.draw(st.integers(0, values.numel()))
-        for start, part in ((0, values[:cut]), (cut, values[cut:])):
-            with mock.patch(
-                "oblr_trl.scores.projections._ENTRIES_AT_ONCE", data.draw(st.sampled_from([1, 150, 2**20]))
-            ):
-                shards.add_entries(name, part, start)
-    torch.testing.assert_close(shards.result(), whole.result())
+        at_once = data.draw(st.sampled_from([1, 150, 2**20]))
+        with mock.patch("oblr_trl.scores.projections._ENTRIES_AT_ONCE", at_once):
+            shards = [
+                projections.project_entries(name, part, start, torch.float64)
+                for start, part in ((0, values[:cut]), (cut, values[cut:]))
+            ]
+        torch.testing.assert_close(sum(shards), whole.flatten())
 
 
 def test_entries_are_read_from_the_master_copy_where_an_engine_keeps_one():
@@ -168,9 +195,11 @@ def policy(curvature):
     """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region."""
 
     def step(region, index, parameter, rho=0.5, position=1.0):
-        sketches = torch.full((4, 1), math.sqrt(2 * curvature), dtype=torch.float64)
-        parameters = torch.tensor([parameter], dtype=torch.float64)
-        movement = region.observe(sketches, torch.zeros(4), parameters, step=index, position=position, is_exact=True)
+        update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
+        movement = Movement()
+        if update is not None:
+            products = (math.sqrt(2 * curvature) * update).expand(4, 4)
+            movement = region.observe(update, products, torch.zeros(4), position=position)
         return movement, region.next_rate(rho, position)
 
     return step
@@ -366,15 +395,18 @@ def test_parameters_that_are_frozen_on_the_way_do_not_pass_for_a_movement(tmp_pa
 def test_masked_completions_say_nothing_of_the_movement(tmp_path):
     """vLLM's correction gives a sequence the weight 0, a truncated one has no token: neither is a completion that did not move."""
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=3)
-    before = trainer._trust_region._parameters
-    update = local_parameter_sketch(trainer._score_pass) - before
-    sketches = torch.randn(2, 8, before.numel(), generator=torch.Generator().manual_seed(0))
+    trainer._begin_movement()
+    update = trainer._score_pass.update
+    products = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
     token_weights = torch.full((2, 8), 0.5)
     token_weights[0, 0], token_weights[1, 3] = 0.0, math.nan
-    sketches[token_weights != 0.5] = 0.0
-    batch = GroupedBatch(torch.ones(2, 8), torch.ones(2, 8), sketches=sketches, token_weights=token_weights)
-    measured = trainer._measure_movement(batch, torch.zeros(2, 8), 1)["trust_region/kl"]
-    assert measured == pytest.approx(kl_of_update(2 * sketches[token_weights == 0.5], update), rel=1e-6)
+    products[token_weights != 0.5] = 0.0
+    batch = GroupedBatch(
+        *torch.ones(2, 2, 8), sketches=torch.zeros(2, 8, 16), products=products, token_weights=token_weights
+    )
+    measured = trainer._take_in_movement(batch, torch.zeros(2, 8), 1)["trust_region/kl"]
+    assert update.any()
+    assert measured == pytest.approx(kl_of_update(2 * products[token_weights == 0.5]), rel=1e-6)
 
 
 def test_groups_of_parameters_keep_their_ratios(tmp_path):

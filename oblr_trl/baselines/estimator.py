@@ -25,6 +25,7 @@ class GroupedBatch:
         lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
         weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
         sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
+        products (`torch.Tensor` of shape `(N, G, 4)`, *optional*): With the last update (see [`~scores.movement`]), if it is measured.
         token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
         prompt_keys (`torch.Tensor` of shape `(N,)`, *optional*): Keys of the prompts, if there is a memory of them.
     """
@@ -33,6 +34,7 @@ class GroupedBatch:
     lengths: Tensor
     weights: Tensor | None = None
     sketches: Tensor | None = None
+    products: Tensor | None = None
     token_weights: Tensor | None = None
     prompt_keys: Tensor | None = None
 

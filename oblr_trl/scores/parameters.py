@@ -1,9 +1,8 @@
 """Sketch of the parameters themselves: the difference of two is the sketch of what the optimizer did in between.
 
-Sketches are linear, so `sketch(theta_new) - sketch(theta_old) = sketch(theta_new - theta_old)`, and its inner product with the
-sketch of a score estimates \\( \\langle \\nabla \\log \\pi(o), \\Delta\\theta \\rangle \\), the change of a completion's
-log-probability to first order. Nothing is copied and nothing is run: every process projects the float32 entries that it holds,
-and sketches add up.
+Sketches are linear, so `sketch(theta_new) - sketch(theta_old) = sketch(theta_new - theta_old)`, whose inner products with scores are
+those of [`~scores.movement`]. Nothing is copied and nothing is run: every process projects the float32 entries that it holds, and
+sketches add up.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from oblr_trl.scores.projections import SketchAccumulator
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 
@@ -77,7 +75,7 @@ def _of_dtensor(parameter: DTensor) -> LocalEntries:
 @torch.no_grad()
 def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     """
-    This process's part of the sketch of the parameters in scope; the sum over processes is the sketch.
+    This process's part of the sketch of the parameters in scope, one after another; the sum over processes is the sketch.
 
     In float64: an update is 1e-5 of the parameters, so that float32 would leave two digits of the difference of two sketches.
 
@@ -85,13 +83,13 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
         score_pass ([`~scores.score_pass.ScorePass`]): The pass whose projections are used.
 
     Returns:
-        `torch.Tensor` of shape `(k,)`: In float64.
+        `torch.Tensor` of shape `(n,)`: In float64; at most k numbers for every matrix, and every entry of vectors and small matrices.
     """
     scoped = resolve_scope(score_pass.model, score_pass.scope, score_pass.last_k)
     parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
     head = next(scoped.head.parameters(recurse=False))
     projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
-    accumulator = SketchAccumulator(1, projections, torch.float64)
-    for name in scoped.shapes:
-        accumulator.add_entries(name, *local_entries(parameters[name]))
-    return accumulator.result()[0]
+    projected = [
+        projections.project_entries(name, *local_entries(parameters[name]), torch.float64) for name in scoped.shapes
+    ]
+    return torch.cat(projected)

@@ -141,8 +141,18 @@ class Projections:
                 # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
                 place.addcmul_(block, signs[entries])
 
-    def project_entries(self, name: str, values: Tensor, start: int) -> Tensor:
-        """`P^T G Q`, of shape `(1, r, c)`, of a parameter G that is 0 but for `(n,)` consecutive entries of it, flattened, from `start` on."""
+    def project_entries(self, name: str, values: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        """`P^T G Q` in `dtype`, flattened, of a parameter G that is 0 but for `(n,)` consecutive entries of it, flattened, from `start` on."""
+        projected = torch.zeros(self._num_projected(name), dtype=dtype, device=self.device)
+        num_columns = self._parameters[name].dims[COLUMNS]
+        while values.numel():
+            # Whole rows where they can be had: others are copied to be padded.
+            size = num_columns * max(_ENTRIES_AT_ONCE // num_columns, 1) - start % num_columns
+            projected += self._project_part(name, values[:size].to(projected), start).flatten()
+            values, start = values[size:], start + size
+        return projected
+
+    def _project_part(self, name: str, values: Tensor, start: int) -> Tensor:
         parameter = self._parameters[name]
         if parameter.num_matrices > 1:
             return self._project_entries_of_stack(name, parameter, values, start)
@@ -189,9 +199,27 @@ class Projections:
         """Whether a parameter is projected from both sides."""
         return self._parameters[name].is_factored
 
-    def num_columns(self, name: str) -> int:
-        """C, of a parameter."""
-        return self._parameters[name].dims[1]
+    def _num_projected(self, name: str) -> int:
+        parameter = self._parameters[name]
+        return math.prod(parameter.widths if parameter.is_factored else (parameter.num_matrices, *parameter.dims))
+
+    def split_by_parameter(self, values: Tensor) -> dict[str, Tensor]:
+        """Views of `(n,)` numbers, those of `P^T G Q` of each parameter, one after another."""
+        return dict(zip(self.shapes, values.split([self._num_projected(name) for name in self.shapes]), strict=True))
+
+    def halves(self, name: str, axis: int) -> Tensor:
+        """Sums `(..., r)` or `(..., c)` numbers over both halves of a projection, of shape `(r, 2)` or `(c, 2)`, and doubles the sums; a
+        side that is not projected has no halves, and both sums are over all of it."""
+        parameter = self._parameters[name]
+        width = parameter.widths[axis]
+        key = f"halves-{width}-{width < parameter.dims[axis]}"
+        if key not in self._drawn:
+            sums = torch.ones(width, 2, dtype=self.dtype)
+            if 1 < width < parameter.dims[axis]:
+                sums = nn.functional.one_hot(torch.arange(width) % 2, 2).to(self.dtype)
+                sums *= width / sums.sum(dim=0)
+            self._drawn[key] = sums.to(self.device)
+        return self._drawn[key]
 
     def num_bytes(self) -> int:
         """Memory held by all projections, in bytes."""
@@ -226,13 +254,13 @@ class Projections:
 class SketchAccumulator:
     """Sums projected gradients of one micro-batch, added in any order, into sketches; at least in float32."""
 
-    def __init__(self, batch_size: int, projections: Projections, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, batch_size: int, projections: Projections) -> None:
         self._projections = projections
         shape = (batch_size, 2 * projections.sketch_dim)
-        self._total = torch.zeros(shape, dtype=dtype or projections.dtype, device=projections.device)
+        self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
 
-    def add(self, name: str, gradient: PerSequenceGradient) -> None:
-        """Add `P^T G Q` for the gradient G of one use of a parameter."""
+    def add(self, name: str, gradient: PerSequenceGradient) -> Tensor:
+        """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
         drawn = self._projections
         if isinstance(gradient, DenseGradient):
             values, matrices = drawn.unflatten(name, gradient.values.to(drawn.dtype))
@@ -251,17 +279,7 @@ class SketchAccumulator:
             else:
                 projected = torch.einsum("btr,btc->brc", rows, columns)
         drawn.add_projected(self._total, name, projected)
-
-    def add_entries(self, name: str, values: Tensor, start: int) -> None:
-        """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to a batch of one."""
-        drawn = self._projections
-        while values.numel():
-            # Whole rows where they can be had: others are copied to be padded.
-            size = drawn.num_columns(name) * max(_ENTRIES_AT_ONCE // drawn.num_columns(name), 1)
-            size -= start % drawn.num_columns(name)
-            projected = drawn.project_entries(name, values[:size].to(self._total), start)
-            drawn.add_projected(self._total, name, projected)
-            values, start = values[size:], start + size
+        return projected
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
         match gradient.rows:

@@ -22,6 +22,7 @@ from oblr_trl.scores.calls import LayerCall, Layout
 from oblr_trl.scores.exact_norms import ExactNormAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
+from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
 from oblr_trl.scores.rules import apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
@@ -43,6 +44,7 @@ class ScoreOutput:
     log_probs: Tensor  # (B, C), of every completion token; 0 where the token weight is
     sketches: Tensor | None = None  # (B, k), for the method "sketch"
     squared_norms: Tensor | None = None  # (B,), exact, for the method "exact"
+    products: Tensor | None = None  # (B, 4), with an update (see `scores.movement`)
 
 
 @dataclass(eq=False)
@@ -64,6 +66,10 @@ class ScorePass:
         gradient_checkpointing (`bool`, *optional*):
             Whether the pass checkpoints the model's blocks. As the model is set if not given.
 
+    Attributes:
+        update (`torch.Tensor` of shape `(n,)`, *optional*):
+            Sketch of an update of the parameters, whose inner products with the scores the next passes shall return too.
+
     Raises:
         `ValueError`: For an unknown method.
     """
@@ -78,6 +84,7 @@ class ScorePass:
     temperature: float = 1.0
     head_dtype: torch.dtype | None = None
     gradient_checkpointing: bool | None = None
+    update: Tensor | None = field(default=None, init=False, repr=False)
     _projections: Projections | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +131,9 @@ class _MicroBatch:
         self._targets = targets
         self._token_weights = token_weights
         self._begun = scoped.first_block is None
-        self._accumulators: dict[str, SketchAccumulator | ExactNormAccumulator] = {}
+        self._sketches: SketchAccumulator | None = None
+        self._products: UpdateProducts | None = None
+        self._norms: ExactNormAccumulator | None = None
         self._projections: Projections | None = None
         self._dtype = torch.promote_types(next(scoped.head.parameters(recurse=False)).dtype, torch.float32)
         if "sketch" in settings.methods:
@@ -157,10 +166,12 @@ class _MicroBatch:
             hidden, head = head_calls[0]
 
             if self._projections is not None:
-                self._accumulators["sketch"] = SketchAccumulator(batch_size, self._projections)
+                self._sketches = SketchAccumulator(batch_size, self._projections)
+                if settings.update is not None:
+                    self._products = UpdateProducts(batch_size, self._projections, settings.update)
             if "exact" in settings.methods:
                 norms = torch.zeros(batch_size, dtype=self._dtype, device=self._targets.device)
-                self._accumulators["exact"] = ExactNormAccumulator(norms, shared=scoped.shared(calls))
+                self._norms = ExactNormAccumulator(norms, shared=scoped.shared(calls))
             # Autocast is for the model: the products of scores keep the precision that they come in.
             stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
             with torch.no_grad():
@@ -171,13 +182,14 @@ class _MicroBatch:
                 seed = torch.zeros_like(hidden)
                 seed[:, -num_tokens - 1 : -1] = head.grad_hidden.to(seed.dtype)
                 torch.autograd.grad(hidden, anchor, grad_outputs=seed)
+            output = ScoreOutput(head.log_probs)
             with torch.no_grad():
-                results = {method: accumulator.result() for method, accumulator in self._accumulators.items()}
-        output = ScoreOutput(head.log_probs)
-        if "sketch" in results:
-            output.sketches = results["sketch"] / head.scale
-        if "exact" in results:
-            output.squared_norms = results["exact"] / head.scale.squeeze(1).square()
+                if self._sketches is not None:
+                    output.sketches = self._sketches.result() / head.scale
+                if self._products is not None:
+                    output.products = self._products.result() / head.scale
+                if self._norms is not None:
+                    output.squared_norms = self._norms.result() / head.scale.squeeze(1).square()
         return output
 
     def _score_head(self, head: nn.Linear, hidden: Tensor) -> HeadScores:
@@ -223,8 +235,12 @@ class _MicroBatch:
         warnings.warn(f"{message}: such calls are left out of the scores.")
 
     def _add(self, name: str, gradient: PerSequenceGradient) -> None:
-        for accumulator in self._accumulators.values():
-            accumulator.add(name, gradient)
+        if self._sketches is not None:
+            projected = self._sketches.add(name, gradient)
+            if self._products is not None:
+                self._products.add(name, projected)
+        if self._norms is not None:
+            self._norms.add(name, gradient)
 
     def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
         uncalled = [next(iter(names.values())) for module, names in self._scoped.names.items() if not calls[module]]

@@ -72,7 +72,8 @@ class ScoringModel:
 
         sketches = collect([output.sketches for output in self._outputs], weights)
         norms = collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square())
-        return ScoreOutput(log_probs, sketches, norms)
+        products = collect([output.products for output in self._outputs], weights)
+        return ScoreOutput(log_probs, sketches, norms, products)
 
 
 class OldLogpsForward:

@@ -1,0 +1,162 @@
+"""Learning curves on a real pretrained model, SmolLM2-135M-Instruct: ours without a learning rate to choose against GRPO and RLOO at
+every constant rate of a grid.
+
+    make pretrained
+    python -m benchmarks.pretrained
+
+As many rollouts per step for all. GRPO and RLOO are judged at the rate that turns out best on the very seeds that are compared, which
+favours them. Finished runs are kept in `runs/pretrained/` and not repeated, so that a stopped study resumes. Seeds are the outermost loop:
+ask for fewer seeds or tasks to see what there is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from trl import TrlParser
+
+from benchmarks.learning import complete
+from benchmarks.learning_summary import area, paired_difference
+from benchmarks.pretrained_runs import TASKS, PretrainedSpec, finished_run
+from benchmarks.record import machine, spread, write_record
+
+ROLLOUTS = 64  # per step
+# Group sizes of every method; TRL's default for GRPO is 8.
+GROUP_SIZES = {"ours": (1, 2), "grpo": (8,), "rloo": (4,)}
+OURS = "ours"
+
+Run = dict[str, Any]
+Arm = tuple[str, int]  # method and group size
+
+
+@dataclass
+class PretrainedArguments:
+    """Settings of the study; fields are documented by their `help`."""
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks, by name."})
+    methods: list[str] = field(default_factory=lambda: list(GROUP_SIZES), metadata={"help": "Methods."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-6, 2e-6, 4e-6, 8e-6, 1.6e-5], metadata={"help": "Constant rates of the controls."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Runs of every method."})
+    num_steps: int = field(default=60, metadata={"help": "Optimizer steps of a run."})
+    num_workers: int = field(default=1, metadata={"help": "Processes that share the GPU; 0 runs in this one."})
+    runs: str = field(default="runs/pretrained", metadata={"help": "Where finished runs are kept."})
+    output: str = field(default="benchmarks/results/pretrained.json", metadata={"help": "Where the numbers go."})
+
+    def specs(self) -> list[PretrainedSpec]:
+        """All runs, seed by seed."""
+        found = []
+        for seed, task, method in product(range(self.seeds), self.tasks, self.methods):
+            rates = [PretrainedSpec.learning_rate] if method == OURS else self.learning_rates
+            for size, rate in product(GROUP_SIZES[method], rates):
+                found.append(
+                    PretrainedSpec(task, method, ROLLOUTS // size, size, seed, rate, num_steps=self.num_steps)
+                )
+        return found
+
+
+def curve_area(run: Run) -> float:
+    """Mean held-out reward over the steps."""
+    return area(run["held_out"], range(len(run["held_out"])))
+
+
+def rollouts_until(run: Run, reward: float) -> float:
+    """Rollouts until the held-out curve, made monotone, has a reward; as many as the run has, and infinity where it never has."""
+    curve = np.maximum.accumulate(run["held_out"])
+    if curve[-1] < reward:
+        return float("inf")
+    step = float(np.interp(reward, curve, np.arange(len(curve)) * run["spec"]["eval_steps"]))
+    return step * run["spec"]["num_prompts"] * run["spec"]["num_generations"]
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+    """By task and arm: the best rate, and its runs' curve, area and final reward; differences to ours are paired over seeds."""
+    summary: dict[str, Any] = {}
+    for task in dict.fromkeys(run["spec"]["task"] for run in runs):
+        by_arm: dict[Arm, dict[float, list[Run]]] = {}
+        for run in runs:
+            spec = run["spec"]
+            if spec["task"] == task:
+                rates = by_arm.setdefault((spec["method"], spec["num_generations"]), {})
+                rates.setdefault(spec["learning_rate"], []).append(run)
+        summary[task] = _summarise_task(by_arm)
+    return summary
+
+
+def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]:
+    best = {arm: max(rates, key=lambda rate: mean(map(curve_area, rates[rate]))) for arm, rates in by_arm.items()}
+    chosen = {arm: by_arm[arm][rate] for arm, rate in best.items()}
+    controls = [arm for arm in chosen if arm[0] != OURS]
+    strongest = max(controls, key=lambda arm: mean(map(curve_area, chosen[arm])), default=None)
+    arms = {}
+    for arm, runs in chosen.items():
+        cell: dict[str, Any] = {
+            "method": arm[0],
+            "num_generations": arm[1],
+            "learning_rate": best[arm] if arm[0] != OURS else None,
+            "num_seeds": len(runs),
+            "curve": np.round(np.mean([run["held_out"] for run in runs], axis=0), 4).tolist(),
+            "final": spread([run["held_out"][-1] for run in runs]),
+            "area": spread([curve_area(run) for run in runs]),
+            "train_reward": spread([mean(run["logged"]["reward"][-10:]) for run in runs]),
+            "seconds_per_step": round(float(np.median([s for run in runs for s in run["seconds"]])), 3),
+            "failures": sum(run["failure"] is not None for run in runs),
+            "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
+            "area_by_rate": {
+                str(rate): round(mean(map(curve_area, of_rate)), 4) for rate, of_rate in by_arm[arm].items()
+            },
+        }
+        if strongest is not None and arm[0] == OURS:
+            theirs = chosen[strongest]
+            num = min(len(runs), len(theirs))
+            cell["area_minus_strongest"] = paired_difference(
+                [curve_area(run) for run in runs[:num]], [curve_area(run) for run in theirs[:num]]
+            )
+            goal = mean(run["held_out"][-1] for run in theirs)
+            total = ROLLOUTS * (len(runs[0]["seconds"]))
+            cell["rollouts_to_strongest"] = [round(rollouts_until(run, goal) / total, 3) for run in runs]
+        arms[f"{arm[0]}, G = {arm[1]}"] = cell
+    return {"strongest": None if strongest is None else f"{strongest[0]}, G = {strongest[1]}", "arms": arms}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """One line per arm."""
+    lines = [
+        "| task | arm | rate | seeds | start | final | area | s a step | rollouts to the strongest |",
+        "|---|" * 1 + "---|" * 8,
+    ]
+    for task, of_task in summary.items():
+        for name, arm in of_task["arms"].items():
+            rate = "found" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"
+            final, mean_area = (f"{arm[key]['mean']:.3f} ± {arm[key]['std'] or 0:.3f}" for key in ("final", "area"))
+            cells = [
+                task,
+                name,
+                rate,
+                arm["num_seeds"],
+                f"{arm['curve'][0]:.3f}",
+                final,
+                mean_area,
+                arm["seconds_per_step"],
+            ]
+            cells.append(", ".join(f"{share:.2f}" for share in arm.get("rollouts_to_strongest", [])))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(args: PretrainedArguments) -> None:
+    """Run, print and write."""
+    started = machine()
+    runs = complete(args.specs(), args.runs, args.num_workers, "SmolLM2", finished_run, runs_per_process=1)
+    summary = summarise(runs)
+    print(table(summary))
+    write_record(args.output, args, started, {"summary": summary})
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser([PretrainedArguments]).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,204 @@
+"""One training run on SmolLM2-135M-Instruct: TRL's or our trainer in memory, with a held-out curve and a clock.
+
+All parameters are trained, in bfloat16 autocast where there is a GPU. Held-out prompts are answered once each, at temperature 1 and
+with random numbers of their own.
+"""
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.completion_pool import kept
+from benchmarks.learning_runs import SEED_DISTANCE, prepare_process
+from examples.smollm2.__main__ import ARITHMETIC, DIRECTORY, LISTS
+from examples.smollm2.rewards import answer_reward, list_reward
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
+from oblr_trl.data.prompt_sets import DataArguments, load_prompts
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with a verifiable reward."""
+
+    data: dict[str, Any]  # of `DataArguments`
+    reward: Callable[..., list[float]]
+    max_completion_length: int = 16
+
+
+TASKS = {
+    "arithmetic": Task(
+        {"dataset_name": str(ARITHMETIC), "conversational": True}, answer_reward, max_completion_length=24
+    ),
+    "lists": Task({"dataset_name": str(LISTS), "conversational": True}, list_reward, max_completion_length=48),
+}
+_TRUST_REGION = {"lr_adaptation": "trust_region"}
+METHODS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer], dict[str, Any]]] = {
+    "ours": (OBLRPOConfig, OBLRPOTrainer, {}),
+    "rloo": (OBLRPOConfig, OBLRPOTrainer, {"baseline": "leave_one_out", "lr_adaptation": "none"}),
+    "grpo": (GRPOConfig, GRPOTrainer, {}),
+}
+# What is kept of every step's log.
+_LOGGED = ("reward", "learning_rate", metrics.RHO, metrics.KL, metrics.KL_TARGET, metrics.PRIOR_STRENGTH)
+
+
+@dataclass(frozen=True)
+class PretrainedSpec:
+    """Everything that decides a run's outcome on a machine; runs of equal specifications are not repeated."""
+
+    task: str
+    method: str
+    num_prompts: int
+    num_generations: int
+    seed: int
+    learning_rate: float = 1e-6  # TRL's default, without a meaning under the trust region
+    num_steps: int = 60
+    eval_steps: int = 10
+    test_size: int = 128
+    lora_rank: int = 0  # 0 trains all parameters
+
+
+class HeldOutCallback(TrainerCallback):
+    """Mean reward of held-out prompts at the evaluated steps, and the seconds of every step."""
+
+    def __init__(self, spec: PretrainedSpec, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.rewards: list[float] = []
+        self.seconds: list[float] = []
+        self._columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        prompts = [row["prompt"] for row in rows]
+        texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+        self._batch = tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
+        self._started = 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._evaluate(model)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seconds.append(round(time.perf_counter() - self._started, 3))
+        if state.global_step % self.spec.eval_steps == 0:
+            self._evaluate(model)
+
+    def fill(self) -> None:
+        """Give the evaluations that a broken run did not reach a reward of 0."""
+        self.rewards += [0.0] * (self.spec.num_steps // self.spec.eval_steps + 1 - len(self.rewards))
+
+    @torch.no_grad()
+    def _evaluate(self, model: Any) -> None:
+        batch = self._batch.to(model.device)
+        devices = [model.device] if model.device.type == "cuda" else []
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            ids = model.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=TASKS[self.spec.task].max_completion_length,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )[:, batch["input_ids"].size(1) :]
+        model.train(training)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        self.rewards.append(round(mean(TASKS[self.spec.task].reward(completions=texts, **self._columns)), 4))
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32) -> Any:
+    """Model, where `python -m examples.smollm2` has put it."""
+    if not DIRECTORY.is_dir():
+        raise ValueError(f"There is no {DIRECTORY}: run `make pretrained`.")
+    return AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=dtype)
+
+
+def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer, HeldOutCallback]:
+    """The trainer of a run, and the callback that records its curve."""
+    task = TASKS[spec.task]
+    sizes: dict[str, Any] = {"test_size": spec.test_size, "train_seed": spec.seed * SEED_DISTANCE}
+    if "task" in task.data:
+        sizes["train_size"] = spec.num_steps * spec.num_prompts
+    prompts = load_prompts(DataArguments(**task.data, **sizes))
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+    callback = HeldOutCallback(spec, tokenizer, list(prompts["test"]))
+    config_class, trainer_class, options = METHODS[spec.method]
+    on_gpu = torch.cuda.is_available()
+    args = config_class(
+        output_dir=output_dir,
+        max_steps=spec.num_steps,
+        per_device_train_batch_size=spec.num_prompts * spec.num_generations,
+        num_generations=spec.num_generations,
+        max_completion_length=task.max_completion_length,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="constant",
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        gradient_checkpointing=False,
+        seed=spec.seed,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        **options,
+    )
+    lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
+    trainer = trainer_class(
+        model=load_smollm2(),
+        reward_funcs=task.reward,
+        args=args,
+        train_dataset=prompts["train"],
+        processing_class=tokenizer,
+        callbacks=[callback],
+        peft_config=lora if spec.lora_rank else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, callback
+
+
+def finished_run(directory: str, spec: PretrainedSpec) -> dict[str, Any]:
+    """The run of a specification, read from `directory` if it has been made before."""
+    settings = asdict(spec) | {"task_data": TASKS[spec.task].data, "options": METHODS[spec.method][2]}
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    return kept(Path(directory) / f"{spec.task}-{spec.method}-{digest}.pt", settings, lambda: run(spec))
+
+
+def run(spec: PretrainedSpec) -> dict[str, Any]:
+    """
+    Train as `spec` says and return the curve. A run whose weights become infinite counts as a reward of 0 from there on, with the
+    message as `failure`; its process can make no other one, as what CUDA asserts is not taken back.
+    """
+    prepare_process()
+    failure = None
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, callback = prepared_trainer(spec, output_dir)
+        try:
+            trainer.train()
+        except (RuntimeError, ValueError) as error:
+            failure = str(error).splitlines()[0]
+            if not any(sign in failure for sign in ("device-side assert", "`inf`, `nan`", "not finite")):
+                raise
+            callback.fill()
+    steps = [row for row in trainer.state.log_history if "reward" in row]
+    return {
+        "spec": asdict(spec),
+        "held_out": callback.rewards,
+        "seconds": callback.seconds,
+        "failure": failure,
+        "logged": {name: [row.get(name) for row in steps] for name in _LOGGED if any(name in row for row in steps)},
+    }
