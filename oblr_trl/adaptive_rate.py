@@ -27,6 +27,23 @@ _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 _DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
 
 
+class _StepEntropy:
+    """Entropy of a completion over all generation batches of an optimizer step, in nats: the mean of -log pi of what was sampled."""
+
+    def __init__(self) -> None:
+        self._step, self._sum, self._count = -1, 0.0, 0
+
+    def add(self, batch: GroupedBatch, *, step: int) -> float:
+        """The mean so far; `nan` without a completion that counts."""
+        assert batch.log_probs is not None
+        assert batch.token_weights is not None
+        if step != self._step:
+            self._step, self._sum, self._count = step, 0.0, 0
+        log_probs = batch.log_probs[batch.token_weights > 0].double()
+        self._sum, self._count = self._sum - log_probs.sum().item(), self._count + log_probs.numel()
+        return self._sum / self._count if self._count else math.nan
+
+
 class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that knows how to adapt its learning rate to a batch of scores and advantages. A subclass makes the scoring pass and
@@ -48,6 +65,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         self._trust_region = TrustRegion(
             args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
         )
+        self._entropy = _StepEntropy()
         self._initial_lrs: list[float] = []
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
@@ -90,10 +108,12 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
-                rate = self._trust_region.next_rate(self._rho, schedule.position)
+                entropy = self._entropy.add(batch, step=self.state.global_step)
+                rate = self._trust_region.next_rate(self._rho, entropy, schedule.position)
                 if not math.isnan(rate):  # or no token could be scored yet
                     self._set_rate(rate)
-                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, schedule.position)
+                values[metrics.ENTROPY] = entropy
+                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, entropy, schedule.position)
             elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
             values[metrics.LR_MULTIPLIER] = schedule.multiplier
@@ -200,8 +220,8 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             return line + " alone, as in GRPOTrainer."
         if args.lr_adaptation == "trust_region":
             return (
-                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x rho nats "
-                "per generation batch, whatever `learning_rate` is; `learning_rate` is logged as applied."
+                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x rho x the "
+                "entropy of a completion per generation batch, whatever `learning_rate` is; `learning_rate` is logged as applied."
             )
         low, high = args.snr_min_multiplier, args.snr_max_multiplier
         return (

@@ -41,6 +41,7 @@ NUM_PROMPTS = "gradient_snr/num_prompts"
 LR_MULTIPLIER = "lr_multiplier"
 KL = "trust_region/kl"
 KL_TARGET = "trust_region/kl_target"
+ENTROPY = "trust_region/entropy"
 CURVATURE = "trust_region/curvature"
 PREDICTED_GAIN = "trust_region/predicted_gain"
 VARIANCE_VS_GROUP_MEAN = "variance_ratio/group_mean"
@@ -67,6 +68,7 @@ METRICS = (
     LR_MULTIPLIER,
     KL,
     KL_TARGET,
+    ENTROPY,
     CURVATURE,
     PREDICTED_GAIN,
     VARIANCE_VS_GROUP_MEAN,

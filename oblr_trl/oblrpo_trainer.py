@@ -243,6 +243,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
             batch.products = None if scores.products is None else scores.products.view(*rewards.shape, -1)
             batch.token_weights = self.accelerator.gather(token_weights.sum(dim=1)).view_as(rewards) / batch.lengths
+            batch.log_probs = self.accelerator.gather(scores.log_probs.sum(dim=1)).view_as(rewards)
             exact = scores.squared_norms
             batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
         return batch

@@ -1,4 +1,5 @@
-r"""The learning rate that moves the policy by KL = delta x rho per generation batch, whatever the optimizer and its rate.
+r"""The learning rate that moves the policy by KL = delta x rho x H per generation batch, whatever the optimizer and its rate; H is the
+entropy of a completion.
 
 rho alone has no scale: the learning rate of [OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, is rho / L with a
 smoothness L that nobody knows. Here it is measured: the step that was made, \\( \Delta\theta = \eta d \\), moved the policy by
@@ -77,10 +78,10 @@ class TrustRegion:
     The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
     part of its initial rate. The next rate is \\( \sqrt{\delta / c} \sqrt{\rho} \\): with a constant schedule the policy moves by
     \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
-    10 times until it is found. Without information (nothing moved, a KL that is not finite, no rho) the rate stays.
+    10 times until it is found. Without information (nothing moved, a KL that is not finite, no rho, no entropy) the rate stays.
 
     Args:
-        kl (`float`): delta, in nats per completion at rho = 1.
+        kl (`float`): delta, the KL at rho = 1 as a part of the entropy.
         min_rho (`float`, *optional*, defaults to `0.0`): Minimum of rho.
         max_rho (`float`, *optional*, defaults to `1.0`): Maximum of rho.
     """
@@ -107,7 +108,7 @@ class TrustRegion:
 
     def start(self, squared_norm: float, num_parameters: int, *, num_steps: float = 1) -> None:
         r"""
-        Begin where no first batch can move the policy by more than delta: the entries of an update are at most the rate (Adam, Lion,
+        Begin where no first batch can move the policy by more than its target: the entries of an update are at most the rate (Adam, Lion,
         Muon, SGD with clipped gradients), so that by Cauchy and Schwarz \\( \langle s, \Delta\theta \rangle^2 \le \eta^2 P \|s\|^2 \\).
 
         Args:
@@ -119,9 +120,9 @@ class TrustRegion:
             math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
         )
 
-    def target(self, rho: float, position: float = 1.0) -> float:
+    def target(self, rho: float, entropy: float, position: float = 1.0) -> float:
         """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
-        return self.kl * min(max(rho, self.min_rho), self.max_rho) * position**2
+        return self.kl * min(max(rho, self.min_rho), self.max_rho) * entropy * position**2
 
     def update_since(self, parameters: Tensor, *, step: int) -> Tensor | None:
         """
@@ -167,24 +168,25 @@ class TrustRegion:
                 self._is_searching = False
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain)
 
-    def next_rate(self, rho: float, position: float) -> float:
+    def next_rate(self, rho: float, entropy: float, position: float) -> float:
         """
         Rate of the coming step for a schedule at its initial rate, the same for any number of calls before it is taken.
 
         Args:
             rho (`float`): Of the batch that the step is made from; `nan` if unknown.
+            entropy (`float`): H, of its completions, in nats; `nan` if there are none.
             position (`float`): Where the schedule stands, as a part of its initial rate.
 
         Returns:
             `float`: `nan` before [`start`][TrustRegion.start].
         """
         self._position = position
-        if math.isnan(rho):
+        if math.isnan(rho) or math.isnan(entropy):
             return self.rate
         if self._weight:
             growth = _MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH
             self._unit_rate = min(max(self._wanted(), self._taken / _MAX_SHRINKAGE), self._taken * growth)
-        self.rate = self._unit_rate * math.sqrt(self.target(rho) / self.kl)
+        self.rate = self._unit_rate * math.sqrt(self.target(rho, entropy) / self.kl)
         return self.rate
 
     def _wanted(self) -> float:

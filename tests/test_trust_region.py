@@ -200,7 +200,7 @@ def policy(curvature):
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
             movement = region.observe(update, products, torch.zeros(4), position=position)
-        return movement, region.next_rate(rho, position)
+        return movement, region.next_rate(rho, 1.0, position)
 
     return step
 
@@ -303,7 +303,7 @@ def test_steps_that_share_a_batch_count_at_their_mean_place_of_the_schedule():
 
 
 def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
-    options = {**TRUST, "max_steps": 2, "learning_rate": 1.0, "trust_region_kl": 0.05}
+    options = {**TRUST, "max_steps": 2, "learning_rate": 1.0, "trust_region_kl": 0.004}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     first, second = trainer.batches
     model = tiny_model(num_layers=2)
@@ -313,13 +313,13 @@ def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
         before = log_probs(model, *inputs, first["completion_mask"])
         model.load_state_dict(second["state"])
         change = log_probs(model, *inputs, first["completion_mask"]) - before
-    assert 0 < 0.5 * change.square().mean() < 0.05
+    assert 0 < 0.5 * change.square().mean() < logged(trainer, "trust_region/kl_target")[0]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim):
     """The measured KL against exact log-ratios of the same completions under both weights."""
-    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.05, "optim": optim, "snr_min_multiplier": 0.2}
+    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.004, "optim": optim, "snr_min_multiplier": 0.2}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     measured, target = (torch.tensor(logged(trainer, f"trust_region/{name}")[-8:]) for name in ("kl", "kl_target"))
     model, exact = tiny_model(num_layers=2), []

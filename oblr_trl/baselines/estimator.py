@@ -27,6 +27,7 @@ class GroupedBatch:
         sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
         products (`torch.Tensor` of shape `(N, G, 4)`, *optional*): With the last update (see [`~scores.movement`]), if it is measured.
         token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
+        log_probs (`torch.Tensor` of shape `(N, G)`, *optional*): Log-probability of a completion, if the scoring pass ran.
         prompt_keys (`torch.Tensor` of shape `(N,)`, *optional*): Keys of the prompts, if there is a memory of them.
     """
 
@@ -36,6 +37,7 @@ class GroupedBatch:
     sketches: Tensor | None = None
     products: Tensor | None = None
     token_weights: Tensor | None = None
+    log_probs: Tensor | None = None
     prompt_keys: Tensor | None = None
 
 
