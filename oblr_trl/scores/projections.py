@@ -2,8 +2,11 @@
 
 A matrix gradient G (R x C) becomes `P^T G Q`, of `r x c <= k` numbers, and is added to the sketch. A side that is at most as wide
 as its share stays as it is, otherwise it is projected onto a random subspace (orthonormal columns scaled by sqrt(dim / width), so
-that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954). The bases are shared by all parameters of one shape,
-and every parameter flips the sign of its rows and columns independently.
+that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954). The bases are shared by all parameters of one shape.
+Every parameter flips the sign of its rows independently, and those of its columns together with the other layers of the same parent:
+queries, keys and values, or gate and up, have one input, which is then projected once. Independent rows are enough: a sketch is linear in
+them, so that the product of two parameters' sketches has mean 0 whatever the columns are. Its variance is that of independent columns
+too, because no column meets itself: where in the sketch a parameter begins is random, but another column for each layer of a parent.
 
 A vector, or a matrix so small that forming its gradient is less arithmetic than projecting both factors, is added entry by
 entry: a count sketch, whose error is that of the whole sketch and not of one side. Every entry has an independent sign, and
@@ -17,7 +20,7 @@ A stack of matrices (E x R x C, the weights of experts) is E matrices with signs
 position adds to one of them, and positions of different experts are projected in one product.
 
 Memory: for each dimension of a projected matrix one float32 basis of at most `dim x k / min(C, sqrt(k))` numbers, whatever the
-depth; one byte per row and column of a projected matrix; one byte per entry that is added as it is. Tables, which have a row for
+depth; one byte per row of a projected matrix and per column of those of one parent; one byte per entry that is added as it is. Tables, which have a row for
 every token of a vocabulary, are always projected from both sides unless it is tiny: neither V x V nor B x T x V numbers are
 formed.
 
@@ -26,6 +29,7 @@ Shapes: B sequences, T positions, E matrices of a stack, R rows, C columns, V vo
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -83,6 +87,7 @@ class Projections:
         self._seed = seed
         self._drawn: dict[str, Tensor] = {}
         self._parameters: dict[str, _Parameter] = {}
+        siblings: Counter[tuple[str, int]] = Counter()
         all_fit, cursor = sum(math.prod(shape) for shape in shapes.values()) <= sketch_dim, 0
         for name, shape in shapes.items():
             num_matrices = shape[0] if len(shape) == 3 else 1
@@ -90,14 +95,19 @@ class Projections:
             dims = (matrix[0], math.prod(matrix[1:])) if shape else (1, 1)
             factored = None if all_fit else factored_widths(shape, sketch_dim, is_table=name in tables)
             widths = factored or dims
+            generator = self._generator(f"{name}-starts")
             if all_fit:
                 starts = [cursor]
                 cursor += math.prod(shape)
-            else:
-                num_entries = math.prod(widths) if factored else math.prod(shape)
-                num_blocks = math.ceil(num_entries / sketch_dim)
-                generator = self._generator(f"{name}-starts")
+            elif factored is None:
+                num_blocks = math.ceil(math.prod(shape) / sketch_dim)
                 starts = torch.randint(sketch_dim, (num_blocks,), generator=generator).tolist()
+            else:
+                # In another column than those of the same parent that share its Q.
+                siblings[parent(name), widths[COLUMNS]] += 1
+                column = self._generator(parent(name)).initial_seed() + siblings[parent(name), widths[COLUMNS]]
+                row = int(torch.randint(sketch_dim // widths[COLUMNS], (), generator=generator))
+                starts = [row * widths[COLUMNS] + column % widths[COLUMNS]]
             self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
     def projection(self, name: str, axis: int, chosen: slice | Tensor = slice(None)) -> Tensor:
@@ -185,6 +195,12 @@ class Projections:
         ]
         return torch.stack(parts, dim=1)
 
+    def columns_key(self, name: str) -> tuple[object, ...]:
+        """Equal for parameters whose Q is the same."""
+        parameter = self._parameters[name]
+        signs = parent(name) if parameter.is_factored else None
+        return signs, parameter.dims[COLUMNS], parameter.widths[COLUMNS]
+
     def is_factored(self, name: str) -> bool:
         """Whether a parameter is projected from both sides."""
         return self._parameters[name].is_factored
@@ -210,7 +226,8 @@ class Projections:
 
     def _side_signs(self, name: str, axis: int) -> Tensor:
         parameter = self._parameters[name]
-        return self._signs(f"{name}-{_AXIS_NAMES[axis]}", parameter.num_matrices * parameter.dims[axis])
+        dim = parameter.num_matrices * parameter.dims[axis]
+        return self._signs(f"{name}-rows" if axis == ROWS else f"{parent(name)}-columns-{dim}", dim)
 
     def _basis(self, axis: int, dim: int, width: int) -> Tensor:
         """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
@@ -228,6 +245,7 @@ class SketchAccumulator:
 
     def __init__(self, batch_size: int, projections: Projections, dtype: torch.dtype | None = None) -> None:
         self._projections = projections
+        self._last_columns: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         shape = (batch_size, 2 * projections.sketch_dim)
         self._total = torch.zeros(shape, dtype=dtype or projections.dtype, device=projections.device)
 
@@ -242,10 +260,7 @@ class SketchAccumulator:
                 projected = projected.sum(dim=1)
         else:
             # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-            rows, columns = (
-                self._project_rows(name, gradient),
-                drawn.project(name, COLUMNS, gradient.columns, gradient.matrices),
-            )
+            rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
             if gradient.matrices is not None and not drawn.is_factored(name):
                 projected = drawn.form(name, rows, columns, gradient.matrices)
             else:
@@ -273,9 +288,33 @@ class SketchAccumulator:
             case values:
                 return self._projections.project(name, ROWS, values, gradient.matrices)
 
+    def _project_columns(self, name: str, gradient: OuterProduct) -> Tensor:
+        columns = gradient.columns
+        if gradient.matrices is not None:
+            return self._projections.project(name, COLUMNS, columns, gradient.matrices)
+        # The tensor that was projected last is kept, so that its place in memory tells whether this is the same one.
+        key = (
+            *self._projections.columns_key(name),
+            columns.data_ptr(),
+            columns.shape,
+            columns.stride(),
+            columns.dtype,
+        )
+        if self._last_columns is None or self._last_columns[0] != key:
+            # Without its graph, whose taps refer to this object.
+            self._last_columns = (key, columns.detach(), self._projections.project(name, COLUMNS, columns))
+        return self._last_columns[2]
+
     def result(self) -> Tensor:
         """The sketches, of shape `(B, k)`."""
+        self._last_columns = None
         return self._total.unflatten(1, (2, -1)).sum(dim=1)
+
+
+def parent(name: str) -> str:
+    """Name of the layer that holds the layer of a parameter, or the parameter's own where there is none."""
+    layers = name.rsplit(".", 2)
+    return layers[0] if len(layers) == 3 else name
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:
