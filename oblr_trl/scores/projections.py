@@ -110,23 +110,24 @@ class Projections:
                 starts = [row * widths[COLUMNS] + column % widths[COLUMNS]]
             self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
-    def projection(self, name: str, axis: int, chosen: slice | Tensor = slice(None)) -> Tensor:
+    def projection(self, name: str, axis: int, chosen: slice | Tensor | None = None) -> Tensor:
         """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
         parameter = self._parameters[name]
         dim, width = parameter.dims[axis], parameter.widths[axis]
         identity = width == dim
         matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
-        matrix = matrix[chosen]
-        return matrix * self._side_signs(name, axis)[chosen].unsqueeze(-1) if parameter.is_factored else matrix
+        matrix = matrix if chosen is None else matrix[chosen]
+        if not parameter.is_factored:
+            return matrix
+        signs = self._side_signs(name, axis)
+        return matrix * (signs if chosen is None else signs[chosen]).unsqueeze(-1)
 
     def project(self, name: str, axis: int, values: Tensor, matrices: Tensor | None = None) -> Tensor:
         """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases. `matrices` (...)
         says of which matrices of a stack."""
         parameter, dtype = self._parameters[name], torch.promote_types(values.dtype, self.dtype)
         if matrices is not None and parameter.is_factored:
-            values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices].to(
-                values.dtype
-            )
+            values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices]
             if parameter.widths[axis] == parameter.dims[axis]:
                 return values.to(dtype)
             basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis])
@@ -136,6 +137,11 @@ class Projections:
             return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
+
+    def place(self, total: Tensor, name: str) -> Tensor:
+        """Where in `total` (B, 2 k) the sketch of a parameter that is projected from both sides belongs, of shape `(B, r, c)`."""
+        parameter = self._parameters[name]
+        return total.narrow(1, parameter.starts[0], math.prod(parameter.widths)).unflatten(1, parameter.widths)
 
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
         """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
@@ -222,7 +228,7 @@ class Projections:
         if key not in self._drawn:
             bits = torch.randint(0, 2, (dim,), generator=self._generator(key), dtype=torch.int8)
             self._drawn[key] = (2 * bits - 1).to(self.device)
-        return self._drawn[key].to(self.dtype)
+        return self._drawn[key]
 
     def _side_signs(self, name: str, axis: int) -> Tensor:
         parameter = self._parameters[name]
@@ -253,19 +259,22 @@ class SketchAccumulator:
         """Add `P^T G Q` for the gradient G of one use of a parameter."""
         drawn = self._projections
         if isinstance(gradient, DenseGradient):
-            values, matrices = drawn.unflatten(name, gradient.values.to(drawn.dtype))
-            # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
-            if matrices is not None and drawn.is_factored(name):
-                projected = projected.sum(dim=1)
+            values = gradient.values.to(drawn.dtype)
+            if drawn.is_factored(name):
+                values, matrices = drawn.unflatten(name, values)
+                # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
+                values = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
+                values = values if matrices is None else values.sum(dim=1)
+            drawn.add_projected(self._total, name, values)
+            return
+        # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
+        rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
+        if drawn.is_factored(name):
+            drawn.place(self._total, name).baddbmm_(rows.mT, columns)
+        elif gradient.matrices is not None:
+            drawn.add_projected(self._total, name, drawn.form(name, rows, columns, gradient.matrices))
         else:
-            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-            rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
-            if gradient.matrices is not None and not drawn.is_factored(name):
-                projected = drawn.form(name, rows, columns, gradient.matrices)
-            else:
-                projected = torch.einsum("btr,btc->brc", rows, columns)
-        drawn.add_projected(self._total, name, projected)
+            drawn.add_projected(self._total, name, torch.bmm(rows.mT, columns))
 
     def add_entries(self, name: str, values: Tensor, start: int) -> None:
         """Add `(n,)` consecutive entries of a flattened parameter, from entry `start` on, to a batch of one."""
