@@ -31,7 +31,7 @@ from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
-from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel
+from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel, weighted_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -256,8 +256,8 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
     def _score_completions(
         self, output: dict[str, Any], loss_mask: Tensor, old_logps_forward: OldLogpsForward | None = None
     ) -> tuple[ScoreOutput, Tensor]:
-        """The scores of all processes, and the weights of the local tokens in them: from the parent's forward pass for the old log-probabilities, if the scoring pass took its
-        place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
+        """The scores of all processes, and the weights of the local tokens in them: from the parent's forward pass for the old
+        log-probabilities, if the scoring pass took its place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
         vllm_ratio = output.get("importance_sampling_ratio")
         if vllm_ratio is not None:
             vllm_ratio = applied_importance_ratio(
@@ -276,14 +276,19 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
         else:
             assert self._score_pass is not None
-            scoring_model = ScoringModel(self._score_pass, token_weights)
+            others = {key: output[key] for key in FORWARD_KEYS if key in output}
+            # Completions of like length share a chunk, which ends with the longest one; images do not come by rows.
+            order = (
+                torch.arange(len(loss_mask)) if others else weighted_lengths(token_weights).argsort(descending=True)
+            )
+            scoring_model = ScoringModel(self._score_pass, token_weights, order)
             self._get_per_token_logps_and_entropies(
                 scoring_model,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[order],
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[order],
                 output["completion_ids"].size(1),
                 batch_size=micro_batch_size,
-                **{key: output[key] for key in FORWARD_KEYS if key in output},
+                **others,
             )
             scores = scoring_model.result(self.accelerator.gather)
         self._log_train_metrics({metrics.PASS_TIME: scoring_model.seconds})

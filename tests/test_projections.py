@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct
-from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
 
 # A projected matrix twice (they share their bases), a matrix that is formed, and a vector longer than the sketch.
 SHAPES = {"first": (40, 30), "second": (40, 30), "small": (5, 6), "vector": (100,)}
@@ -43,6 +43,54 @@ def assert_unbiased(draws, truth):
 def test_squared_norms_are_unbiased_and_parameters_do_not_mix(names, squared_norm):
     """Two equal gradients of two parameters have twice the squared norm of one; without independent signs, four times."""
     assert_unbiased(squared_norms(ones(*names), 600), squared_norm)
+
+
+SIBLINGS = {f"block.{name}.weight": (size, 30) for name, size in (("q", 40), ("k", 40), ("v", 24))}
+
+
+def products(columns_of_second, num_seeds=4000):
+    """Of the sketches of equal rank-one gradients of q and k, over seeds; both in one layer unless the second's parent is another."""
+    names = ("block.q.weight", "block.k.weight" if columns_of_second == "shared" else "other.k.weight")
+    gradient = torch.randn(40, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).expand(1, 40, 30)
+    shapes = dict.fromkeys(names, (40, 30))
+    sketches = [[sketch({name: gradient}, seed, shapes=shapes)[0] for name in names] for seed in range(num_seeds)]
+    return torch.tensor([first @ second for first, second in sketches]) / gradient.square().sum()
+
+
+def test_layers_of_one_parent_share_their_columns_and_do_not_mix_all_the_same():
+    """Rows of independent signs suffice: products of different parameters have mean 0, and as small a variance with shared columns."""
+    shared, independent = products("shared"), products("independent")
+    for draws in (shared, independent):
+        assert_unbiased(draws, 0.0)
+    assert shared.std() < 1.1 * independent.std()
+
+
+def test_layers_of_one_parent_project_their_input_once(monkeypatch):
+    """And have the sketches of their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+    products = {
+        name: OuterProduct(torch.randn(2, 5, shape[0], generator=generator, dtype=torch.float64), columns)
+        for name, shape in SIBLINGS.items()
+    }
+    dense = {name: torch.einsum("btr,btc->brc", product.rows, columns) for name, product in products.items()}
+    expected = sketch(dense, 0, shapes=SIBLINGS)
+    projected = []
+    plain = Projections.project
+    monkeypatch.setattr(
+        Projections,
+        "project",
+        lambda self, name, axis, *args: projected.append(axis) or plain(self, name, axis, *args),
+    )
+    accumulator = SketchAccumulator(2, projections(0, shapes=SIBLINGS))
+    for name, product in products.items():
+        accumulator.add(name, product)
+    torch.testing.assert_close(accumulator.result(), expected)
+    assert projected == [ROWS, COLUMNS, ROWS, ROWS]
+    # Another input in the same place, which the first has left, is another one.
+    accumulator.add("block.q.weight", OuterProduct(products["block.q.weight"].rows, columns + 1))
+    accumulator.add("block.k.weight", OuterProduct(products["block.k.weight"].rows, columns + 2))
+    assert projected[4:] == [ROWS, COLUMNS] * 2
 
 
 def test_a_model_smaller_than_the_sketch_is_not_projected():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from oblr_trl.scores import reference_scores, score_sketches
+from oblr_trl.scores import ScorePass, reference_scores, score_sketches
+from oblr_trl.scores.scoring_model import ScoringModel, weighted_lengths
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
 
 SCOPES = [("all", None), ("last_k", 1), ("last_k", 2), ("lm_head", None)]
@@ -113,6 +114,31 @@ def test_neither_micro_batches_nor_checkpointing_change_the_sketches(checkpointi
     whole = score_sketches(float64_model(), *batch)
     sketches = score_sketches(float64_model(checkpointing=checkpointing), *batch, **options)
     torch.testing.assert_close(sketches, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_rows():
+    score_pass, (input_ids, attention_mask, completion_mask) = ScorePass(float64_model()), random_batch(batch_size=6)
+    weights, widths = completion_mask.double(), []
+    expected = score_pass({"input_ids": input_ids, "attention_mask": attention_mask}, input_ids[:, -9:], weights)
+
+    def recorded_pass(model_inputs, *args):
+        assert model_inputs["attention_mask"].shape == model_inputs["input_ids"].shape
+        widths.append(model_inputs["input_ids"].size(1))
+        return score_pass(model_inputs, *args)
+
+    lengths = weighted_lengths(weights)
+    assert torch.equal(lengths, completion_mask.sum(dim=1))
+    order = lengths.argsort(descending=True)
+    scoring_model = ScoringModel(recorded_pass, weights, order)
+    for rows in order.split(2):
+        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+        assert scoring_model(labels=None, fused_lm_head=True, **inputs).log_probs.shape == (2, 9)
+    result = scoring_model.result(lambda tensor: tensor)
+    torch.testing.assert_close(result.log_probs, expected.log_probs)
+    torch.testing.assert_close(result.sketches, expected.sketches)
+    # 7 tokens of the prompt and those of the longest completion of two; the shortest one is empty.
+    assert widths == [7 + int(length) for length in lengths[order][::2]]
+    assert widths[0] > widths[-1]
 
 
 def test_scores_do_not_depend_on_the_amount_of_padding():

@@ -319,7 +319,7 @@ def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim):
     """The measured KL against exact log-ratios of the same completions under both weights."""
-    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.004, "optim": optim, "snr_min_multiplier": 0.2}
+    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.002, "optim": optim, "snr_min_multiplier": 0.2}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     measured, target = (torch.tensor(logged(trainer, f"trust_region/{name}")[-8:]) for name in ("kl", "kl_target"))
     model, exact = tiny_model(num_layers=2), []
@@ -455,7 +455,7 @@ def test_a_second_train_searches_anew(tmp_path):
     first = logged(trainer, "learning_rate")
     trainer.train()
     second = logged(trainer, "learning_rate")[-6:]
-    assert second[0] == pytest.approx(first[0], rel=0.5)  # times sqrt(rho)
+    assert first[0] / 3 < second[0] < 3 * first[0]  # times sqrt(rho x entropy)
     assert second[0] < first[-1] / 3
 
 

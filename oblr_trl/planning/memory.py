@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from oblr_trl.planning.activations import saved_block_bytes
 from oblr_trl.planning.models import linear_layers
 from oblr_trl.planning.setup import Setup
-from oblr_trl.scores.projections import factored_widths, projected_widths
+from oblr_trl.scores.projections import factored_widths, parent, projected_widths
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 
 _SMALLER_BATCH = "halve per_device_train_batch_size and double gradient_accumulation_steps"
@@ -51,16 +51,23 @@ def phase_bytes(items: list[MemoryItem]) -> dict[str, int]:
 
 
 def projection_bytes(scored: ScopedParameters, sketch_dim: int) -> int:
-    """Bytes of all projections: a float32 basis for each distinct side of a matrix, a sign for each row and column."""
+    """Bytes of all projections: a float32 basis for each distinct side of a matrix, a sign for each row, and for each column of the matrices
+    of one parent."""
     bases: set[tuple[int, int, int]] = set()
+    columns: dict[tuple[str, int], int] = {}
     num_signs = 0
     for name, shape in scored.shapes.items():
         widths = factored_widths(shape, sketch_dim, is_table=name in scored.tables)
         matrix = shape[-2:]
-        num_signs += math.prod(shape) if widths is None else math.prod(shape[:-2]) * sum(matrix)
+        if widths is None:
+            num_signs += math.prod(shape)
+        else:
+            num_matrices, (num_rows, num_columns) = math.prod(shape[:-2]), (*matrix, 1)[:2]
+            num_signs += num_matrices * num_rows
+            columns[parent(name), num_columns] = num_matrices * num_columns
         sides = enumerate(zip(matrix, widths or matrix, strict=False))  # a bias of the output projection has one side
         bases |= {(side, dim, width) for side, (dim, width) in sides if width != dim}
-    return num_signs + _FLOAT32 * sum(dim * width for _, dim, width in bases)
+    return num_signs + sum(columns.values()) + _FLOAT32 * sum(dim * width for _, dim, width in bases)
 
 
 def _states(setup: Setup) -> Iterator[MemoryItem]:

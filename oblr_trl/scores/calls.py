@@ -6,6 +6,7 @@ and numbers are shared by all sequences: the biases that some routers are called
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +46,12 @@ class Layout:
 
 @dataclass
 class LayerCall:
-    """Arguments of a call, those that are tensors as they were given, and the autocast in which it ran."""
+    """Arguments of a call, those that are tensors as they were given, and the autocast in which it ran, where a rule is to run it again."""
 
     layout: Layout
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autocast: torch.autocast
+    autocast: AbstractContextManager
 
     def tensors(self) -> list[Tensor]:
         """The arguments that are tensors of sequences, batch first."""

@@ -39,6 +39,8 @@ class Coverage:
 
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
+        self._inside_experts = tuple(f"{name}." for name, module in modules.items() if name and holds_experts(module))
+        self._is_adapted = any(qualified_name(module).startswith("peft.") for module in modules.values())
         has_towers = model.config.get_text_config() is not model.config
         self._language_model = set(model.get_decoder().modules()) if has_towers else None
 
@@ -60,8 +62,7 @@ class Coverage:
                 f"`target_modules` to the language model), or {remedy} (`score_scope` in `OBLRPOConfig`)."
             )
         # What experts call inside gets tokens in the order of the experts.
-        parts = module_name.split(".")
-        of_experts = any(holds_experts(self._modules[".".join(parts[:i])]) for i in range(1, len(parts)))
+        of_experts = module_name.startswith(self._inside_experts)
         if not is_head and (of_experts or find_score_rule(module) is None):
             return (
                 f"No score rule covers the trainable parameter `{full_name}` of a {type(module).__name__}. Freeze it, {remedy}, "
@@ -71,6 +72,8 @@ class Coverage:
 
     def _unknown_adapter(self, module_name: str) -> str | None:
         """The PEFT method that a layer belongs to, if it does not call it. The innermost class of PEFT decides."""
+        if not self._is_adapted:
+            return None
         path = module_name
         while not (owner := qualified_name(self._modules[path])).startswith("peft."):
             if not path:

@@ -2,8 +2,11 @@
 
 A matrix gradient G (R x C) becomes `P^T G Q`, of `r x c <= k` numbers, and is added to the sketch. A side that is at most as wide
 as its share stays as it is, otherwise it is projected onto a random subspace (orthonormal columns scaled by sqrt(dim / width), so
-that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954). The bases are shared by all parameters of one shape,
-and every parameter flips the sign of its rows and columns independently.
+that E[P P^T] = I), as in [LoGra](https://huggingface.co/papers/2405.13954). The bases are shared by all parameters of one shape.
+Every parameter flips the sign of its rows independently, and those of its columns together with the other layers of the same parent:
+queries, keys and values, or gate and up, have one input, which is then projected once. Independent rows are enough: a sketch is linear in
+them, so that the product of two parameters' sketches has mean 0 whatever the columns are. Its variance is that of independent columns
+too, because no column meets itself: where in the sketch a parameter begins is random, but another column for each layer of a parent.
 
 A vector, or a matrix so small that forming its gradient is less arithmetic than projecting both factors, is added entry by
 entry: a count sketch, whose error is that of the whole sketch and not of one side. Every entry has an independent sign, and
@@ -17,7 +20,7 @@ A stack of matrices (E x R x C, the weights of experts) is E matrices with signs
 position adds to one of them, and positions of different experts are projected in one product.
 
 Memory: for each dimension of a projected matrix one float32 basis of at most `dim x k / min(C, sqrt(k))` numbers, whatever the
-depth; one byte per row and column of a projected matrix; one byte per entry that is added as it is. Tables, which have a row for
+depth; one byte per row of a projected matrix and per column of those of one parent; one byte per entry that is added as it is. Tables, which have a row for
 every token of a vocabulary, are always projected from both sides unless it is tiny: neither V x V nor B x T x V numbers are
 formed.
 
@@ -26,6 +29,7 @@ Shapes: B sequences, T positions, E matrices of a stack, R rows, C columns, V vo
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -83,6 +87,7 @@ class Projections:
         self._seed = seed
         self._drawn: dict[str, Tensor] = {}
         self._parameters: dict[str, _Parameter] = {}
+        siblings: Counter[tuple[str, int]] = Counter()
         all_fit, cursor = sum(math.prod(shape) for shape in shapes.values()) <= sketch_dim, 0
         for name, shape in shapes.items():
             num_matrices = shape[0] if len(shape) == 3 else 1
@@ -90,33 +95,39 @@ class Projections:
             dims = (matrix[0], math.prod(matrix[1:])) if shape else (1, 1)
             factored = None if all_fit else factored_widths(shape, sketch_dim, is_table=name in tables)
             widths = factored or dims
+            generator = self._generator(f"{name}-starts")
             if all_fit:
                 starts = [cursor]
                 cursor += math.prod(shape)
-            else:
-                num_entries = math.prod(widths) if factored else math.prod(shape)
-                num_blocks = math.ceil(num_entries / sketch_dim)
-                generator = self._generator(f"{name}-starts")
+            elif factored is None:
+                num_blocks = math.ceil(math.prod(shape) / sketch_dim)
                 starts = torch.randint(sketch_dim, (num_blocks,), generator=generator).tolist()
+            else:
+                # In another column than those of the same parent that share its Q.
+                siblings[parent(name), widths[COLUMNS]] += 1
+                column = self._generator(parent(name)).initial_seed() + siblings[parent(name), widths[COLUMNS]]
+                row = int(torch.randint(sketch_dim // widths[COLUMNS], (), generator=generator))
+                starts = [row * widths[COLUMNS] + column % widths[COLUMNS]]
             self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
-    def projection(self, name: str, axis: int, chosen: slice | Tensor = slice(None)) -> Tensor:
+    def projection(self, name: str, axis: int, chosen: slice | Tensor | None = None) -> Tensor:
         """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
         parameter = self._parameters[name]
         dim, width = parameter.dims[axis], parameter.widths[axis]
         identity = width == dim
         matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
-        matrix = matrix[chosen]
-        return matrix * self._side_signs(name, axis)[chosen].unsqueeze(-1) if parameter.is_factored else matrix
+        matrix = matrix if chosen is None else matrix[chosen]
+        if not parameter.is_factored:
+            return matrix
+        signs = self._side_signs(name, axis)
+        return matrix * (signs if chosen is None else signs[chosen]).unsqueeze(-1)
 
     def project(self, name: str, axis: int, values: Tensor, matrices: Tensor | None = None) -> Tensor:
         """`values @ P`, of shape `(..., r)`, or `values @ Q`, of shape `(..., c)`; at least in the dtype of the bases. `matrices` (...)
         says of which matrices of a stack."""
         parameter, dtype = self._parameters[name], torch.promote_types(values.dtype, self.dtype)
         if matrices is not None and parameter.is_factored:
-            values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices].to(
-                values.dtype
-            )
+            values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices]
             if parameter.widths[axis] == parameter.dims[axis]:
                 return values.to(dtype)
             basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis])
@@ -126,6 +137,11 @@ class Projections:
             return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
+
+    def place(self, total: Tensor, name: str) -> Tensor:
+        """Where in `total` (B, 2 k) the sketch of a parameter that is projected from both sides belongs, of shape `(B, r, c)`."""
+        parameter = self._parameters[name]
+        return total.narrow(1, parameter.starts[0], math.prod(parameter.widths)).unflatten(1, parameter.widths)
 
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
         """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
@@ -195,6 +211,12 @@ class Projections:
         ]
         return torch.stack(parts, dim=1)
 
+    def columns_key(self, name: str) -> tuple[object, ...]:
+        """Equal for parameters whose Q is the same."""
+        parameter = self._parameters[name]
+        signs = parent(name) if parameter.is_factored else None
+        return signs, parameter.dims[COLUMNS], parameter.widths[COLUMNS]
+
     def is_factored(self, name: str) -> bool:
         """Whether a parameter is projected from both sides."""
         return self._parameters[name].is_factored
@@ -234,11 +256,12 @@ class Projections:
         if key not in self._drawn:
             bits = torch.randint(0, 2, (dim,), generator=self._generator(key), dtype=torch.int8)
             self._drawn[key] = (2 * bits - 1).to(self.device)
-        return self._drawn[key].to(self.dtype)
+        return self._drawn[key]
 
     def _side_signs(self, name: str, axis: int) -> Tensor:
         parameter = self._parameters[name]
-        return self._signs(f"{name}-{_AXIS_NAMES[axis]}", parameter.num_matrices * parameter.dims[axis])
+        dim = parameter.num_matrices * parameter.dims[axis]
+        return self._signs(f"{name}-rows" if axis == ROWS else f"{parent(name)}-columns-{dim}", dim)
 
     def _basis(self, axis: int, dim: int, width: int) -> Tensor:
         """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
@@ -256,6 +279,7 @@ class SketchAccumulator:
 
     def __init__(self, batch_size: int, projections: Projections) -> None:
         self._projections = projections
+        self._last_columns: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         shape = (batch_size, 2 * projections.sketch_dim)
         self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
 
@@ -263,22 +287,24 @@ class SketchAccumulator:
         """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
         drawn = self._projections
         if isinstance(gradient, DenseGradient):
-            values, matrices = drawn.unflatten(name, gradient.values.to(drawn.dtype))
-            # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-            projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
-            if matrices is not None and drawn.is_factored(name):
-                projected = projected.sum(dim=1)
+            values = gradient.values.to(drawn.dtype)
+            if drawn.is_factored(name):
+                values, matrices = drawn.unflatten(name, values)
+                # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
+                values = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
+                values = values if matrices is None else values.sum(dim=1)
+            drawn.add_projected(self._total, name, values)
+            return values
+        # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
+        rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
+        if gradient.matrices is not None and not drawn.is_factored(name):
+            projected = drawn.form(name, rows, columns, gradient.matrices)
         else:
-            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-            rows, columns = (
-                self._project_rows(name, gradient),
-                drawn.project(name, COLUMNS, gradient.columns, gradient.matrices),
-            )
-            if gradient.matrices is not None and not drawn.is_factored(name):
-                projected = drawn.form(name, rows, columns, gradient.matrices)
-            else:
-                projected = torch.einsum("btr,btc->brc", rows, columns)
-        drawn.add_projected(self._total, name, projected)
+            projected = torch.bmm(rows.mT, columns)
+        if drawn.is_factored(name):
+            drawn.place(self._total, name).add_(projected)
+        else:
+            drawn.add_projected(self._total, name, projected)
         return projected
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
@@ -291,9 +317,33 @@ class SketchAccumulator:
             case values:
                 return self._projections.project(name, ROWS, values, gradient.matrices)
 
+    def _project_columns(self, name: str, gradient: OuterProduct) -> Tensor:
+        columns = gradient.columns
+        if gradient.matrices is not None:
+            return self._projections.project(name, COLUMNS, columns, gradient.matrices)
+        # The tensor that was projected last is kept, so that its place in memory tells whether this is the same one.
+        key = (
+            *self._projections.columns_key(name),
+            columns.data_ptr(),
+            columns.shape,
+            columns.stride(),
+            columns.dtype,
+        )
+        if self._last_columns is None or self._last_columns[0] != key:
+            # Without its graph, whose taps refer to this object.
+            self._last_columns = (key, columns.detach(), self._projections.project(name, COLUMNS, columns))
+        return self._last_columns[2]
+
     def result(self) -> Tensor:
         """The sketches, of shape `(B, k)`."""
+        self._last_columns = None
         return self._total.unflatten(1, (2, -1)).sum(dim=1)
+
+
+def parent(name: str) -> str:
+    """Name of the layer that holds the layer of a parameter, or the parameter's own where there is none."""
+    layers = name.rsplit(".", 2)
+    return layers[0] if len(layers) == 3 else name
 
 
 def factored_widths(shape: tuple[int, ...], sketch_dim: int, *, is_table: bool) -> tuple[int, int] | None:

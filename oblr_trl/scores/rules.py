@@ -55,10 +55,10 @@ def find_score_rule(module: nn.Module) -> ScoreRule | CallRule | None:
     return _rule_of_transformers(module, owner.__name__) if owner.__module__.startswith("transformers.") else None
 
 
-def apply_rule(module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> Gradients:
+def apply_rule(
+    rule: ScoreRule | CallRule, module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]
+) -> Gradients:
     """The gradients that the module's rule gives for one call."""
-    rule = find_score_rule(module)
-    assert rule is not None  # or the scope would not hold it
     if isinstance(rule, CallRule):
         return rule.function(module, call, grad_outputs)
     (grad_output,) = grad_outputs

@@ -24,7 +24,7 @@ from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
 from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
-from oblr_trl.scores.rules import apply_rule
+from oblr_trl.scores.rules import CallRule, ScoreRule, apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 from oblr_trl.scores.taps import (
     frozen_parameters,
@@ -181,7 +181,7 @@ class _MicroBatch:
             if head.grad_hidden is not None and hidden.requires_grad:
                 seed = torch.zeros_like(hidden)
                 seed[:, -num_tokens - 1 : -1] = head.grad_hidden.to(seed.dtype)
-                torch.autograd.grad(hidden, anchor, grad_outputs=seed)
+                torch.autograd.grad(hidden, anchor, grad_outputs=seed, allow_unused=True)
             output = ScoreOutput(head.log_probs)
             with torch.no_grad():
                 if self._sketches is not None:
@@ -214,9 +214,11 @@ class _MicroBatch:
     def _on_first_block(self, module: nn.Module, args: tuple) -> None:
         self._begun = True
 
-    def _on_layer(self, module: nn.Module, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]) -> None:
+    def _on_layer(
+        self, module: nn.Module, rule: ScoreRule | CallRule, call: LayerCall, grad_outputs: tuple[Tensor | None, ...]
+    ) -> None:
         names = self._scoped.names[module]
-        for name, gradient in apply_rule(module, call, grad_outputs).items():
+        for name, gradient in apply_rule(rule, module, call, grad_outputs).items():
             if name in names:
                 self._add(names[name], gradient)
 

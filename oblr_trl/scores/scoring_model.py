@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oblr_trl.scores.loss_weights import loss_token_weights
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
@@ -29,16 +29,21 @@ FORWARD_KEYS = (
 class ScoringModel:
     """
     Stands in for the model in `_get_per_token_logps_and_entropies`, so that the parent's chunking, multimodal inputs and
-    mixed precision serve the scoring pass, and its log-probabilities the parent.
+    mixed precision serve the scoring pass, and its log-probabilities the parent. Columns after the last weighted token of a chunk
+    do not take part.
 
     Args:
         score_pass ([`~scores.score_pass.ScorePass`]): The scoring pass.
         token_weights (`torch.Tensor` of shape `(B, C)`): Seed of every token of the local batch.
+        order (`torch.Tensor` of shape `(B,)`, *optional*): Rows in the order in which the chunks come, the batch's own if not given.
     """
 
-    def __init__(self, score_pass: ScorePass, token_weights: Tensor) -> None:
+    def __init__(self, score_pass: ScorePass, token_weights: Tensor, order: Tensor | None = None) -> None:
         self._score_pass = score_pass
-        self._token_weights = token_weights
+        self._order = torch.arange(token_weights.size(0), device=token_weights.device) if order is None else order
+        self._token_weights = token_weights[self._order]
+        # Here for all chunks at once: a device is waited for.
+        self._lengths = weighted_lengths(self._token_weights).tolist()
         self._outputs: list[ScoreOutput] = []
         self._start = 0
         self.seconds = 0.0
@@ -46,9 +51,16 @@ class ScoringModel:
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **model_inputs: Any) -> SimpleNamespace:
         start = time.perf_counter()
         input_ids = model_inputs["input_ids"]
-        token_weights = self._token_weights[self._start : self._start + input_ids.size(0)]
-        self._start += input_ids.size(0)
-        output = self._score_pass(model_inputs, input_ids[:, -token_weights.size(1) :], token_weights)
+        rows = slice(self._start, self._start + input_ids.size(0))
+        self._start = rows.stop
+        num_tokens = max(*self._lengths[rows], 1)
+        unused = self._token_weights.size(1) - num_tokens
+        for name, value in model_inputs.items():
+            if isinstance(value, Tensor) and value.shape == input_ids.shape:
+                model_inputs[name] = value[:, : value.size(1) - unused]
+        token_weights = self._token_weights[rows, :num_tokens]
+        output = self._score_pass(model_inputs, model_inputs["input_ids"][:, -num_tokens:], token_weights)
+        output.log_probs = nn.functional.pad(output.log_probs, (0, unused))
         self._outputs.append(output)
         # Once for all chunks, so that the GPU is not kept waiting between them.
         if input_ids.device.type == "cuda" and self._start >= self._token_weights.size(0):
@@ -62,18 +74,25 @@ class ScoringModel:
 
         `sequence_weights` (B, 1) is what every token weight of a sequence is multiplied by, where that became known after the pass.
         """
-        log_probs = torch.cat([output.log_probs for output in self._outputs])
+        back = self._order.argsort()
+        log_probs = torch.cat([output.log_probs for output in self._outputs])[back]
         weights = torch.ones_like(self._token_weights[:, :1]) if sequence_weights is None else sequence_weights
         assert weights.shape == (log_probs.size(0), 1), "weights of single tokens must be known before the pass"
 
         def collect(parts: list[Tensor | None], scale: Tensor) -> Tensor | None:
             tensors = [part for part in parts if part is not None]
-            return gather(torch.cat(tensors) * scale) if tensors else None
+            return gather(torch.cat(tensors)[back] * scale) if tensors else None
 
         sketches = collect([output.sketches for output in self._outputs], weights)
         norms = collect([output.squared_norms for output in self._outputs], weights.squeeze(1).square())
         products = collect([output.products for output in self._outputs], weights)
         return ScoreOutput(log_probs, sketches, norms, products)
+
+
+def weighted_lengths(token_weights: Tensor) -> Tensor:
+    """Number of columns up to the last one that is not 0, of shape `(B,)`."""
+    columns = torch.arange(1, token_weights.size(1) + 1, device=token_weights.device)
+    return ((token_weights != 0) * columns).amax(dim=1)
 
 
 class OldLogpsForward:

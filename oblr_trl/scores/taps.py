@@ -9,7 +9,7 @@ keeps the input with `save_for_backward`, so gradient checkpointing frees and re
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oblr_trl.scores.calls import LayerCall, Layout, current_autocast, float_tensors, is_shared
-from oblr_trl.scores.rules import CallRule, find_score_rule
+from oblr_trl.scores.rules import CallRule, ScoreRule, find_score_rule
 
-# Called with the module, its call and the gradients of its floating-point outputs, batch first; `None` for one that is not used.
-Observer = Callable[[nn.Module, LayerCall, tuple[Tensor | None, ...]], None]
+# Called with the module, its rule, its call and the gradients of its floating-point outputs, batch first; `None` for one that is not used.
+Observer = Callable[[nn.Module, ScoreRule | CallRule, LayerCall, tuple[Tensor | None, ...]], None]
 Result = TypeVar("Result")
 
 
 class _IdentityTap(torch.autograd.Function):
     """Passes outputs through; in backward shows (inputs, output gradients) to `observe`.
 
-    `anchor` is a scalar that requires a gradient. It connects every tapped layer to the graph while all parameters are
-    frozen, and it ends the backward pass at the lowest tapped layer.
+    `anchor` is a scalar that requires a gradient, and gets none. It connects every tapped layer to the graph while all parameters
+    are frozen, and it ends the backward pass at the lowest tapped layer.
     """
 
     @staticmethod
@@ -43,8 +43,7 @@ class _IdentityTap(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             ctx.observe(ctx.saved_tensors, grad_outputs)
-        anchor = next(gradient.new_zeros(()) for gradient in grad_outputs if gradient is not None)
-        return None, None, anchor, *grad_outputs, *[None] * ctx.num_inputs
+        return None, None, None, *grad_outputs, *[None] * ctx.num_inputs
 
 
 @contextmanager
@@ -66,13 +65,18 @@ def tapped(
     included.
     """
     calls: Counter[nn.Module] = Counter()
+    rules = {module: find_score_rule(module) for module in modules}
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         calls[module] += 1
         if not is_active():
             return output
-        outputs = float_tensors(output)
-        if not isinstance(find_score_rule(module), CallRule):  # which gets by with the first input
+        rule, outputs = rules[module], float_tensors(output)
+        assert rule is not None  # or the scope would not hold the layer
+        autocast: AbstractContextManager = nullcontext()
+        if isinstance(rule, CallRule):
+            autocast = current_autocast(anchor.device.type)
+        else:  # which gets by with the first input
             args, kwargs = (args[:1], {}) if args else ((), dict([next(iter(kwargs.items()))]))
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         of_sequences = [*outputs, *(tensor for tensor in inputs if not is_shared(tensor))]
@@ -83,7 +87,7 @@ def tapped(
                 return output
         # One row per sequence: of a layer that is called once for all of them the output gradient is not to be summed.
         passed = [view if tensor.size(0) == 1 else tensor for tensor, view in zip(outputs, views, strict=False)]
-        observe = _observe(module, observer, layout, args, kwargs, current_autocast(anchor.device.type))
+        observe = _observe(functools.partial(observer, module, rule), layout, args, kwargs, autocast)
         results = _IdentityTap.apply(observe, len(passed), anchor, *passed, *inputs)
         if not isinstance(output, tuple):
             return results[0]
@@ -93,8 +97,8 @@ def tapped(
     # A rule that reads parameters comes before any other hook of its layer: the backward pass then reaches it after the hooks of
     # ZeRO-3 that gather them. Others come last: the output of an embedding, which ZeRO-3 expects no gradient of, stays as it is.
     handles = [
-        module.register_forward_hook(hook, with_kwargs=True, prepend=isinstance(find_score_rule(module), CallRule))
-        for module in modules
+        module.register_forward_hook(hook, with_kwargs=True, prepend=isinstance(rule, CallRule))
+        for module, rule in rules.items()
     ]
     try:
         yield calls
@@ -104,7 +108,11 @@ def tapped(
 
 
 def _observe(
-    module: nn.Module, observer: Observer, layout: Layout, args: tuple, kwargs: dict, autocast: torch.autocast
+    observer: Callable[[LayerCall, tuple[Tensor | None, ...]], None],
+    layout: Layout,
+    args: tuple,
+    kwargs: dict,
+    autocast: AbstractContextManager,
 ) -> Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]:
     """What a tap does with what it saved: `args` and `kwargs` are kept without their tensors, which are part of the graph."""
     in_graph = object()
@@ -117,7 +125,7 @@ def _observe(
         call = LayerCall(
             layout, tuple(filled[: len(args)]), dict(zip(kwargs, filled[len(args) :], strict=True)), autocast
         )
-        observer(module, call, tuple(None if g is None else layout.batch_first(g) for g in grad_outputs))
+        observer(call, tuple(None if g is None else layout.batch_first(g) for g in grad_outputs))
 
     return observe
 
