@@ -22,6 +22,7 @@ from benchmarks.learning import complete
 from benchmarks.learning_summary import area, paired_difference
 from benchmarks.pretrained_runs import TASKS, PretrainedSpec, finished_run
 from benchmarks.record import machine, spread, write_record
+from benchmarks.sections.pretrained import markdown
 
 ROLLOUTS = 64  # per step
 # Group sizes of every method; TRL's default for GRPO is 8.
@@ -106,9 +107,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "seconds_per_step": round(float(np.median([s for run in runs for s in run["seconds"]])), 3),
             "failures": sum(run["failure"] is not None for run in runs),
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
-            "area_by_rate": {
-                str(rate): round(mean(map(curve_area, of_rate)), 4) for rate, of_rate in by_arm[arm].items()
-            },
+            "by_rate": {f"{rate:g}": [run["held_out"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
         }
         if strongest is not None and arm[0] == OURS:
             theirs = chosen[strongest]
@@ -123,37 +122,12 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
     return {"strongest": None if strongest is None else f"{strongest[0]}, G = {strongest[1]}", "arms": arms}
 
 
-def table(summary: dict[str, Any]) -> str:
-    """One line per arm."""
-    lines = [
-        "| task | arm | rate | seeds | start | final | area | s a step | rollouts to the strongest |",
-        "|---|" * 1 + "---|" * 8,
-    ]
-    for task, of_task in summary.items():
-        for name, arm in of_task["arms"].items():
-            rate = "found" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"
-            final, mean_area = (f"{arm[key]['mean']:.3f} ± {arm[key]['std'] or 0:.3f}" for key in ("final", "area"))
-            cells = [
-                task,
-                name,
-                rate,
-                arm["num_seeds"],
-                f"{arm['curve'][0]:.3f}",
-                final,
-                mean_area,
-                arm["seconds_per_step"],
-            ]
-            cells.append(", ".join(f"{share:.2f}" for share in arm.get("rollouts_to_strongest", [])))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def main(args: PretrainedArguments) -> None:
     """Run, print and write."""
     started = machine()
     runs = complete(args.specs(), args.runs, args.num_workers, "SmolLM2", finished_run, runs_per_process=1)
     summary = summarise(runs)
-    print(table(summary))
+    print(markdown({"summary": summary, "settings": vars(args)}))
     write_record(args.output, args, started, {"summary": summary})
 
 

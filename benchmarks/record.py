@@ -15,7 +15,7 @@ import torch
 
 _PACKAGES = ("oblr_trl", "torch", "transformers", "trl")
 # Only the last part of a path is recorded: the rest describes this machine.
-_PATH_SETTINGS = ("model", "output", "run_dir", "kept", "runs")
+_PATH_SETTINGS = ("model", "output", "run_dir", "kept", "runs", "tuned_by")
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 def write_record(path: str, arguments: Any, machine_at_start: dict[str, Any], results: dict[str, Any]) -> None:
     """Write settings (a dataclass), machine and results; the folder is made if it is missing."""
     settings = asdict(arguments)
-    settings |= {name: Path(settings[name]).name for name in _PATH_SETTINGS if name in settings}
+    settings |= {name: Path(settings[name]).name for name in _PATH_SETTINGS if settings.get(name)}
     record = {"settings": settings, "machine": machine_at_start, **results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(to_json(record) + "\n")

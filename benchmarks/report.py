@@ -19,7 +19,18 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from benchmarks.sections import cost, kl_measures, learning, score_memory, small_groups, snr, trust_region, variance
+from benchmarks.sections import (
+    cost,
+    gpu,
+    kl_measures,
+    learning,
+    pretrained,
+    score_memory,
+    small_groups,
+    snr,
+    trust_region,
+    variance,
+)
 
 ROOT = Path(__file__).parent.parent
 # By the name of the record, `benchmarks/results/NAME.json`.
@@ -33,6 +44,8 @@ SECTIONS = {
     "cost": cost,
     "cost_vllm": cost,
     "score_memory": score_memory,
+    "gpu": gpu,
+    "pretrained": pretrained,
 }
 FIGURES = {
     "small_groups": "Held-out accuracy against rollouts by group size",

@@ -13,9 +13,11 @@ Finished runs are kept in `runs/trust_region/` and not repeated, so that a stopp
 to see what there is.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -74,6 +76,9 @@ class TrustRegionArguments:
     num_steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, where the setting says nothing."})
     test_size: int = field(default=512, metadata={"help": "Held-out prompts."})
     num_workers: int = field(default=2, metadata={"help": "Processes of one thread each; 0 runs in this one."})
+    tuned_by: str | None = field(
+        default=None, metadata={"help": "Record of an earlier study whose gains at constant rates are taken over."}
+    )
     runs: str = field(default="runs/trust_region", metadata={"help": "Where finished runs are kept."})
     output: str = field(default="benchmarks/results/trust_region.json", metadata={"help": "Where the numbers go."})
 
@@ -117,6 +122,12 @@ def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]
 
 def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
     """Gains of the constant rates."""
+    if args.tuned_by is not None:
+        summary = json.loads(Path(args.tuned_by).read_text())["summary"]
+        return {
+            setting: {float(rate): value for rate, value in summary[setting]["tuning"].items()}
+            for setting in args.settings
+        }
     rates = {setting: around(SETTINGS[setting][1]) for setting in args.settings}
     return extended(rates, partial(tuned, args, "constant"))
 

@@ -65,13 +65,14 @@ class OBLRPOConfig(GRPOConfig):
         lr_adaptation (`str`, *optional*):
             Defaults to `"trust_region"`; to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
             scopes `"last_k"` and `"lm_head"`; and with a warning to `"none"` where the rate cannot be adapted
-            (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho per
-            generation batch, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
+            (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x rho x
+            the entropy of a completion per generation batch, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
         trust_region_kl (`float`, *optional*, defaults to `0.012`):
-            Movement of the policy at rho = 1, in nats per completion, for a schedule at its initial rate.
+            Movement of the policy per generation batch at rho = 1, as a part of the entropy of a completion, for a schedule at its
+            initial rate.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and with
@@ -155,7 +156,7 @@ class OBLRPOConfig(GRPOConfig):
     lr_adaptation: str = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho per generation batch. 'snr': "
+            "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x rho x entropy per generation batch. 'snr': "
             "schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', or 'snr' where "
             "scores cover less than 0.9 of the trainable entries, where neither is possible 'none'.",
             "choices": LR_ADAPTATIONS,
@@ -163,7 +164,9 @@ class OBLRPOConfig(GRPOConfig):
     )
     trust_region_kl: float = field(
         default=0.012,
-        metadata={"help": "Movement of the policy per generation batch at rho = 1, in nats per completion."},
+        metadata={
+            "help": "Movement of the policy per generation batch at rho = 1, as a part of the entropy of a completion."
+        },
     )
     snr_ema_decay: float = field(
         default=0.9, metadata={"help": "Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper."}
