@@ -48,7 +48,7 @@ def test_squared_norms_are_unbiased_and_parameters_do_not_mix(names, squared_nor
 SIBLINGS = {f"block.{name}.weight": (size, 30) for name, size in (("q", 40), ("k", 40), ("v", 24))}
 
 
-def products(columns_of_second, num_seeds=4000):
+def products(columns_of_second, num_seeds=1500):
     """Of the sketches of equal rank-one gradients of q and k, over seeds; both in one layer unless the second's parent is another."""
     names = ("block.q.weight", "block.k.weight" if columns_of_second == "shared" else "other.k.weight")
     gradient = torch.randn(40, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).expand(1, 40, 30)

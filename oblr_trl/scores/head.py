@@ -130,23 +130,18 @@ def score_head(
     `names` are those of the parameters in question, and `projections` of their rows, `(V, r)`, are there for sketches. `copy_parameters` is for
     exact norms, which are taken after the head's call, where the backend frees the weight at its end.
     """
-    # Once: on a GPU their number is waited for.
-    scored = token_weights.flatten().nonzero().squeeze(1)
+    # As indices: on a GPU every use of a mask in their place waits until all that was begun is done.
+    scored = token_weights.nonzero(as_tuple=True)
 
     def spread(values: Tensor, elsewhere: float = 0.0) -> Tensor:
         """From scored positions back to (B, T, ...)."""
-        out = values.new_full((token_weights.numel(), *values.shape[1:]), elsewhere)
-        return out.index_copy_(0, scored, values).unflatten(0, targets.shape)
+        out = values.new_full((*token_weights.shape, *values.shape[1:]), elsewhere)
+        out[scored] = values
+        return out
 
     matrices = [*projections.values(), *([head.weight] if needs_grad_hidden else [])]
     result = head_pass(
-        hidden.flatten(0, 1)[scored],
-        head.weight,
-        head.bias,
-        targets.flatten()[scored],
-        matrices,
-        temperature=temperature,
-        softcap=softcap,
+        hidden[scored], head.weight, head.bias, targets[scored], matrices, temperature=temperature, softcap=softcap
     )
     token_weights = token_weights.to(result.log_probs.dtype)
     gradients = [spread(gradient).mul_(token_weights.unsqueeze(-1)) for gradient in result.gradients]

@@ -138,11 +138,6 @@ class Projections:
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
-    def place(self, total: Tensor, name: str) -> Tensor:
-        """Where in `total` (B, 2 k) the sketch of a parameter that is projected from both sides belongs, of shape `(B, r, c)`."""
-        parameter = self._parameters[name]
-        return total.narrow(1, parameter.starts[0], math.prod(parameter.widths)).unflatten(1, parameter.widths)
-
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
         """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
         parameter, values = self._parameters[name], values.flatten(1)
@@ -287,24 +282,20 @@ class SketchAccumulator:
         """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
         drawn = self._projections
         if isinstance(gradient, DenseGradient):
-            values = gradient.values.to(drawn.dtype)
+            projected = gradient.values.to(drawn.dtype)
             if drawn.is_factored(name):
-                values, matrices = drawn.unflatten(name, values)
+                values, matrices = drawn.unflatten(name, projected)
                 # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-                values = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
-                values = values if matrices is None else values.sum(dim=1)
-            drawn.add_projected(self._total, name, values)
-            return values
-        # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-        rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
-        if gradient.matrices is not None and not drawn.is_factored(name):
-            projected = drawn.form(name, rows, columns, gradient.matrices)
+                projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
+                projected = projected if matrices is None else projected.sum(dim=1)
         else:
-            projected = torch.bmm(rows.mT, columns)
-        if drawn.is_factored(name):
-            drawn.place(self._total, name).add_(projected)
-        else:
-            drawn.add_projected(self._total, name, projected)
+            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
+            rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
+            if gradient.matrices is not None and not drawn.is_factored(name):
+                projected = drawn.form(name, rows, columns, gradient.matrices)
+            else:
+                projected = torch.bmm(rows.mT, columns)
+        drawn.add_projected(self._total, name, projected)
         return projected
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
