@@ -141,19 +141,6 @@ def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_row
     assert widths[0] > widths[-1]
 
 
-@pytest.mark.parametrize("scope", ["all", "lm_head"])
-def test_the_last_mlp_sees_the_positions_that_predict_completions_alone(scope, monkeypatch):
-    model, batch, widths = float64_model(), random_batch(), []
-    for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: widths.append(output.size(1)))
-    sketches = score_sketches(model, *batch, scope=scope)
-    # 16 tokens, of which 9 are completions; the token before the first one predicts it.
-    assert widths == [16, 16, 10]
-    monkeypatch.setattr("oblr_trl.scores.scopes.last_mlp", lambda model: None)
-    torch.testing.assert_close(sketches, score_sketches(model, *batch, scope=scope), rtol=1e-12, atol=1e-12)
-    assert widths[3:] == [16] * 3
-
-
 def test_scores_do_not_depend_on_the_amount_of_padding():
     model, batch = float64_model(), random_batch("right")
     before = score_sketches(model, *batch, method="exact")

@@ -13,7 +13,7 @@ from torch import nn
 
 from oblr_trl.scores.coverage import Coverage
 from oblr_trl.scores.logits import LogitTransform, logit_transform, output_projection
-from oblr_trl.scores.rules import forward_owner, full_shape
+from oblr_trl.scores.rules import full_shape
 
 SCOPES = ("auto", "all", "last_k", "lm_head")
 
@@ -31,8 +31,6 @@ class ScopedParameters:
     head_names: dict[str, str] = field(default_factory=dict)
     # At which a `last_k` scope begins.
     first_block: nn.Module | None = None
-    # See [`last_mlp`].
-    last_mlp: nn.Module | None = None
     # Names of parameters with a row for every token: of embeddings and of the output projection.
     tables: set[str] = field(default_factory=set)
     # Trainable parameters that `"auto"` could not score: number of entries, and type of layer, by name.
@@ -92,17 +90,12 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
     scoped = ScopedParameters(output_projection(model), logit_transform(model.config.get_text_config()))
-    scoped.last_mlp = last_mlp(model)
     if scope == "lm_head":
         return _with_head(scoped)
 
     excluded: set[nn.Module] = set()
     if scope == "last_k":
         blocks = decoder_blocks(model)
-        if not blocks:
-            raise ValueError(
-                f"`scope='last_k'` found no list of decoder blocks in {type(model).__name__}. Use `scope='all'`."
-            )
         if last_k is None or not 1 <= last_k <= len(blocks):
             raise ValueError(
                 f"`scope='last_k'` needs `last_k` between 1 and the model's {len(blocks)} blocks, got {last_k}."
@@ -143,18 +136,9 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
     for module in model.get_decoder().modules():  # a vision tower may have as many blocks
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
-    return []
-
-
-def last_mlp(model: Any) -> nn.Module | None:
-    """The MLP of the last block, of which the completions' positions alone are read; `None` unless it is one of transformers' that
-    are made of linear layers alone."""
-    blocks = decoder_blocks(model)
-    mlp = dict(blocks[-1].named_children()).get("mlp") if blocks else None
-    if mlp is None or not forward_owner(mlp).__module__.startswith("transformers.models."):
-        return None
-    holders = [module for module in mlp.modules() if next(module.parameters(recurse=False), None) is not None]
-    return mlp if all(module in mlp.children() and forward_owner(module) is nn.Linear for module in holders) else None
+    raise ValueError(
+        f"`scope='last_k'` found no list of {num_layers} decoder blocks in {type(model).__name__}. Use `scope='all'`."
+    )
 
 
 def _with_head(scoped: ScopedParameters) -> ScopedParameters:

@@ -29,7 +29,6 @@ from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 from oblr_trl.scores.taps import (
     frozen_parameters,
     intercepted_head,
-    narrowed,
     non_reentrant_checkpointing,
     suspended_backward_hooks,
     tapped,
@@ -149,7 +148,6 @@ class _MicroBatch:
             stack.enter_context(frozen_parameters(settings.model))
             stack.enter_context(suspended_backward_hooks(settings.model))
             stack.enter_context(non_reentrant_checkpointing(settings.model, enabled=settings.gradient_checkpointing))
-            stack.enter_context(narrowed(scoped.last_mlp, num_tokens + 1))
             head_calls = stack.enter_context(intercepted_head(scoped.head, self._score_head))
             if scoped.first_block is not None:
                 stack.callback(scoped.first_block.register_forward_pre_hook(self._on_first_block).remove)

@@ -160,28 +160,6 @@ def intercepted_head(
 
 
 @contextmanager
-def narrowed(layer: nn.Module | None, num_positions: int) -> Iterator[None]:
-    """Let a layer that treats positions apart see the last `num_positions` of them alone while the block runs. Its output elsewhere,
-    which nobody reads, is 0."""
-    num_cut: list[int] = []
-
-    def cut(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        (values,) = args
-        num_cut.append(max(values.size(1) - num_positions, 0))
-        return (values[:, num_cut[-1] :],)
-
-    def pad(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return nn.functional.pad(output, (0, 0, num_cut.pop(), 0))
-
-    handles = [] if layer is None else [layer.register_forward_pre_hook(cut), layer.register_forward_hook(pad)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Set `requires_grad` to `False` for all parameters while the block runs, so that no weight gradient is formed."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
