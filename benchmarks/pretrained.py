@@ -23,6 +23,7 @@ from benchmarks.learning_summary import area, paired_difference
 from benchmarks.pretrained_runs import TASKS, PretrainedSpec, finished_run
 from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.pretrained import markdown
+from oblr_trl import metrics
 
 ROLLOUTS = 64  # per step
 # Group sizes of every method; TRL's default for GRPO is 8.
@@ -88,6 +89,17 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return summary
 
 
+def _movement(runs: Sequence[Run]) -> dict[str, float] | None:
+    """Mean KL of a step and its target over the second halves of the runs, where they were measured."""
+    if metrics.KL not in runs[0]["logged"]:
+        return None
+    halves = {
+        name: [value for run in runs for value in run["logged"][key][len(run["logged"][key]) // 2 :]]
+        for name, key in (("kl", metrics.KL), ("target", metrics.KL_TARGET))
+    }
+    return {name: mean(values) for name, values in halves.items()}
+
+
 def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]:
     best = {arm: max(rates, key=lambda rate: mean(map(curve_area, rates[rate]))) for arm, rates in by_arm.items()}
     chosen = {arm: by_arm[arm][rate] for arm, rate in best.items()}
@@ -97,6 +109,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
     for arm, runs in chosen.items():
         cell: dict[str, Any] = {
             "method": arm[0],
+            "num_prompts": runs[0]["spec"]["num_prompts"],
             "num_generations": arm[1],
             "learning_rate": best[arm] if arm[0] != OURS else None,
             "num_seeds": len(runs),
@@ -105,6 +118,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "area": spread([curve_area(run) for run in runs]),
             "train_reward": spread([mean(run["logged"]["reward"][-10:]) for run in runs]),
             "seconds_per_step": round(float(np.median([s for run in runs for s in run["seconds"]])), 3),
+            "movement": _movement(runs),
             "failures": sum(run["failure"] is not None for run in runs),
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
             "by_rate": {f"{rate:g}": [run["held_out"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},

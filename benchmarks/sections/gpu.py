@@ -24,10 +24,15 @@ def _row(case: dict[str, Any]) -> list[str]:
     return [label, f"{passes['train']['seconds']:.3f}", *times, *limits, *peaks]
 
 
+def _goal(record: dict[str, Any], scope: str) -> str:
+    goal = record["goals"].get(scope)
+    return "" if goal is None else f" (goal {goal:.2f})"
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The conditions, then ratios, limits and peaks."""
     header = ["8 sequences, 3 of 4 tokens of the completion, gradient checkpointing", "training, s"]
-    header += [f"{title}: time over training's" for title in _SCOPES.values()]
+    header += [f"{title}: time over training's{_goal(record, scope)}" for scope, title in _SCOPES.items()]
     header += ["training over the limit", "`all` over it", "GB, training (planned)", "GB, `all` (planned)"]
     return (
         f"`make gpu` on one {record['machine']['gpu']}: random Qwen3 in bfloat16, a micro-batch without padding; training is forward and backward of "

@@ -10,12 +10,13 @@ def markdown(record: dict[str, Any]) -> str:
     rows = []
     for task, of_task in record["summary"].items():
         for arm in of_task["arms"].values():
-            for rate, curves in arm["by_rate"].items():
+            for rate, curves in sorted(arm["by_rate"].items(), key=lambda pair: float(pair[0])):
                 found = ", ".join(f"{last:.2g}" for last in arm["last_rates"]) if arm["learning_rate"] is None else ""
                 half, final = ([curve[place] for curve in curves] for place in (len(curves[0]) // 2, -1))
+                part = arm["movement"]
+                moved = "" if part is None else f"{part['kl']:.4f} ({part['target']:.4f})"
                 seeds = ["lost" if not last else f"{last:.3f}" for last in final]
-                size = arm["num_generations"]
-                groups = f"{record['settings'].get('rollouts', 64) // size} x {size}"
+                groups = f"{arm['num_prompts']} x {arm['num_generations']}"
                 named = f"found: {found}" if found else f"{float(rate):g}"
                 rows.append(
                     [
@@ -26,6 +27,7 @@ def markdown(record: dict[str, Any]) -> str:
                         f"{curves[0][0]:.3f}",
                         ", ".join(f"{v:.3f}" for v in half),
                         ", ".join(seeds),
+                        moved,
                     ]
                 )
     steps = record["settings"]["num_steps"]
@@ -37,6 +39,7 @@ def markdown(record: dict[str, Any]) -> str:
         "start",
         f"after {steps // 2} steps",
         f"after {steps}, by seed",
+        "KL of a step (target)",
     ]
     return (
         f"`make gpu`: all parameters, bfloat16 autocast, AdamW, {steps} steps of 64 rollouts; mean reward of 128 held-out prompts, answered once "

@@ -11,9 +11,9 @@ LABELS = {
     "constant": "best constant rate",
     "linear": "linear decay, best rate",
     "snr": "SNR multiplier, best rate",
-    "fixed_kl_1e-3": "KL = 0.001",
-    "fixed_kl_3e-3": "KL = 0.003",
-    "fixed_kl_1e-2": "KL = 0.01",
+    "fixed_kl_1e-3": "KL = 0.001 H",
+    "fixed_kl_3e-3": "KL = 0.003 H",
+    "fixed_kl_1e-2": "KL = 0.01 H",
     "grpo": "GRPO, constant rate",
     "trust_region": "trust region",
 }
