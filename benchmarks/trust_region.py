@@ -71,6 +71,9 @@ class TrustRegionArguments:
         default_factory=lambda: ["constant", "trust_region", "linear", "snr"],
         metadata={"help": "Methods that are run, of those named here."},
     )
+    compare_batch_sizes: bool = field(
+        default=True, metadata={"help": "Whether to compare one value over batch sizes."}
+    )
     tuning_seeds: int = field(default=3, metadata={"help": "Runs at every rate."})
     evaluation_seeds: int = field(default=5, metadata={"help": "Runs at the best rate."})
     num_steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, where the setting says nothing."})
@@ -180,7 +183,9 @@ def main(args: TrustRegionArguments) -> None:
         }
         for (_, setting), run in zip(specs, args.complete(list(specs.values()), method), strict=True):
             runs[setting].setdefault(method, []).append(run)
-    record = {"summary": summarise(gains, runs), "batch_sizes": over_batch_sizes(args), "collapse": collapse(args)}
+    record = {"summary": summarise(gains, runs), "collapse": collapse(args)}
+    if args.compare_batch_sizes:
+        record["batch_sizes"] = over_batch_sizes(args)
     print(markdown(record | {"settings": vars(args)}))
     write_record(args.output, args, started, record)
 

@@ -42,7 +42,10 @@ def markdown(record: dict[str, Any]) -> str:
         f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
         "part of that of the best constant rate, with its bootstrap 95 % interval."
     )
-    return f"{text}\n\n{markdown_table(header, rows)}\n\n{_batch_sizes(record['batch_sizes'])}"
+    tables = [markdown_table(header, rows)]
+    if "batch_sizes" in record:
+        tables.append(_batch_sizes(record["batch_sizes"]))
+    return "\n\n".join([text, *tables])
 
 
 def _batch_sizes(part: dict[str, Any]) -> str:
