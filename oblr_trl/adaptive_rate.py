@@ -31,6 +31,10 @@ class _StepEntropy:
     """Entropy of a completion over all generation batches of an optimizer step, in nats: the mean of -log pi of what was sampled."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the batches of an earlier `train`, whose first step may have the number of the next one's."""
         self._step, self._sum, self._count = -1, 0.0, 0
 
     def add(self, batch: GroupedBatch, *, step: int) -> float:
@@ -173,6 +177,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
+        self._entropy.restart()
         last_rate = self._trust_region.rate
         self._trust_region.restart()
         adapt_if_possible(self.args, check_steerable, self.optimizer if optimizer is None else optimizer)

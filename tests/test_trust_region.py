@@ -462,6 +462,16 @@ def test_a_second_train_searches_anew(tmp_path):
     assert second[0] < first[-1] / 3
 
 
+def test_a_second_train_does_not_pool_the_entropy_of_the_first(tmp_path):
+    """Both begin with a step of number 0."""
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=1, temperature=0.1)
+    before = logged(trainer, "trust_region/entropy")
+    trainer._score_pass.temperature = 10.0  # under which every token has about log(40) nats
+    trainer.train()
+    assert logged(trainer, "trust_region/entropy")[-1] > 2 * before[0]
+    assert trainer._entropy._count == 32
+
+
 def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
     """The sketch of `grpo` is of the mean over tokens, the KL of the sum."""
     trainer = train(
