@@ -395,6 +395,36 @@ def test_parameters_that_are_frozen_on_the_way_do_not_pass_for_a_movement(tmp_pa
     assert [kl is None for kl in kls] == [True, False, False, True, False]
 
 
+class FreezeInTurn(TrainerCallback):
+    """Trains the first block alone, after three steps the second: as many parameters."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.train_block(model, int(state.global_step >= 3))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.train_block(model, int(state.global_step >= 3))
+
+    def train_block(self, model, index):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.model.layers[index].requires_grad_(True)
+
+
+def test_blocks_that_are_trained_in_turn_do_not_pass_for_a_movement(tmp_path):
+    options = TRUST | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[FreezeInTurn()], **options)
+    kls = logged(trainer, "trust_region/kl")
+    assert [kl is None for kl in kls] == [True, False, False, True, False, False]
+    # The sketch in the checkpoint is of the parameters that were trained when it was written, maybe others than those of the next step.
+    for step in (2, 3):
+        options["resume_from_checkpoint"] = str(tmp_path / f"checkpoint-{step}")
+        resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[FreezeInTurn()], **options)
+        assert logged(resumed, "trust_region/kl") == kls
+    options["resume_from_checkpoint"] = str(tmp_path / "checkpoint-3")
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
+    assert [kl is None for kl in logged(resumed, "trust_region/kl")] == [True, False, False, True, False, False]
+
+
 def test_masked_completions_say_nothing_of_the_movement(tmp_path):
     """vLLM's correction gives a sequence the weight 0, a truncated one has no token: neither is a completion that did not move."""
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=3)
