@@ -135,7 +135,9 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         if key != self._sketched:
             self._sketched, region.parameters = key, None
         parameters = self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum")
-        self._score_pass.update = region.update_since(parameters, step=self.state.global_step)
+        update = region.update_since(parameters, step=self.state.global_step)
+        # The difference does not need float64, and may be as long as an adapter.
+        self._score_pass.update = None if update is None else update.float()
 
     def _take_in_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
         """What the scoring pass has measured of the movement."""
