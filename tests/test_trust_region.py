@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.factors import DenseGradient
+from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parameter_sketch
-from oblr_trl.scores.projections import Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
 from oblr_trl.trust_region import Movement, TrustRegion, kl_of_update
@@ -105,6 +106,43 @@ def test_the_kl_is_unbiased_over_sketches_where_the_plain_square_is_not():
     error = estimates.std() / math.sqrt(len(estimates))
     assert abs(estimates.mean() - exact) < 3 * error
     assert plain.mean() - exact > 6 * error
+
+
+def rank_ones(axis, *, num_sequences=40, cosine=0.4):
+    """Scores and an update of unit norm, matrices of one row times one column, that agree along `axis` and have a cosine of 0.4 along the other."""
+    generator = torch.Generator().manual_seed(0)
+    scores, update = [], []
+    for side, dim in ((ROWS, 200), (COLUMNS, 160)):
+        drawn = nn.functional.normalize(
+            torch.randn(num_sequences + 1, dim, generator=generator, dtype=torch.float64), dim=1
+        )
+        update.append(drawn[0])
+        others = cosine * drawn[0] + math.sqrt(1 - cosine**2) * drawn[1:]
+        scores.append(drawn[:1].expand(num_sequences, -1) if side == axis else others)
+    return scores[ROWS].unsqueeze(2) * scores[COLUMNS].unsqueeze(1), torch.outer(*update)
+
+
+@pytest.mark.parametrize(("axis", "sketch_dim"), [(ROWS, 64), (COLUMNS, 56)])
+def test_estimates_that_are_multiplied_share_no_half_of_rows_and_none_of_columns(axis, sketch_dim):
+    """Also where the halves are of different lengths: 7 x 8 of 56."""
+    (scores, update), estimates = rank_ones(axis), []
+    for seed in range(300):
+        options = {"dtype": torch.float64, "device": torch.device("cpu")}
+        drawn = Projections({"weight": (200, 160)}, tables=(), sketch_dim=sketch_dim, seed=seed, **options)
+        sketched = drawn.project_entries("weight", update.flatten(), 0, torch.float64)
+        products = UpdateProducts(len(scores), drawn, sketched)
+        products.add("weight", SketchAccumulator(len(scores), drawn).add("weight", DenseGradient(scores.flatten(1))))
+        estimates.append(products.result())
+    first, second, third, fourth = torch.stack(estimates).unbind(dim=2)
+    exact = 0.5 * (scores * update).sum(dim=(1, 2)).square().mean()
+
+    def error(draws):
+        return (draws.mean() - exact) * math.sqrt(len(draws)) / draws.std()
+
+    assert abs(error(torch.tensor([kl_of_update(draw) for draw in estimates]))) < 3
+    # Of the side along which scores and update differ.
+    share = first * third + second * fourth if axis == ROWS else first * second + third * fourth
+    assert error(0.25 * share.mean(dim=1)) > 4
 
 
 def test_the_kl_of_a_deep_model_is_far_more_precise_than_one_sketch_of_all_its_parameters():
