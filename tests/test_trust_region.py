@@ -42,10 +42,10 @@ def moved(model, size, seed=1):
             parameter.add_(step[name].to(parameter.dtype), alpha=size / norm)
 
 
-def log_probs(model, input_ids, attention_mask, completion_mask):
+def log_probs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
     num_tokens = completion_mask.size(1)
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -num_tokens - 1 : -1]
-    logps = logits.log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
+    logps = (logits / temperature).log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
     return (logps * completion_mask).sum(dim=1)
 
 
@@ -478,6 +478,24 @@ def test_masked_completions_say_nothing_of_the_movement(tmp_path):
     measured = trainer._take_in_movement(batch, torch.zeros(2, 8), 1)["trust_region/kl"]
     assert update.any()
     assert measured == pytest.approx(kl_of_update(2 * products[token_weights == 0.5]), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo"])
+def test_the_entropy_is_that_of_all_completions_of_a_step_that_count(tmp_path, loss_type):
+    """Of both generation batches, under the policy at its temperature; completions that ran out of tokens are masked."""
+    options = TRUST | POOLED | {"mask_truncated_completions": True, "loss_type": loss_type, "max_steps": 1}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, temperature=0.7, **options)
+    model, entropies = tiny_model(num_layers=2), []
+    for batch in trainer.batches:
+        inputs = [torch.cat([batch[f"prompt_{key}"], batch[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
+        with torch.no_grad():
+            logps = log_probs(model, *inputs, batch["completion_mask"], temperature=0.7)
+        entropies.append(-logps[batch["completion_mask"].any(dim=1)])
+    first, second = entropies
+    assert 0 < len(first) + len(second) < 64
+    expected = torch.cat(entropies).mean().item()
+    assert abs(expected - second.mean().item()) > 1e-3
+    assert logged(trainer, "trust_region/entropy") == pytest.approx([expected], rel=1e-5)
 
 
 def test_groups_of_parameters_keep_their_ratios(tmp_path):
