@@ -232,13 +232,13 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
 def policy(curvature):
     """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region."""
 
-    def step(region, index, parameter, rho=0.5, position=1.0):
+    def step(region, index, parameter, rho=0.5, position=1.0, entropy=1.0):
         update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
         movement = Movement()
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
             movement = region.observe(update, products, torch.zeros(4), position=position)
-        return movement, region.next_rate(rho, 1.0, position)
+        return movement, region.next_rate(rho, entropy, position)
 
     return step
 
@@ -256,6 +256,19 @@ def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
     # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta rho.
     assert rates[0] == pytest.approx(math.sqrt(0.02 * 0.5 / curvature) / 1000)
     assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
+
+
+def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=4)
+    step, total, rates = policy(1.0), 0.0, []
+    for index, entropy in enumerate([36.0] * 12 + [9.0, 4.0, math.nan]):
+        movement, rate = step(region, index, total, entropy=entropy)
+        rates.append(rate)
+        total += rate
+    # KL = rate^2 = 0.02 x 0.5 x H; without completions to take H of, the rate is held.
+    assert rates[-4:] == pytest.approx([0.6, 0.3, 0.2, 0.2], rel=1e-6)
+    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(0.5, 4.0)
 
 
 def test_the_search_survives_a_batch_without_rho_and_a_rho_that_comes_and_goes():
