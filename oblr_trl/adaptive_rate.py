@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+import zlib
 from typing import Any
 
 from accelerate.scheduler import AcceleratedScheduler
@@ -31,6 +32,10 @@ class _StepEntropy:
     """Entropy of a completion over all generation batches of an optimizer step, in nats: the mean of -log pi of what was sampled."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the batches of an earlier `train`, whose first step may have the number of the next one's."""
         self._step, self._sum, self._count = -1, 0.0, 0
 
     def add(self, batch: GroupedBatch, *, step: int) -> float:
@@ -55,7 +60,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     lr_scheduler: Any = None
     num_generations: int
     _score_pass: ScorePass | None = None
-    _num_parameters: int  # of the scores, as long as they are the same
+    _sketched = ""  # what the trust region's sketch of the parameters is of
 
     def __init__(self, model, reward_funcs, args: OBLRPOConfig, *positional, **kwargs):
         # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
@@ -124,11 +129,15 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         """Let the scoring pass measure how far the policy has moved since the last generation batch, from the completions of this one."""
         assert self._score_pass is not None
         region = self._trust_region
-        num_parameters = resolve_scope(self.model, self.args.score_scope, None).num_parameters
-        if num_parameters != self._num_parameters:  # some were frozen or unfrozen
-            self._num_parameters, region.parameters = num_parameters, None
+        # A sketch says nothing under other projections, or of other parameters: some were frozen or unfrozen, maybe as many as before.
+        shapes = resolve_scope(self.model, self.args.score_scope, None).shapes
+        key = f"parameters {zlib.crc32(repr(shapes).encode())}, {self.args.score_sketch_dim} numbers, seed {self.args.seed}"
+        if key != self._sketched:
+            self._sketched, region.parameters = key, None
         parameters = self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum")
-        self._score_pass.update = region.update_since(parameters, step=self.state.global_step)
+        update = region.update_since(parameters, step=self.state.global_step)
+        # The difference does not need float64, and may be as long as an adapter.
+        self._score_pass.update = None if update is None else update.float()
 
     def _take_in_movement(self, batch: GroupedBatch, advantages: Tensor, num_steps: float) -> dict[str, float]:
         """What the scoring pass has measured of the movement."""
@@ -173,6 +182,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
+        self._entropy.restart()
         last_rate = self._trust_region.rate
         self._trust_region.restart()
         adapt_if_possible(self.args, check_steerable, self.optimizer if optimizer is None else optimizer)
@@ -253,14 +263,9 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
 
     def _algorithm_tensors(self) -> dict[str, Tensor]:
         sketch = self._trust_region.parameters
-        return super()._algorithm_tensors() | ({} if sketch is None else {self._parameters_key: sketch.cpu()})
+        return super()._algorithm_tensors() | ({} if sketch is None else {self._sketched: sketch.cpu()})
 
     def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
         super()._load_algorithm_tensors(tensors)
-        # Under other projections there is none, and the next batch measures nothing.
-        self._trust_region.parameters = tensors.get(self._parameters_key)
-
-    @property
-    def _parameters_key(self) -> str:
-        """Name of the sketch of the parameters in a checkpoint: it says nothing under other projections."""
-        return f"parameters, {self.args.score_sketch_dim} numbers, seed {self.args.seed}"
+        self._sketched = next((name for name in tensors if name.startswith("parameters")), "")
+        self._trust_region.parameters = tensors.get(self._sketched)

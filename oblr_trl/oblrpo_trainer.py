@@ -151,7 +151,6 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             if line is not None and self.is_world_process_zero():
                 logger.warning(line)
             self._gradient_snr.averages.holds_back = args.lr_adaptation != "trust_region"
-            self._num_parameters = scoped.num_parameters
             self._score_pass = ScorePass(
                 self.model,
                 scope=args.score_scope,

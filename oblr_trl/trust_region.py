@@ -42,14 +42,15 @@ def kl_of_update(products: Tensor) -> float:
     to second order in the update, in nats per completion. The completions must be those of the batch *after* the update, sampled from
     the policy that it made: on the batch that it was computed from, every completion's own push is in the sum, which is up to
     a hundred times the movement of others. The square of an estimate would contain its variance; products of two that share no
-    projection do not.
+    projection do not. What they lack is chance: two halves of one orthonormal basis are orthogonal, so that of each parameter about
+    \\( \|s\|^2 \|\Delta\theta\|^2 / (RC) \\) is missing, what a random update would move the policy by.
 
     Args:
         products (`torch.Tensor` of shape `(n, 4)`):
             Estimates of the inner products (see [`~scores.movement`]), of scores of the plain sum over tokens.
 
     Returns:
-        `float`: Unbiased, and therefore negative at times; `nan` without completions.
+        `float`: Unbiased but for that, and therefore negative at times; `nan` without completions.
     """
     first, second, third, fourth = products.double().unbind(dim=1)
     return 0.25 * (first * fourth + second * third).mean().item()
@@ -73,15 +74,15 @@ class Movement(NamedTuple):
 
 class TrustRegion:
     r"""
-    Finds the learning rate that moves the policy by \\( \delta \rho \\).
+    Finds the learning rate that moves the policy by \\( \delta \rho H \\).
 
     The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta / c} \sqrt{\rho} \\): with a constant schedule the policy moves by
-    \\( \delta \rho \\), with any other by \\( \delta \rho a^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
+    part of its initial rate. The next rate is \\( \sqrt{\delta / c} \sqrt{\rho H} \\): with a constant schedule the policy moves by
+    \\( \delta \rho H \\), with any other by \\( \delta \rho H a^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
     10 times until it is found. Without information (nothing moved, a KL that is not finite, no rho, no entropy) the rate stays.
 
     Args:
-        kl (`float`): delta, the KL at rho = 1 as a part of the entropy.
+        kl (`float`): delta, the KL at rho = 1 as a part of the entropy H.
         min_rho (`float`, *optional*, defaults to `0.0`): Minimum of rho.
         max_rho (`float`, *optional*, defaults to `1.0`): Maximum of rho.
     """
@@ -95,7 +96,7 @@ class TrustRegion:
     def restart(self) -> None:
         """Search anew, with another optimizer state or another schedule."""
         self.rate = math.nan  # of the step at hand; unknown before the first batch
-        self._unit_rate = math.nan  # the same at rho = 1
+        self._unit_rate = math.nan  # the same at rho x H = 1
         self._taken = math.nan  # that of the last step that moved the policy, or to start with
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
@@ -190,7 +191,7 @@ class TrustRegion:
         return self.rate
 
     def _wanted(self) -> float:
-        """Rate that moves the policy by delta. An average that is not positive, which the estimate from few completions can be, says to
+        """Rate that moves the policy by delta nats. An average that is not positive, which the estimate from few completions can be, says to
         go on with the search, or else nothing."""
         curvature = self._curvature / self._weight
         if curvature > 0:

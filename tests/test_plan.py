@@ -15,10 +15,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from oblr_trl import OBLRPOConfig
 from oblr_trl.planning.activations import saved_block_bytes
-from oblr_trl.planning.memory import plan_memory, projection_bytes
+from oblr_trl.planning.memory import parameter_sketch_length, plan_memory, projection_bytes
 from oblr_trl.planning.models import PUBLISHED, read_config
 from oblr_trl.planning.setup import Backend, Setup, read_backend
 from oblr_trl.scores import ScorePass
+from oblr_trl.scores.parameters import local_parameter_sketch
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scripts import plan
 
@@ -281,6 +282,25 @@ def test_projections_take_as_many_bytes_as_the_real_ones(scope, last_k, adapter,
     # An embedding of its own, below the first block that is scored, is counted: V + d signs.
     unused = 512 + 256 if scope == "last_k" and adapter is None and not tied else 0
     assert projection_bytes(scored, 1024) == score_pass._projections.num_bytes() + unused
+
+
+@pytest.mark.parametrize("adapter", [None, ALL_LINEAR], ids=["full", "lora"])
+@pytest.mark.parametrize("sketch_dim", [1024, 10**8])
+def test_the_sketch_of_the_parameters_is_as_long_as_the_real_one(adapter, sketch_dim):
+    config = small_config(vocab_size=1024)
+    sketch = local_parameter_sketch(ScorePass(real_model(config, adapter=adapter), sketch_dim=sketch_dim))
+    setup = make_setup(
+        config,
+        adapter=adapter,
+        lr_adaptation="trust_region",
+        score_sketch_dim=sketch_dim,
+        gradient_accumulation_steps=2,
+    )
+    scored = resolve_scope(setup.model, "all", None)
+    assert parameter_sketch_length(scored, sketch_dim) == sketch.numel()
+    assert items(setup)["sketch of the parameters"] == sketch.nbytes
+    if adapter is not None:  # matrices of 16 rows or columns are formed, so that the sketch is as long as the adapter
+        assert sketch.numel() == setup.num_trained
 
 
 def test_a_recipe_that_fits(capsys):

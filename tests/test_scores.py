@@ -6,6 +6,7 @@ from torch import nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from oblr_trl.scores import ScorePass, reference_scores, score_sketches
+from oblr_trl.scores.parameters import local_parameter_sketch
 from oblr_trl.scores.scoring_model import ScoringModel, weighted_lengths
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
 
@@ -118,6 +119,8 @@ def test_neither_micro_batches_nor_checkpointing_change_the_sketches(checkpointi
 
 def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_rows():
     score_pass, (input_ids, attention_mask, completion_mask) = ScorePass(float64_model()), random_batch(batch_size=6)
+    # The parameters themselves, as an update: any will do.
+    score_pass.update = local_parameter_sketch(score_pass)
     weights, widths = completion_mask.double(), []
     expected = score_pass({"input_ids": input_ids, "attention_mask": attention_mask}, input_ids[:, -9:], weights)
 
@@ -136,6 +139,12 @@ def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_row
     result = scoring_model.result(lambda tensor: tensor)
     torch.testing.assert_close(result.log_probs, expected.log_probs)
     torch.testing.assert_close(result.sketches, expected.sketches)
+    torch.testing.assert_close(result.products, expected.products)
+    # A weight that became known after the pass is that of the score in every result.
+    sequence_weights = torch.arange(6.0, dtype=torch.float64).unsqueeze(1)
+    weighted = scoring_model.result(lambda tensor: tensor, sequence_weights)
+    torch.testing.assert_close(weighted.sketches, sequence_weights * expected.sketches)
+    torch.testing.assert_close(weighted.products, sequence_weights * expected.products)
     # 7 tokens of the prompt and those of the longest completion of two; the shortest one is empty.
     assert widths == [7 + int(length) for length in lengths[order][::2]]
     assert widths[0] > widths[-1]

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.factors import DenseGradient
+from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parameter_sketch
-from oblr_trl.scores.projections import Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
 from oblr_trl.trust_region import Movement, TrustRegion, kl_of_update
@@ -41,10 +42,10 @@ def moved(model, size, seed=1):
             parameter.add_(step[name].to(parameter.dtype), alpha=size / norm)
 
 
-def log_probs(model, input_ids, attention_mask, completion_mask):
+def log_probs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
     num_tokens = completion_mask.size(1)
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -num_tokens - 1 : -1]
-    logps = logits.log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
+    logps = (logits / temperature).log_softmax(dim=-1).gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
     return (logps * completion_mask).sum(dim=1)
 
 
@@ -105,6 +106,43 @@ def test_the_kl_is_unbiased_over_sketches_where_the_plain_square_is_not():
     error = estimates.std() / math.sqrt(len(estimates))
     assert abs(estimates.mean() - exact) < 3 * error
     assert plain.mean() - exact > 6 * error
+
+
+def rank_ones(axis, *, num_sequences=40, cosine=0.4):
+    """Scores and an update of unit norm, matrices of one row times one column, that agree along `axis` and have a cosine of 0.4 along the other."""
+    generator = torch.Generator().manual_seed(0)
+    scores, update = [], []
+    for side, dim in ((ROWS, 200), (COLUMNS, 160)):
+        drawn = nn.functional.normalize(
+            torch.randn(num_sequences + 1, dim, generator=generator, dtype=torch.float64), dim=1
+        )
+        update.append(drawn[0])
+        others = cosine * drawn[0] + math.sqrt(1 - cosine**2) * drawn[1:]
+        scores.append(drawn[:1].expand(num_sequences, -1) if side == axis else others)
+    return scores[ROWS].unsqueeze(2) * scores[COLUMNS].unsqueeze(1), torch.outer(*update)
+
+
+@pytest.mark.parametrize(("axis", "sketch_dim"), [(ROWS, 64), (COLUMNS, 56)])
+def test_estimates_that_are_multiplied_share_no_half_of_rows_and_none_of_columns(axis, sketch_dim):
+    """Also where the halves are of different lengths: 7 x 8 of 56."""
+    (scores, update), estimates = rank_ones(axis), []
+    for seed in range(300):
+        options = {"dtype": torch.float64, "device": torch.device("cpu")}
+        drawn = Projections({"weight": (200, 160)}, tables=(), sketch_dim=sketch_dim, seed=seed, **options)
+        sketched = drawn.project_entries("weight", update.flatten(), 0, torch.float64)
+        products = UpdateProducts(len(scores), drawn, sketched)
+        products.add("weight", SketchAccumulator(len(scores), drawn).add("weight", DenseGradient(scores.flatten(1))))
+        estimates.append(products.result())
+    first, second, third, fourth = torch.stack(estimates).unbind(dim=2)
+    exact = 0.5 * (scores * update).sum(dim=(1, 2)).square().mean()
+
+    def error(draws):
+        return (draws.mean() - exact) * math.sqrt(len(draws)) / draws.std()
+
+    assert abs(error(torch.tensor([kl_of_update(draw) for draw in estimates]))) < 3
+    # Of the side along which scores and update differ.
+    share = first * third + second * fourth if axis == ROWS else first * second + third * fourth
+    assert error(0.25 * share.mean(dim=1)) > 4
 
 
 def test_the_kl_of_a_deep_model_is_far_more_precise_than_one_sketch_of_all_its_parameters():
@@ -194,13 +232,13 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
 def policy(curvature):
     """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region."""
 
-    def step(region, index, parameter, rho=0.5, position=1.0):
+    def step(region, index, parameter, rho=0.5, position=1.0, entropy=1.0):
         update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
         movement = Movement()
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
             movement = region.observe(update, products, torch.zeros(4), position=position)
-        return movement, region.next_rate(rho, 1.0, position)
+        return movement, region.next_rate(rho, entropy, position)
 
     return step
 
@@ -218,6 +256,19 @@ def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
     # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta rho.
     assert rates[0] == pytest.approx(math.sqrt(0.02 * 0.5 / curvature) / 1000)
     assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
+
+
+def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=4)
+    step, total, rates = policy(1.0), 0.0, []
+    for index, entropy in enumerate([36.0] * 12 + [9.0, 4.0, math.nan]):
+        movement, rate = step(region, index, total, entropy=entropy)
+        rates.append(rate)
+        total += rate
+    # KL = rate^2 = 0.02 x 0.5 x H; without completions to take H of, the rate is held.
+    assert rates[-4:] == pytest.approx([0.6, 0.3, 0.2, 0.2], rel=1e-6)
+    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(0.5, 4.0)
 
 
 def test_the_search_survives_a_batch_without_rho_and_a_rho_that_comes_and_goes():
@@ -395,6 +446,36 @@ def test_parameters_that_are_frozen_on_the_way_do_not_pass_for_a_movement(tmp_pa
     assert [kl is None for kl in kls] == [True, False, False, True, False]
 
 
+class FreezeInTurn(TrainerCallback):
+    """Trains the first block alone, after three steps the second: as many parameters."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.train_block(model, int(state.global_step >= 3))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.train_block(model, int(state.global_step >= 3))
+
+    def train_block(self, model, index):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.model.layers[index].requires_grad_(True)
+
+
+def test_blocks_that_are_trained_in_turn_do_not_pass_for_a_movement(tmp_path):
+    options = TRUST | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[FreezeInTurn()], **options)
+    kls = logged(trainer, "trust_region/kl")
+    assert [kl is None for kl in kls] == [True, False, False, True, False, False]
+    # The sketch in the checkpoint is of the parameters that were trained when it was written, maybe others than those of the next step.
+    for step in (2, 3):
+        options["resume_from_checkpoint"] = str(tmp_path / f"checkpoint-{step}")
+        resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, callbacks=[FreezeInTurn()], **options)
+        assert logged(resumed, "trust_region/kl") == kls
+    options["resume_from_checkpoint"] = str(tmp_path / "checkpoint-3")
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
+    assert [kl is None for kl in logged(resumed, "trust_region/kl")] == [True, False, False, True, False, False]
+
+
 def test_masked_completions_say_nothing_of_the_movement(tmp_path):
     """vLLM's correction gives a sequence the weight 0, a truncated one has no token: neither is a completion that did not move."""
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=3)
@@ -410,6 +491,24 @@ def test_masked_completions_say_nothing_of_the_movement(tmp_path):
     measured = trainer._take_in_movement(batch, torch.zeros(2, 8), 1)["trust_region/kl"]
     assert update.any()
     assert measured == pytest.approx(kl_of_update(2 * products[token_weights == 0.5]), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo"])
+def test_the_entropy_is_that_of_all_completions_of_a_step_that_count(tmp_path, loss_type):
+    """Of both generation batches, under the policy at its temperature; completions that ran out of tokens are masked."""
+    options = TRUST | POOLED | {"mask_truncated_completions": True, "loss_type": loss_type, "max_steps": 1}
+    trainer = train(Recording, OBLRPOConfig, tmp_path, temperature=0.7, **options)
+    model, entropies = tiny_model(num_layers=2), []
+    for batch in trainer.batches:
+        inputs = [torch.cat([batch[f"prompt_{key}"], batch[f"completion_{key}"]], dim=1) for key in ("ids", "mask")]
+        with torch.no_grad():
+            logps = log_probs(model, *inputs, batch["completion_mask"], temperature=0.7)
+        entropies.append(-logps[batch["completion_mask"].any(dim=1)])
+    first, second = entropies
+    assert 0 < len(first) + len(second) < 64
+    expected = torch.cat(entropies).mean().item()
+    assert abs(expected - second.mean().item()) > 1e-3
+    assert logged(trainer, "trust_region/entropy") == pytest.approx([expected], rel=1e-5)
 
 
 def test_groups_of_parameters_keep_their_ratios(tmp_path):
@@ -460,6 +559,16 @@ def test_a_second_train_searches_anew(tmp_path):
     second = logged(trainer, "learning_rate")[-6:]
     assert first[0] / 3 < second[0] < 3 * first[0]  # times sqrt(rho x entropy)
     assert second[0] < first[-1] / 3
+
+
+def test_a_second_train_does_not_pool_the_entropy_of_the_first(tmp_path):
+    """Both begin with a step of number 0."""
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, max_steps=1, temperature=0.1)
+    before = logged(trainer, "trust_region/entropy")
+    trainer._score_pass.temperature = 10.0  # under which every token has about log(40) nats
+    trainer.train()
+    assert logged(trainer, "trust_region/entropy")[-1] > 2 * before[0]
+    assert trainer._entropy._count == 32
 
 
 def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):

@@ -93,7 +93,7 @@ _REFUSALS = (
     _Refusal(
         "trust_region_kl",
         lambda args: not args.trust_region_kl > 0,
-        "it is a distance in nats",
+        "it is a part of the entropy",
         "use a positive number",
     ),
     _Refusal(

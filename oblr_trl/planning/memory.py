@@ -70,6 +70,18 @@ def projection_bytes(scored: ScopedParameters, sketch_dim: int) -> int:
     return num_signs + sum(columns.values()) + _FLOAT32 * sum(dim * width for _, dim, width in bases)
 
 
+def parameter_sketch_length(scored: ScopedParameters, sketch_dim: int) -> int:
+    """Numbers that the trust region keeps of the parameters: the projected ones of matrices, and every entry of what is not projected, which of
+    an adapter is all of it."""
+    if scored.num_parameters <= sketch_dim:
+        return scored.num_parameters
+    widths = {
+        name: factored_widths(shape, sketch_dim, is_table=name in scored.tables)
+        for name, shape in scored.shapes.items()
+    }
+    return sum(math.prod(widths[name] or shape) for name, shape in scored.shapes.items())
+
+
 def _states(setup: Setup) -> Iterator[MemoryItem]:
     """Parameters, gradients and optimizer, with the copies and buffers that the backend makes of them."""
     backend, kind = setup.backend, setup.backend.kind
@@ -157,3 +169,7 @@ def _passes(setup: Setup) -> Iterator[MemoryItem]:
     head += V * projected_widths(V, d, scoring.score_sketch_dim)[0] * _FLOAT32 if scored.head_names else 0
     yield MemoryItem("head or block in scoring", max(head, backward, block), ("score",))
     yield MemoryItem("projections", projection_bytes(scored, scoring.score_sketch_dim))
+    if scoring.lr_adaptation == "trust_region":
+        num_kept = parameter_sketch_length(scored, scoring.score_sketch_dim)
+        yield MemoryItem("sketch of the parameters", 2 * _FLOAT32 * num_kept)
+        yield MemoryItem("sketch of the update", _FLOAT32 * num_kept, ("score",))

@@ -7,7 +7,7 @@ parameter the same projections are far more precise, since products of different
 norms by a factor of L. They cost nothing more, because the scoring pass projects parameter by parameter before it sums up.
 
 The square of an inner product, which is what a KL is made of, still contains that variance. Each inner product is therefore estimated four
-times, from both halves of the projections of the rows and of the columns: products of estimates that share no half are unbiased ([`~trust_region.kl_of_update`]).
+times, from both halves of the projections of the rows and of the columns: products of estimates that share no half do not ([`~trust_region.kl_of_update`]).
 """
 
 from collections.abc import Mapping
