@@ -21,10 +21,11 @@ from trl import TrlParser
 
 from benchmarks.learning import complete
 from benchmarks.learning_summary import area, paired_difference
-from benchmarks.pretrained_runs import TASKS, PretrainedSpec, check_smollm2, finished_run
+from benchmarks.pretrained_runs import TASKS, PretrainedSpec, finished_run
 from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.pretrained import markdown
 from benchmarks.small_groups_summary import part_until
+from examples.smollm2.__main__ import DIRECTORY
 
 # Group sizes of every method; TRL's default for GRPO is 8.
 GROUP_SIZES = {"ours": (1, 2), "grpo": (8,), "rloo": (4,)}
@@ -121,7 +122,8 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
 
 def main(args: PretrainedArguments) -> None:
     """Run, print and write."""
-    check_smollm2()
+    if not DIRECTORY.is_dir():
+        raise SystemExit(f"not measured: there is no {DIRECTORY}. Run `make pretrained` first.")
     started = machine()
     runs = complete(args.specs(), args.runs, args.num_workers, "SmolLM2", finished_run, runs_per_process=1)
     summary = summarise(runs)

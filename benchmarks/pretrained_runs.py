@@ -121,15 +121,8 @@ class HeldOutCallback(TrainerCallback):
         self.rewards.append(round(mean(TASKS[self.spec.task].reward(completions=texts, **self._columns)), 4))
 
 
-def check_smollm2() -> None:
-    """Say what makes the model, where it is missing."""
-    if not DIRECTORY.is_dir():
-        raise ValueError(f"There is no {DIRECTORY}: run `make pretrained`.")
-
-
 def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer, HeldOutCallback]:
     """The trainer of a run, and the callback that records its curve."""
-    check_smollm2()
     task = TASKS[spec.task]
     sizes: dict[str, Any] = {"test_size": spec.test_size, "train_seed": spec.seed * SEED_DISTANCE}
     if "task" in task.data:

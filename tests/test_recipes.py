@@ -133,11 +133,11 @@ def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus(path)
     prompts, rest = divmod(rows, args.num_generations)
-    one = ONE_COMPLETION in path.stem or path in SMOLLM2 and path.parent.name == "oblrpo"
+    one = ONE_COMPLETION in path.stem or (path in SMOLLM2 and path.parent.name == "oblrpo")
     assert (rest, args.num_generations, args.num_iterations) == (0, 1 if one else 8, 1)
     assert args.steps_per_generation == args.gradient_accumulation_steps  # one optimizer step for each generation
     assert prompts * args.num_generations == rollouts
-    assert prompts >= MIN_PROMPTS or path in SMOLLM2 and path.parent.name == "grpo"  # which has no rho
+    assert prompts >= MIN_PROMPTS or (path in SMOLLM2 and path.parent.name == "grpo")  # which has no rho
     assert f"{prompts} prompts x {args.num_generations}" in path.read_text()
     if path not in [*TINY, *SMOLLM2]:
         assert f"= {rollouts} = {prompts} prompts x {args.num_generations}" in split_recipe(path)[0]
