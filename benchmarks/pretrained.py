@@ -9,6 +9,7 @@ favours them. Finished runs are kept in `runs/pretrained/` and not repeated, so 
 ask for fewer seeds or tasks to see what there is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -23,9 +24,10 @@ from benchmarks.learning_summary import area, paired_difference
 from benchmarks.pretrained_runs import TASKS, PretrainedSpec, finished_run
 from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.pretrained import markdown
+from benchmarks.small_groups_summary import part_until
+from examples.smollm2.__main__ import DIRECTORY
 from oblr_trl import metrics
 
-ROLLOUTS = 64  # per step
 # Group sizes of every method; TRL's default for GRPO is 8.
 GROUP_SIZES = {"ours": (1, 2), "grpo": (8,), "rloo": (4,)}
 OURS = "ours"
@@ -45,6 +47,9 @@ class PretrainedArguments:
     )
     seeds: int = field(default=3, metadata={"help": "Runs of every method."})
     num_steps: int = field(default=60, metadata={"help": "Optimizer steps of a run."})
+    rollouts: int = field(default=64, metadata={"help": "Completions per step."})
+    eval_steps: int = field(default=10, metadata={"help": "Steps between two evaluations."})
+    test_size: int = field(default=128, metadata={"help": "Held-out prompts."})
     num_workers: int = field(default=1, metadata={"help": "Processes that share the GPU; 0 runs in this one."})
     runs: str = field(default="runs/pretrained", metadata={"help": "Where finished runs are kept."})
     output: str = field(default="benchmarks/results/pretrained.json", metadata={"help": "Where the numbers go."})
@@ -52,12 +57,11 @@ class PretrainedArguments:
     def specs(self) -> list[PretrainedSpec]:
         """All runs, seed by seed."""
         found = []
+        lengths = (self.num_steps, self.eval_steps, self.test_size)
         for seed, task, method in product(range(self.seeds), self.tasks, self.methods):
             rates = [PretrainedSpec.learning_rate] if method == OURS else self.learning_rates
             for size, rate in product(GROUP_SIZES[method], rates):
-                found.append(
-                    PretrainedSpec(task, method, ROLLOUTS // size, size, seed, rate, num_steps=self.num_steps)
-                )
+                found.append(PretrainedSpec(task, method, self.rollouts // size, size, seed, rate, *lengths))
         return found
 
 
@@ -66,17 +70,11 @@ def curve_area(run: Run) -> float:
     return area(run["held_out"], range(len(run["held_out"])))
 
 
-def rollouts_until(run: Run, reward: float) -> float:
-    """Rollouts until the held-out curve, made monotone, has a reward; as many as the run has, and infinity where it never has."""
-    curve = np.maximum.accumulate(run["held_out"])
-    if curve[-1] < reward:
-        return float("inf")
-    step = float(np.interp(reward, curve, np.arange(len(curve)) * run["spec"]["eval_steps"]))
-    return step * run["spec"]["num_prompts"] * run["spec"]["num_generations"]
-
-
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """By task and arm: the best rate, and its runs' curve, area and final reward; differences to ours are paired over seeds."""
+    """
+    By task and arm: the best rate, and its runs' curve, area and final reward. Of ours also the differences to the strongest control,
+    paired over seeds, and after which part of its rollouts each run has the reward that this control ends with (`None`: never).
+    """
     summary: dict[str, Any] = {}
     for task in dict.fromkeys(run["spec"]["task"] for run in runs):
         by_arm: dict[Arm, dict[float, list[Run]]] = {}
@@ -130,14 +128,16 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
                 [curve_area(run) for run in runs[:num]], [curve_area(run) for run in theirs[:num]]
             )
             goal = mean(run["held_out"][-1] for run in theirs)
-            total = ROLLOUTS * (len(runs[0]["seconds"]))
-            cell["rollouts_to_strongest"] = [round(rollouts_until(run, goal) / total, 3) for run in runs]
+            parts = [part_until(run["held_out"], goal) for run in runs]
+            cell["rollouts_to_strongest"] = [round(part, 3) if math.isfinite(part) else None for part in parts]
         arms[f"{arm[0]}, G = {arm[1]}"] = cell
     return {"strongest": None if strongest is None else f"{strongest[0]}, G = {strongest[1]}", "arms": arms}
 
 
 def main(args: PretrainedArguments) -> None:
     """Run, print and write."""
+    if not DIRECTORY.is_dir():
+        raise SystemExit(f"not measured: there is no {DIRECTORY}. Run `make pretrained` first.")
     started = machine()
     runs = complete(args.specs(), args.runs, args.num_workers, "SmolLM2", finished_run, runs_per_process=1)
     summary = summarise(runs)

@@ -121,13 +121,6 @@ class HeldOutCallback(TrainerCallback):
         self.rewards.append(round(mean(TASKS[self.spec.task].reward(completions=texts, **self._columns)), 4))
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> Any:
-    """Model, where `python -m examples.smollm2` has put it."""
-    if not DIRECTORY.is_dir():
-        raise ValueError(f"There is no {DIRECTORY}: run `make pretrained`.")
-    return AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=dtype)
-
-
 def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer, HeldOutCallback]:
     """The trainer of a run, and the callback that records its curve."""
     task = TASKS[spec.task]
@@ -159,7 +152,7 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
     )
     lora = LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules="all-linear")
     trainer = trainer_class(
-        model=load_smollm2(),
+        model=AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32),
         reward_funcs=task.reward,
         args=args,
         train_dataset=prompts["train"],

@@ -5,6 +5,7 @@ import json
 import torch
 import yaml
 
+from examples.smollm2.lists import write_arithmetic, write_prompts
 from examples.tiny_qwen3.model import build_model, build_tokenizer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
@@ -24,6 +25,8 @@ SCHEMAS = {
         lambda i: {"question": f"What is {i} + 2?", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"},
     ),
 }
+# Local files, by name in the recipe.
+FILES = {".cache/lists.jsonl": write_prompts, ".cache/arithmetic.jsonl": write_arithmetic}
 
 
 def write_model(path):
@@ -49,13 +52,16 @@ def write_datasets(path):
         card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
         (directory / "README.md").write_text(f"---\n{card}---\n")
         directories[name] = str(directory)
+    for name, write in FILES.items():
+        directories[name] = str(path / name)
+        write(path / name)
     return directories
 
 
 def shrink(recipe_path, model, datasets, output_dir):
     """Overrides of model, data, precision, sizes, length and the logging service; nothing of the algorithm."""
     recipe = read(recipe_path)
-    smaller = {"test_size": 4, "vllm_max_model_length": 192}
+    smaller = {"train_size": 16, "test_size": 4, "vllm_max_model_length": 192}
     return {
         "model_name_or_path": model,
         "dataset_name": datasets[recipe["dataset_name"]],

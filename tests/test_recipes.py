@@ -22,9 +22,13 @@ from tests import recipe_stand_ins
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*/config_*.yaml"))
-TINY = [path for path in RECIPES if path.parent.parent.name == "tiny-Qwen3"]
+TINY, SMOLLM2 = (
+    [path for path in RECIPES if path.parent.parent.name == name] for name in ("tiny-Qwen3", "SmolLM2-135M-Instruct")
+)
 GPU_RECIPES = [path for path in RECIPES if path not in TINY]
 ONE_COMPLETION = "_one_completion"
+# Completions per step by model; 1024 elsewhere.
+ROLLOUTS = {"tiny-Qwen3": 128, "Qwen3-0.6B": 128, "SmolLM2-135M-Instruct": 64}
 SECTIONS = ["Model", "Data", "Generation", "Optimisation", "Evaluation and logging", "Algorithm"]
 ACCELERATE_CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))}
 
@@ -65,6 +69,9 @@ def test_the_models_and_tasks_have_the_methods_that_they_are_compared_with():
         ("tiny-Qwen3", "config_chain_sum"): all_four,
         ("tiny-Qwen3", "config_chain_sum_one_completion"): {"oblrpo"},
         ("Qwen3-4B-Base", "config_math_one_completion"): {"oblrpo"},
+        ("SmolLM2-135M-Instruct", "config_arithmetic"): pair,
+        ("SmolLM2-135M-Instruct", "config_lists"): pair,
+        ("Qwen3-0.6B", "config_gsm8k_lora"): pair,
         ("Qwen3-0.6B-Base", "config_gsm8k"): pair,
         ("Qwen3-1.7B-Base", "config_gsm8k_lora"): pair,
         **{(f"Qwen3-{size}-Base", stem): found for size in ("4B", "8B") for stem, found in of_size.items()},
@@ -81,10 +88,8 @@ def test_a_recipe_parses_strictly_and_builds_the_configuration_of_its_trainer(pa
     if "learning_rate" in written:
         assert training_args.learning_rate == written["learning_rate"]  # "6e-4" without a dot is a string to YAML
     assert data_args.task_params == written.get("task_params")
-    assert (
-        len(load_rewards(reward_args, data_args, columns=["prompt", "solution", "entry"], max_completion_length=9))
-        == 1
-    )
+    columns = ["prompt", "solution", "entry", "num_items"]
+    assert len(load_rewards(reward_args, data_args, columns=columns, max_completion_length=9)) == 1
 
 
 @each(RECIPES)
@@ -124,16 +129,18 @@ def test_a_key_that_repeats_its_default_says_why(path):
 
 @each(RECIPES)
 def test_a_recipe_takes_at_least_16_prompts_per_step_and_says_how_many(path):
-    args = parsed(path)[1]
+    args, rollouts = parsed(path)[1], ROLLOUTS.get(path.parent.parent.name, 1024)
 
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus(path)
     prompts, rest = divmod(rows, args.num_generations)
-    completions = 1 if ONE_COMPLETION in path.stem else 8
-    assert (rest, args.num_generations, args.num_iterations) == (0, completions, 1)
+    one = ONE_COMPLETION in path.stem or (path in SMOLLM2 and path.parent.name == "oblrpo")
+    assert (rest, args.num_generations, args.num_iterations) == (0, 1 if one else 8, 1)
     assert args.steps_per_generation == args.gradient_accumulation_steps  # one optimizer step for each generation
-    assert prompts * completions == (1024 if path in GPU_RECIPES else 8 * MIN_PROMPTS)
-    assert f"{prompts} prompts x {completions}" in path.read_text()
-    assert f"= 1024 = {prompts} prompts x {completions}" in split_recipe(path)[0] or path in TINY
+    assert prompts * args.num_generations == rollouts
+    assert prompts >= MIN_PROMPTS or (path in SMOLLM2 and path.parent.name == "grpo")  # which has no rho
+    assert f"{prompts} prompts x {args.num_generations}" in path.read_text()
+    if path not in [*TINY, *SMOLLM2]:
+        assert f"= {rollouts} = {prompts} prompts x {args.num_generations}" in split_recipe(path)[0]
 
 
 def test_no_two_recipes_write_to_the_same_directory():
@@ -203,7 +210,8 @@ def test_a_gpu_recipe_trains_two_steps_and_evaluates_without_vllm(path, stand_in
         return [row["step"] for row in trainer.state.log_history if key in row]
 
     assert type(trainer) is (GRPOTrainer if path.parent.name == "grpo" else OBLRPOTrainer)
-    assert steps_with("rewards/accuracy_reward/mean") == [1, 2]
+    (reward,) = recipe_stand_ins.read(path)["reward_funcs"]
+    assert steps_with(f"rewards/{reward.split('.')[-1]}/mean") == [1, 2]
     assert steps_with("eval_reward") == [0, 2]
     assert steps_with("lr_multiplier") == ([1, 2] if path.parent.name == "oblrpo" else [])
     assert list((tmp_path / "run").glob("*.safetensors"))

@@ -26,7 +26,7 @@ def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> Qwen3C
 
 # From the `config.json` of the published models, so that these are planned without the hub.
 PUBLISHED: dict[str, PretrainedConfig] = {
-    "Qwen/Qwen3-0.6B-Base": _qwen3(1024, 3072, 28, 16, tied=True),
+    **dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"), _qwen3(1024, 3072, 28, 16, tied=True)),
     "Qwen/Qwen3-1.7B-Base": _qwen3(2048, 6144, 28, 16, tied=True),
     "Qwen/Qwen3-4B-Base": _qwen3(2560, 9728, 36, 32, tied=True),
     "Qwen/Qwen3-8B-Base": _qwen3(4096, 12288, 36, 32, tied=False),
