@@ -89,13 +89,14 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _movement(runs: Sequence[Run]) -> dict[str, float] | None:
     """Mean KL of a step and its target over the second halves of the runs, where they were measured."""
-    if metrics.KL not in runs[0]["logged"]:
-        return None
-    halves = {
-        name: [value for run in runs for value in run["logged"][key][len(run["logged"][key]) // 2 :]]
-        for name, key in (("kl", metrics.KL), ("target", metrics.KL_TARGET))
-    }
-    return {name: mean(values) for name, values in halves.items()}
+    found = {}
+    for name, key in (("kl", metrics.KL), ("target", metrics.KL_TARGET)):
+        logs = [run["logged"].get(key, []) for run in runs]
+        values = [value for log in logs for value in log[len(log) // 2 :] if value is not None]  # a first step has none
+        if not values:
+            return None
+        found[name] = mean(values)
+    return found
 
 
 def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from operator import add, mul, sub
 
 import pytest
@@ -125,7 +126,7 @@ def test_the_folder_is_made_once_and_again_if_its_weights_are_missing(tmp_path, 
 
 def made_run(method, size, rate, held_out, *, failure=None):
     return {
-        "spec": {"task": "lists", "method": method, "num_generations": size, "learning_rate": rate},
+        "spec": asdict(PretrainedSpec("lists", method, 64 // size, size, seed=0, learning_rate=rate)),
         "held_out": held_out,
         "seconds": [2.0, 1.0, 3.0],
         "failure": failure,
@@ -177,6 +178,15 @@ def test_ours_is_compared_with_the_strongest_control_seed_by_seed():
     # Areas of 0.5, 0.45 and 0.375 minus 0.4.
     assert ours["area_minus_strongest"]["mean"] == pytest.approx(0.125 / 3, abs=1e-4)
     assert "rollouts_to_strongest" not in summary["arms"]["rloo, G = 4"]
+
+
+def test_the_movement_is_that_of_the_second_halves_where_it_was_measured():
+    runs = [made_run("ours", 1, 1e-6, [0.2, 0.4]) for _ in range(2)]
+    assert summary_of(*runs)["arms"]["ours, G = 1"]["movement"] is None
+    for run, kl in zip(runs, ([None, 9.0, 0.1, 0.3], [None]), strict=True):
+        run["logged"] |= {"trust_region/kl": kl, "trust_region/kl_target": [value and 2 * value for value in kl]}
+    assert summary_of(*runs)["arms"]["ours, G = 1"]["movement"] == pytest.approx({"kl": 0.2, "target": 0.4})
+    assert summary_of(runs[1])["arms"]["ours, G = 1"]["movement"] is None
 
 
 def test_every_run_has_as_many_rollouts_and_ours_no_grid_of_rates():
