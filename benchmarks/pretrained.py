@@ -92,7 +92,8 @@ def _movement(runs: Sequence[Run]) -> dict[str, float] | None:
     found = {}
     for name, key in (("kl", metrics.KL), ("target", metrics.KL_TARGET)):
         logs = [run["logged"].get(key, []) for run in runs]
-        values = [value for log in logs for value in log[len(log) // 2 :] if value is not None]  # a first step has none
+        # A first step has none.
+        values = [value for log in logs for value in log[len(log) // 2 :] if value is not None]
         if not values:
             return None
         found[name] = mean(values)
