@@ -133,6 +133,9 @@ def test_estimates_that_are_multiplied_share_no_half_of_rows_and_none_of_columns
         products = UpdateProducts(len(scores), drawn, sketched)
         products.add("weight", SketchAccumulator(len(scores), drawn).add("weight", DenseGradient(scores.flatten(1))))
         estimates.append(products.result())
+    # A half stands for all of its side, also one of 3 of 7 numbers.
+    for side, width in ((ROWS, sketch_dim // 8), (COLUMNS, 8)):
+        assert drawn.halves("weight", side).sum(dim=0).tolist() == pytest.approx([width, width])
     first, second, third, fourth = torch.stack(estimates).unbind(dim=2)
     exact = 0.5 * (scores * update).sum(dim=(1, 2)).square().mean()
 
