@@ -85,7 +85,7 @@ def test_the_default_cases_can_be_planned_and_have_a_limit():
         limits = gpu.limits(arguments, shape, case, rate=6e14)
         assert case.lora or limits["lm_head"] < limits["last_k"] < limits["all"] < limits["train"]
         planned = gpu.planned_peaks(arguments, shape, case, torch.device("cuda"))
-        assert 1e9 < planned["all"] < planned["train"] < 80e9
+        assert 1e9 < planned["all"] <= planned["train"] < 80e9
 
 
 def test_no_case_is_begun_beyond_the_budget(tmp_path, capsys):

@@ -85,14 +85,16 @@ def test_a_reward_that_drifts_away_hides_the_predicted_gain(tmp_path):
     def stricter_and_stricter(completions, **kwargs):
         nonlocal num_calls
         num_calls += 1
-        return [reward - 0.025 * num_calls for reward in digit_reward(completions)]
+        return [reward - 0.035 * num_calls for reward in digit_reward(completions)]
 
     options = {"max_steps": 30, "trust_region_kl": 0.004, **TRUST}
     steady, drifting = run(tmp_path / "a", **options), run(tmp_path / "b", reward=stricter_and_stricter, **options)
     gains = [[gain for gain in logged(t, "trust_region/predicted_gain") if gain] for t in (steady, drifting)]
     assert sum(gains[1]) == pytest.approx(sum(gains[0]), rel=0.5)
-    assert "Gain not realised" in names(drifting)
-    assert "Gain not realised" not in names(steady)
+    # By itself: a reward that falls this far is told as a collapse, and what follows from that is left out.
+    (rule,) = (rule for name, _, rule in RULES if name == "Gain not realised")
+    assert list(rule(drifting.state.log_history))
+    assert not list(rule(steady.state.log_history))
 
 
 @pytest.mark.parametrize("prior_strength", PRIOR_STRENGTH_GRID)
