@@ -126,7 +126,8 @@ def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]
 def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
     """Gains of the constant rates."""
     if args.tuned_by is not None:
-        summary = json.loads(Path(args.tuned_by).read_text())["summary"]
+        record = json.loads(Path(args.tuned_by).read_text())
+        args.tuning_seeds, summary = record["settings"]["tuning_seeds"], record["summary"]
         return {
             setting: {float(rate): value for rate, value in summary[setting]["tuning"].items()}
             for setting in args.settings
