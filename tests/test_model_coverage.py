@@ -9,8 +9,9 @@ from torch import nn
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.scores import DenseGradient, OuterProduct, reference_scores, score_sketches
+from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.calls import LayerCall, Layout, current_autocast
-from oblr_trl.scores.projections import Projections, SketchAccumulator
+from oblr_trl.scores.projections import Projections
 from oblr_trl.scores.rules import recomputed_rule
 from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.trust_region import TrustRegion

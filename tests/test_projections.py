@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.factors import DenseGradient, IndexRows, OuterProduct
-from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 
 # A projected matrix twice (they share their bases), a matrix that is formed, and a vector longer than the sketch.
 SHAPES = {"first": (40, 30), "second": (40, 30), "small": (5, 6), "vector": (100,)}

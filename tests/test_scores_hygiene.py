@@ -12,8 +12,9 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from oblr_trl.scores import DenseGradient, reference_scores, register_score_rule, score_sketches
 from oblr_trl.scores import rules as rules_module
+from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.head import head_pass
-from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 from oblr_trl.scores.scopes import resolve_scope
 from tests.tiny_models import random_batch, tiny_model
 

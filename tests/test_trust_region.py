@@ -16,10 +16,11 @@ from transformers import TrainerCallback
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.baselines import GroupedBatch
+from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.factors import DenseGradient
 from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parameter_sketch
-from oblr_trl.scores.projections import COLUMNS, ROWS, Projections, SketchAccumulator
+from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
 from oblr_trl.trust_region import Movement, TrustRegion, kl_of_update

@@ -36,8 +36,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient
-
 # Rows up to which a table is a matrix like any other: the identity of its rows then takes 1 MiB.
 _TINY_VOCABULARY = 512
 # Entries of a parameter that are projected at once: 8 MiB in float64.
@@ -267,68 +265,6 @@ class Projections:
             orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
         return self._drawn[key]
-
-
-class SketchAccumulator:
-    """Sums projected gradients of one micro-batch, added in any order, into sketches; at least in float32."""
-
-    def __init__(self, batch_size: int, projections: Projections) -> None:
-        self._projections = projections
-        self._last_columns: tuple[tuple[object, ...], Tensor, Tensor] | None = None
-        shape = (batch_size, 2 * projections.sketch_dim)
-        self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
-
-    def add(self, name: str, gradient: PerSequenceGradient) -> Tensor:
-        """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
-        drawn = self._projections
-        if isinstance(gradient, DenseGradient):
-            projected = gradient.values.to(drawn.dtype)
-            if drawn.is_factored(name):
-                values, matrices = drawn.unflatten(name, projected)
-                # Each axis is the last one once: (B, C, R) to (B, C, r), then (B, r, C) to (B, r, c).
-                projected = drawn.project(name, COLUMNS, drawn.project(name, ROWS, values.mT, matrices).mT, matrices)
-                projected = projected if matrices is None else projected.sum(dim=1)
-        else:
-            # Both are in the sketch's dtype, float32 at least: the sum over positions is where half precision would lose.
-            rows, columns = self._project_rows(name, gradient), self._project_columns(name, gradient)
-            if gradient.matrices is not None and not drawn.is_factored(name):
-                projected = drawn.form(name, rows, columns, gradient.matrices)
-            else:
-                projected = torch.bmm(rows.mT, columns)
-        drawn.add_projected(self._total, name, projected)
-        return projected
-
-    def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
-        match gradient.rows:
-            case IndexRows(indices):
-                return self._projections.projection(name, ROWS, indices)
-            case HeadRows(projected=projected):
-                assert projected is not None, "the head pass was not given this accumulator's row projection"
-                return projected
-            case values:
-                return self._projections.project(name, ROWS, values, gradient.matrices)
-
-    def _project_columns(self, name: str, gradient: OuterProduct) -> Tensor:
-        columns = gradient.columns
-        if gradient.matrices is not None:
-            return self._projections.project(name, COLUMNS, columns, gradient.matrices)
-        # The tensor that was projected last is kept, so that its place in memory tells whether this is the same one.
-        key = (
-            *self._projections.columns_key(name),
-            columns.data_ptr(),
-            columns.shape,
-            columns.stride(),
-            columns.dtype,
-        )
-        if self._last_columns is None or self._last_columns[0] != key:
-            # Without its graph, whose taps refer to this object.
-            self._last_columns = (key, columns.detach(), self._projections.project(name, COLUMNS, columns))
-        return self._last_columns[2]
-
-    def result(self) -> Tensor:
-        """The sketches, of shape `(B, k)`."""
-        self._last_columns = None
-        return self._total.unflatten(1, (2, -1)).sum(dim=1)
 
 
 def parent(name: str) -> str:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.calls import LayerCall, Layout
 from oblr_trl.scores.exact_norms import ExactNormAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
 from oblr_trl.scores.movement import UpdateProducts
-from oblr_trl.scores.projections import ROWS, Projections, SketchAccumulator
+from oblr_trl.scores.projections import ROWS, Projections
 from oblr_trl.scores.rules import CallRule, ScoreRule, apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
 from oblr_trl.scores.taps import (
