@@ -134,7 +134,7 @@ def test_the_document_marks_exactly_the_options_that_are_refused_and_those_with_
         ({"score_scope": "last_k"}, "cannot honour score_last_k=None"),
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),
-        ({"score_sketch_dim": 0}, "cannot honour score_sketch_dim=0"),
+        ({"score_sketch_dim": 1}, "cannot honour score_sketch_dim=1"),
         ({"snr_ema_decay": 1.0}, "cannot honour snr_ema_decay=1.0"),
         ({"snr_ema_decay": -0.1}, "cannot honour snr_ema_decay=-0.1"),
         ({"snr_min_multiplier": 0.5, "snr_max_multiplier": 0.2}, "cannot honour snr_min_multiplier=0.5"),

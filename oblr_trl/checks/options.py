@@ -89,7 +89,7 @@ _REFUSALS = (
         "it counts the blocks of score_scope='last_k', and score_scope is {args.score_scope!r}",
         "set it to at least 1 together with score_scope='last_k', and only then",
     ),
-    _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 1, "it is a length", "use at least 1"),
+    _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 2, "its halves are compared", "use at least 2"),
     _Refusal(
         "trust_region_kl",
         lambda args: not args.trust_region_kl > 0,
