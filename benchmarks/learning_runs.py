@@ -262,6 +262,14 @@ def finished_run(directory: str, spec: RunSpec) -> dict[str, Any]:
     return kept(Path(directory) / f"{spec.policy}-{spec.method}-{digest}.pt", spec.settings, lambda: run(spec))
 
 
+def divergence(error: Exception) -> str:
+    """What a run says whose weights or activations became infinite; any other error is raised again."""
+    # torch says "contains either `inf`, `nan`" where it samples, CUDA that an assertion failed, our trainer "not finite" where it scores.
+    if not any(sign in str(error) for sign in ("`inf`, `nan`", "device-side assert", "not finite")):
+        raise error
+    return str(error).splitlines()[0]
+
+
 def run(spec: RunSpec) -> dict[str, Any]:
     """
     Train as `spec` says and return the curve. A run whose weights or activations become infinite counts as wrong
@@ -274,10 +282,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         try:
             trainer.train()
         except (ValueError, RuntimeError) as error:
-            # torch says "contains either `inf`, `nan`" where it samples, our trainer "not finite" where it scores.
-            if not any(sign in str(error) for sign in ("`inf`, `nan`", "not finite")):
-                raise
-            failure = str(error)
+            failure = divergence(error)
             callback.fill()
     return {
         "spec": asdict(spec),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.completion_pool import kept
-from benchmarks.learning_runs import SEED_DISTANCE, prepare_process
+from benchmarks.learning_runs import SEED_DISTANCE, divergence, prepare_process
 from examples.smollm2.__main__ import ARITHMETIC, DIRECTORY, LISTS
 from examples.smollm2.rewards import answer_reward, list_reward
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
@@ -183,9 +183,7 @@ def run(spec: PretrainedSpec) -> dict[str, Any]:
         try:
             trainer.train()
         except (RuntimeError, ValueError) as error:
-            failure = str(error).splitlines()[0]
-            if not any(sign in failure for sign in ("device-side assert", "`inf`, `nan`", "not finite")):
-                raise
+            failure = divergence(error)
             callback.fill()
     steps = [row for row in trainer.state.log_history if "reward" in row]
     return {
