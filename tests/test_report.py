@@ -76,10 +76,10 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
     assert list(parts) == ["chain_sum", "products, easy to hard"]
     assert f"after {intervals[0]} of their rollouts on chain_sum and {intervals[1]} where prompts" in readme
 
-    random, demo = (
-        records["cost"]["comparisons"][name]["ratios"]["all"]["median"] for name in ("transformers", "demo")
+    random, demo = (  # of the default
+        records["cost"]["comparisons"][name]["ratios"]["trust_region"]["median"] for name in ("transformers", "demo")
     )
-    vllm = records["cost_vllm"]["comparisons"]["vllm"]["ratios"]["all"]["median"]
+    vllm = records["cost_vllm"]["comparisons"]["vllm"]["ratios"]["trust_region"]["median"]
     assert (
         f"{random:.2f} to {demo:.2f} times GRPO's with generation by transformers on a CPU, {vllm:.2f} times" in readme
     )

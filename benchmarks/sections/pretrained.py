@@ -4,6 +4,8 @@ from typing import Any
 
 from benchmarks.sections.tables import markdown_table
 
+_LABELS = {"ours": "OBLR-PO", "grpo": "GRPO", "rloo": "RLOO"}
+
 
 def markdown(record: dict[str, Any]) -> str:
     """The conditions, then a row for every method, group size and rate."""
@@ -21,7 +23,7 @@ def markdown(record: dict[str, Any]) -> str:
                 rows.append(
                     [
                         task,
-                        arm["method"],
+                        _LABELS[arm["method"]],
                         groups,
                         named,
                         f"{curves[0][0]:.3f}",
