@@ -209,3 +209,10 @@ def test_the_held_out_accuracy_is_that_of_sampling_in_expectation(tiny_policy):
         expected.append(probability)
     assert held_out.tolist() == pytest.approx(expected, rel=1e-4)
     assert held_out.min() > 0
+
+
+def test_only_infinities_count_as_a_lost_run():
+    lost = RuntimeError("CUDA error: device-side assert triggered\nfor debugging consider ...")
+    assert learning_runs.divergence(lost) == "CUDA error: device-side assert triggered"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        learning_runs.divergence(RuntimeError("CUDA out of memory."))
