@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import OlmoConfig, OlmoForCausalLM
+from transformers import LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 from oblr_trl.scores import ScorePass, reference_scores, score_sketches
 from oblr_trl.scores.parameters import local_parameter_sketch
@@ -129,6 +129,7 @@ def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_row
         widths.append(model_inputs["input_ids"].size(1))
         return score_pass(model_inputs, *args)
 
+    recorded_pass.model = score_pass.model
     lengths = weighted_lengths(weights)
     assert torch.equal(lengths, completion_mask.sum(dim=1))
     order = lengths.argsort(descending=True)
@@ -148,6 +149,24 @@ def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_row
     # 7 tokens of the prompt and those of the longest completion of two; the shortest one is empty.
     assert widths == [7 + int(length) for length in lengths[order][::2]]
     assert widths[0] > widths[-1]
+
+
+def test_chunks_keep_their_padding_where_rotary_frequencies_depend_on_it():
+    """LongRoPE turns by other angles in batches of more than 12 tokens; the loss sees all 16 columns, whatever a chunk needs."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16, "original_max_position_embeddings": 12}
+    config = tiny_model("llama").config
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0} | factors
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double().eval()
+    input_ids, attention_mask, completion_mask = random_batch(batch_size=6)
+    expected = score_sketches(model, input_ids, attention_mask, completion_mask)
+    weights = completion_mask.double()
+    order = weighted_lengths(weights).argsort(descending=True)
+    scoring_model = ScoringModel(ScorePass(model), weights, order)
+    for rows in order.split(2):
+        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+        scoring_model(labels=None, fused_lm_head=True, **inputs)
+    torch.testing.assert_close(scoring_model.result(lambda tensor: tensor).sketches, expected)
 
 
 def test_scores_do_not_depend_on_the_amount_of_padding():

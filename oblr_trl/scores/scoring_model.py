@@ -30,7 +30,7 @@ class ScoringModel:
     """
     Stands in for the model in `_get_per_token_logps_and_entropies`, so that the parent's chunking, multimodal inputs and
     mixed precision serve the scoring pass, and its log-probabilities the parent. Columns after the last weighted token of a chunk
-    do not take part.
+    do not take part, but where positions are encoded by the length of a batch.
 
     Args:
         score_pass ([`~scores.score_pass.ScorePass`]): The scoring pass.
@@ -44,6 +44,8 @@ class ScoringModel:
         self._token_weights = token_weights[self._order]
         # Here for all chunks at once: a device is waited for.
         self._lengths = weighted_lengths(self._token_weights).tolist()
+        if _rotates_by_length(score_pass.model):
+            self._lengths = [token_weights.size(1)] * len(self._lengths)
         self._outputs: list[ScoreOutput] = []
         self._start = 0
         self.seconds = 0.0
@@ -93,6 +95,14 @@ def weighted_lengths(token_weights: Tensor) -> Tensor:
     """Number of columns up to the last one that is not 0, of shape `(B,)`."""
     columns = torch.arange(1, token_weights.size(1) + 1, device=token_weights.device)
     return ((token_weights != 0) * columns).amax(dim=1)
+
+
+def _rotates_by_length(model: nn.Module) -> bool:
+    """Whether rotary frequencies depend on the longest sequence of a batch, for which the loss takes its padded length."""
+    types = [getattr(module, "rope_type", None) for module in model.modules()]
+    # By kind of layer in some models.
+    flat = [kind for value in types for kind in (value.values() if isinstance(value, dict) else [value])]
+    return "dynamic" in flat or "longrope" in flat
 
 
 class OldLogpsForward:
