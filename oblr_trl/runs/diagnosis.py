@@ -128,7 +128,7 @@ def _recent(rows: Rows, metric: str, at_least: int = MIN_VALUES) -> list[float]:
 
 @_rule(
     "Policy collapse",
-    "steps are too large: divide `learning_rate` (or `trust_region_kl`) by 10, resume from before the fall",
+    "steps are too large: divide `trust_region_kl` (without a trust region: `learning_rate`) by 10, resume from before the fall",
 )
 def _collapse(rows: Rows) -> Evidence:
     rate = f"at learning rates of up to {max(_values(rows, metrics.LEARNING_RATE, 1), default=math.nan):.2g}"

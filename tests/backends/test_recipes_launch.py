@@ -93,7 +93,9 @@ def test_two_steps_through_the_launch_line_of_the_recipe(name, stand_ins, tmp_pa
     rates = [history[step]["learning_rate"] for step in (1, 2)]
     written = recipe_stand_ins.read(recipe)
     multipliers = [history[step].get("lr_multiplier", 1.0) for step in (1, 2)]
-    initial = written.get("learning_rate", 1e-6)  # TRL's default, which the trust region leaves out of the size of a step
+    initial = written.get(
+        "learning_rate", 1e-6
+    )  # TRL's default, which the trust region leaves out of the size of a step
     assert run.learning_rates.tolist() == pytest.approx([initial * factor for factor in multipliers])
     assert run.learning_rates.tolist() == pytest.approx(rates)
     assert run.final_weights
