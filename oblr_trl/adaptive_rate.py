@@ -134,7 +134,8 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         key = f"parameters {zlib.crc32(repr(shapes).encode())}, {self.args.score_sketch_dim} numbers, seed {self.args.seed}"
         if key != self._sketched:
             self._sketched, region.parameters = key, None
-        parameters = self.accelerator.reduce(local_parameter_sketch(self._score_pass), "sum")
+        sketch = local_parameter_sketch(self._score_pass, self.accelerator.device)
+        parameters = self.accelerator.reduce(sketch, "sum")
         update = region.update_since(parameters, step=self.state.global_step)
         # The difference does not need float64, and may be as long as an adapter.
         self._score_pass.update = None if update is None else update.float()

@@ -70,26 +70,39 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
+        # First: with other options it is refused by name, and the parent could not read the schedule of another kind.
         self._load_algorithm_state(load_state(checkpoint))
         self._load_algorithm_tensors(load_state_tensors(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
         if self._trains_on_old_rollouts():
             device = self.accelerator.device
             self._buffered_inputs = load_rollouts(checkpoint, self.accelerator.process_index, device)
 
     def _trains_on_old_rollouts(self) -> bool:
         """Whether the next training step is on rollouts that were generated before an optimizer step."""
+        return self._step % self._steps_per_batch != 0
+
+    @property
+    def _steps_per_batch(self) -> int:
+        """Training steps, of which gradient accumulation takes several, on a generation batch."""
         assert self.args.steps_per_generation is not None  # set by the configuration
-        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return self.args.steps_per_generation * self.num_iterations
 
     def _algorithm_state(self) -> dict[str, Any]:
         """State of the run that the parent does not save, as plain numbers and strings."""
-        return {"training_steps": self._step}
+        return {"steps_on_batch": self._step % self._steps_per_batch, "steps_per_batch": self._steps_per_batch}
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        self._step = state["training_steps"]
+        self._step, written = state["steps_on_batch"], state["steps_per_batch"]
+        if self._step and written != self._steps_per_batch:
+            raise ValueError(
+                f"The checkpoint was written after {self._step} of the {written} training steps on a generation batch "
+                f"(steps_per_generation x num_iterations), of which this run has {self._steps_per_batch}. Resume with the former, or "
+                "from a checkpoint at the end of a generation batch."
+            )
 
     def _algorithm_tensors(self) -> dict[str, Tensor]:
         """State of the run that would be long as text."""

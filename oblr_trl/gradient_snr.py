@@ -187,7 +187,7 @@ class StepGradientSNR:
                 `noise / N` is the variance of one step's gradient.
 
         Returns:
-            `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate.
+            `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate, and for fewer than two prompts.
         """
         if step != self._step:
             self.restart()
@@ -196,7 +196,7 @@ class StepGradientSNR:
         signal, noise = gradient_moments(torch.cat(self._gradients))
         self.averages = copy.copy(self._earlier_steps)
         self.averages.update(GradientMoments(signal, noise + self.num_prompts * sampling_variance))
-        return self.averages.rho(self.num_prompts) if self.num_prompts else math.nan
+        return self.averages.rho(self.num_prompts) if self.num_prompts > 1 else math.nan
 
 
 def sampling_variance(sketches: Tensor, advantages: Tensor, num_steps: float) -> float:

@@ -10,6 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.checkpoints import last_complete_checkpoint
+from oblr_trl.checks.backends import check_backend
 from tests.tiny_models import construct, tiny_tokenizer, train
 
 
@@ -132,3 +133,48 @@ def test_an_unreadable_state_is_refused(tmp_path, content):
     (tmp_path / "checkpoint-1" / "oblrpo_state.json").write_text(content)
     with pytest.raises(ValueError, match=r"`oblrpo_state.json` of the checkpoint cannot be read \(.+\)"):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True)
+
+
+def test_the_window_of_rollouts_may_change_where_a_batch_is_used_up_and_is_refused_by_name_elsewhere(tmp_path):
+    """As fewer GPUs with more accumulation, which keep the batch."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(OBLRPOTrainer, OBLRPOConfig, tmp_path, max_steps=3, steps_per_generation=2, **saving)
+    at_the_end, between = (str(tmp_path / f"checkpoint-{step}") for step in (2, 3))
+    options = {"steps_per_generation": 4, "num_iterations": 1, "max_steps": 6}
+
+    resumed = train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "new", resume_from_checkpoint=at_the_end, **options)
+    assert resumed.state.global_step == 6
+    with pytest.raises(ValueError, match=r"after 1 of the 2 training steps on a generation batch .*this run has 4"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "new", resume_from_checkpoint=between, **options)
+
+
+@pytest.mark.parametrize("adaptation", ["trust_region", "snr"])
+def test_another_way_to_adapt_the_rate_is_refused_by_name(tmp_path, adaptation):
+    """The schedule of a checkpoint has another kind, which torch reads with a bare KeyError."""
+    train(
+        OBLRPOTrainer,
+        OBLRPOConfig,
+        tmp_path,
+        max_steps=1,
+        lr_adaptation=adaptation,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(ValueError, match=rf"written with lr_adaptation='{adaptation}' but this run has 'none'"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path, resume_from_checkpoint=True, max_steps=2, lr_adaptation="none")
+
+
+def test_models_that_are_split_over_gpus_and_apples_gpus_are_refused_with_the_remedy(tmp_path):
+    trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path)
+    trainer.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 0}
+    check_backend(trainer)
+    trainer.model.hf_device_map["lm_head"] = 1
+    with pytest.raises(ValueError, match=r"split over \['0', '1'\] .*`accelerate launch`"):
+        check_backend(trainer)
+    del trainer.model.hf_device_map
+    trainer.accelerator.state.device = torch.device("mps")
+    try:
+        with pytest.raises(ValueError, match=r"Apple's GPUs lack. Remedy: set use_cpu=True"):
+            check_backend(trainer)
+    finally:
+        trainer.accelerator.state.device = torch.device("cpu")

@@ -204,3 +204,11 @@ def test_equal_rewards_use_up_nothing_of_the_averages_start():
 
 def test_a_step_without_prompts_has_no_rho():
     assert math.isnan(StepGradientSNR(GradientSNR()).add(torch.zeros(0, 5), step=0))
+
+
+def test_fewer_than_two_prompts_say_nothing_of_rho_whatever_is_remembered():
+    snr = StepGradientSNR(GradientSNR(decay=0.5))
+    before = snr.add(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)) + 1, step=0)
+    assert 0 < before < 1
+    for step, num_prompts in ((1, 1), (2, 0)):
+        assert math.isnan(snr.add(torch.ones(num_prompts, 5), step=step))

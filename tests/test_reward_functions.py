@@ -13,6 +13,7 @@ import traceback
 import pytest
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.checks import reward_functions
 from oblr_trl.checks.reward_functions import RewardFunctions
 from tests.tiny_models import train
 
@@ -191,3 +192,10 @@ def test_a_reward_function_may_be_called_without_the_trainers_arguments():
     functions = RewardFunctions(None)
     assert functions.wrap(lambda completions: [1.0 for _ in completions])(completions=["a", "b"]) == [1.0, 1.0]
     assert asyncio.run(functions.wrap(later)(completions=["a"])) == [2.0]
+
+
+def test_a_time_limit_is_refused_where_there_is_no_signal_to_interrupt_by(monkeypatch):
+    monkeypatch.setattr(reward_functions, "_WAKE_UP", None)  # as on Windows
+    RewardFunctions()
+    with pytest.raises(ValueError, match=r"`reward_timeout` interrupts by Unix signals"):
+        RewardFunctions(timeout=1.0)

@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 from oblr_trl.scores import ScorePass, reference_scores, score_sketches
 from oblr_trl.scores.parameters import local_parameter_sketch
+from oblr_trl.scores.score_pass import ScoreOutput
 from oblr_trl.scores.scoring_model import ScoringModel, weighted_lengths
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
 
@@ -189,3 +190,18 @@ def test_a_model_that_changes_a_layers_output_in_place_is_scored():
     model.config.clip_qkv = None
     unclamped = reference_scores(model, *batch).square().sum(dim=1)
     assert relative_error(unclamped, truth) > 1e-3  # else nothing was clamped
+
+
+def test_a_batch_with_images_keeps_all_columns():
+    """A tool may have put images into completions that have no weight, and their features come whole."""
+    widths = []
+
+    def score_pass(model_inputs, targets, token_weights):
+        widths.extend([model_inputs["input_ids"].size(1), targets.size(1), token_weights.size(1)])
+        return ScoreOutput(torch.zeros(2, 9))
+
+    score_pass.model = nn.Module()
+    input_ids = torch.ones(2, 16, dtype=torch.long)
+    scoring_model = ScoringModel(score_pass, torch.zeros(2, 9))
+    scoring_model(labels=None, fused_lm_head=True, input_ids=input_ids, pixel_values=torch.zeros(4, 3))
+    assert widths == [16, 9, 9]

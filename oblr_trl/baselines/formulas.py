@@ -203,7 +203,8 @@ def _sum_of_all(x: Tensor) -> Tensor:
 
 def sum_of_others(x: Tensor, dim: int = 1) -> Tensor:
     """Sum of all entries along `dim` but the own one, without the cancellation of "total minus own"."""
-    zero = torch.zeros_like(x.narrow(dim, 0, 1))
-    before = torch.cat([zero, x.narrow(dim, 0, x.size(dim) - 1)], dim).cumsum(dim)
-    after = torch.cat([zero, x.flip(dim).narrow(dim, 0, x.size(dim) - 1)], dim).cumsum(dim).flip(dim)
-    return before + after
+    values = x.cpu()  # a cumulative sum on a GPU is not deterministic: `full_determinism` refuses it
+    zero = torch.zeros_like(values.narrow(dim, 0, 1))
+    before = torch.cat([zero, values.narrow(dim, 0, x.size(dim) - 1)], dim).cumsum(dim)
+    after = torch.cat([zero, values.flip(dim).narrow(dim, 0, x.size(dim) - 1)], dim).cumsum(dim).flip(dim)
+    return (before + after).to(x.device)

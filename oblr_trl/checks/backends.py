@@ -10,6 +10,19 @@ from oblr_trl.checks.adaptation import adapt_if_possible
 def check_backend(trainer: Any) -> None:
     """Raise a `ValueError` for what the trainer's backend does that OBLR-PO cannot work with."""
     args, state = trainer.args, trainer.accelerator.state
+    plain = args.baseline == "group_mean" and not args.needs_scores
+    if trainer.accelerator.device.type == "mps" and not plain:
+        raise ValueError(
+            "Baselines and sketches are summed in float64, which Apple's GPUs lack. Remedy: set use_cpu=True, or "
+            "baseline='group_mean' with lr_adaptation='none'."
+        )
+    devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
+    if args.needs_scores and len(devices) > 1:
+        raise ValueError(
+            f"The model is split over {sorted(devices)} in one process (`device_map`), and the scoring pass works on one. Remedy: load it "
+            "without `device_map` and start one process per GPU by `accelerate launch`, with ZeRO-3 or FSDP 2 for a model that does "
+            "not fit into one; or baseline='group_mean' with lr_adaptation='none'."
+        )
     adapt_if_possible(args, _check_deepspeed, state.deepspeed_plugin if trainer.is_deepspeed_enabled else None)
     if args.needs_scores and trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 # Ignored unless handled, so that one that arrives late does no harm; SIGALRM belongs to math-verify's own timeouts.
-_WAKE_UP = signal.SIGURG
+_WAKE_UP: Any = getattr(signal, "SIGURG", None)  # Unix
 
 # Time to close files and connections, in seconds, after an interruption and before the next one.
 _GRACE = 1.0
@@ -35,6 +35,10 @@ class RewardFunctions:
     """
 
     def __init__(self, timeout: float | None = None) -> None:
+        if timeout is not None and _WAKE_UP is None:
+            raise ValueError(
+                "`reward_timeout` interrupts by Unix signals, which this platform lacks. Leave it at None."
+            )
         self.timeout = timeout
         self._error: Exception | None = None
 

@@ -73,7 +73,7 @@ def _of_dtensor(parameter: DTensor) -> LocalEntries:
 
 
 @torch.no_grad()
-def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
+def local_parameter_sketch(score_pass: ScorePass, device: torch.device | None = None) -> Tensor:
     """
     This process's part of the sketch of the parameters in scope, one after another; the sum over processes is the sketch.
 
@@ -81,6 +81,8 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
 
     Args:
         score_pass ([`~scores.score_pass.ScorePass`]): The pass whose projections are used.
+        device (`torch.device`, *optional*):
+            Where scores are computed, if parameters are not kept there (FSDP 2 with offloading). That of the output projection if not given.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: In float64; at most k numbers for every matrix, and every entry of vectors and small matrices.
@@ -88,7 +90,8 @@ def local_parameter_sketch(score_pass: ScorePass) -> Tensor:
     scoped = resolve_scope(score_pass.model, score_pass.scope, score_pass.last_k)
     parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
     head = next(scoped.head.parameters(recurse=False))
-    projections = score_pass.projections(scoped, torch.promote_types(head.dtype, torch.float32), head.device)
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    projections = score_pass.projections(scoped, dtype, head.device if device is None else device)
     projected = [
         projections.project_entries(name, *local_entries(parameters[name]), torch.float64) for name in scoped.shapes
     ]

@@ -106,8 +106,9 @@ class ScorePass:
 
     def projections(self, scoped: ScopedParameters, dtype: torch.dtype, device: torch.device) -> Projections:
         """The projections of the scope's parameters, drawn once and kept while the parameters stay the same."""
-        if self._projections is None or self._projections.shapes != scoped.shapes:
-            self._projections = Projections(
+        drawn, device = self._projections, torch.empty(0, device=device).device  # with its index
+        if drawn is None or drawn.shapes != scoped.shapes or drawn.device != device:
+            drawn = self._projections = Projections(
                 scoped.shapes,
                 tables=scoped.tables,
                 sketch_dim=self.sketch_dim,
@@ -115,7 +116,7 @@ class ScorePass:
                 dtype=dtype,
                 device=device,
             )
-        return self._projections
+        return drawn
 
 
 class _MicroBatch:

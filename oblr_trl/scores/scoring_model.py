@@ -55,7 +55,9 @@ class ScoringModel:
         input_ids = model_inputs["input_ids"]
         rows = slice(self._start, self._start + input_ids.size(0))
         self._start = rows.stop
-        num_tokens = max(*self._lengths[rows], 1)
+        # A tool may have put images into a completion, whose features come whole.
+        whole = "pixel_values" in model_inputs
+        num_tokens = self._token_weights.size(1) if whole else max(*self._lengths[rows], 1)
         unused = self._token_weights.size(1) - num_tokens
         for name, value in model_inputs.items():
             if isinstance(value, Tensor) and value.shape == input_ids.shape:

@@ -120,6 +120,6 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_and_an_unreadable_state_is_ref
     (older / "oblrpo_state.json").write_text('{"baseline": ')
     refused = runs.run(tmp_path / "refused", model, expect_failure=True, **SETTINGS, resume_from_checkpoint=older)
     assert "`oblrpo_state.json` of the checkpoint cannot be read" in refused.log
-    (older / "oblrpo_state.json").write_text(json.dumps({"training_steps": 4, "baseline": "leave_one_out"}))
+    (older / "oblrpo_state.json").write_text(json.dumps({"baseline": "leave_one_out"}))
     refused = runs.run(tmp_path / "refused", model, expect_failure=True, **SETTINGS, resume_from_checkpoint=older)
     assert "The checkpoint was written with baseline='leave_one_out'" in refused.log
