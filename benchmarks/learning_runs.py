@@ -73,6 +73,7 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 _TRUST_REGION = {"lr_adaptation": "trust_region"}
 SMALL_GROUP_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("oblrpo", _TRUST_REGION),
+    "ours_scaled": ("oblrpo", _TRUST_REGION | {"scale_rewards": "group"}),
     "ours_no_memory": ("oblrpo", _TRUST_REGION | {"baseline_memory_size": 0}),
     "mean_prior": ("mean_prior", _TRUST_REGION),
     "rloo_kl": ("oblrpo", _TRUST_REGION | {"baseline": "leave_one_out"}),

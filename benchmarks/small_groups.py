@@ -3,8 +3,9 @@
     python -m benchmarks.small_groups
 
 OBLR-PO, the same without memory of prompts (they come again in these small tasks) and without gradient weights (a mean with the same
-priors), RLOO and GRPO, at every group size, all with the trust region, so that no rate is tuned. RLOO and GRPO run again at the best constant rate of a grid with a factor of 2, at the group size
-that was best for them. What is compared is the number of rollouts until a method has the accuracy that the strongest of RLOO and
+priors), with graded rewards also divided by the group's deviation as TRL's default has it, RLOO and GRPO, at every group size, all with
+the trust region, so that no rate is tuned. RLOO and GRPO run again at the best constant rate of a grid with a factor of 2, at the group
+size that was best for them. What is compared is the number of rollouts until a method has the accuracy that the strongest of RLOO and
 GRPO ends with.
 
 Finished runs are kept in `runs/small_groups/` and not repeated, so that a stopped study resumes. Seeds are the outermost loop: ask
@@ -41,11 +42,14 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 GROUP_SIZES = {
     "ours": (1, 2, 4, 8),
-    "ours_no_memory": (1, 2),
-    "mean_prior": (1, 2),
+    "ours_scaled": (1, 2, 4),
+    "ours_no_memory": (1,),
+    "mean_prior": (1,),
     "rloo_kl": (2, 4, 8),
     "grpo_kl": (2, 4, 8),
 }
+# Where rewards are right or wrong, dividing them by their deviation is another matter than the group size.
+GRADED_ONLY = ("ours_scaled",)
 # By the method whose group size they take.
 TUNED = {"rloo_kl": "rloo", "grpo_kl": "grpo"}
 
@@ -105,6 +109,7 @@ def untuned(args: SmallGroupsArguments) -> dict[str, Cells]:
         for seed in range(args.evaluation_seeds)
         for task in args.tasks
         for method in args.methods
+        if method not in GRADED_ONLY or "graded" in task
         for group_size in GROUP_SIZES[method]
     ]
     specs = [args.spec(task, method, group_size, seed) for seed, task, method, group_size in keys]

@@ -88,11 +88,11 @@ def test_the_study_runs_and_resumes(tmp_path, monkeypatch):
     install_tiny_policy(monkeypatch, tmp_path, vocab_size=130)
     monkeypatch.setattr(small_groups, "ROLLOUTS", 8)
     monkeypatch.setattr(
-        small_groups, "TASKS", {"new": {"policy": "tiny"}, "again": {"policy": "tiny", "train_size": 8}}
+        small_groups, "TASKS", {"new": {"policy": "tiny"}, "graded": {"policy": "tiny", "train_size": 8}}
     )
     monkeypatch.setattr(small_groups, "GROUP_SIZES", dict.fromkeys(small_groups.GROUP_SIZES, (2, 4)))
     args = small_groups.SmallGroupsArguments(
-        tasks=["new", "again"],
+        tasks=["new", "graded"],
         evaluation_seeds=1,
         num_steps=10,
         num_workers=0,
@@ -104,8 +104,9 @@ def test_the_study_runs_and_resumes(tmp_path, monkeypatch):
     small_groups.main(args)
     record = json.loads((tmp_path / "record.json").read_text())
 
-    methods = {row["method"] for row in record["summary"]["again"]["rows"]}
-    assert methods == {*small_groups.GROUP_SIZES, *small_groups.TUNED.values()}
+    methods = {task: {row["method"] for row in part["rows"]} for task, part in record["summary"].items()}
+    assert methods["graded"] == {*small_groups.GROUP_SIZES, *small_groups.TUNED.values()}
+    assert methods["graded"] - methods["new"] == {"ours_scaled"}
     assert section.figure(record).axes
     monkeypatch.setattr("benchmarks.learning_runs.run", lambda spec: pytest.fail("made again"))
     small_groups.main(args)

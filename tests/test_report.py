@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -66,15 +66,27 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
     )
 
     groups = records["small_groups"]["summary"]
-    parts = {
-        task: next(
-            row["part_of_rollouts"] for row in part["rows"] if (row["method"], row["group_size"]) == ("ours", 1)
-        )
-        for task, part in groups.items()
-    }
+    rows = {task: {(row["method"], row["group_size"]): row for row in part["rows"]} for task, part in groups.items()}
+    parts = {task: row["ours", 1]["part_of_rollouts"] for task, row in rows.items()}
+    graded = "spell_backward, graded"
+    assert list(parts) == ["chain_sum", "products, easy to hard", graded]
+    assert parts.pop(graded)["mean"] is None  # it does not get there
     intervals = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**part) for part in parts.values()]
-    assert list(parts) == ["chain_sum", "products, easy to hard"]
     assert f"after {intervals[0]} of their rollouts on chain_sum and {intervals[1]} where prompts" in readme
+    strongest = groups[graded]["strongest"]
+    assert strongest[0] == "grpo_kl"
+    finals = [rows[graded][key]["final"]["mean"] for key in (("ours", 1), tuple(strongest))]
+    assert "behind GRPO ({:.3f} against {:.3f})".format(*finals) in readme
+
+    trust_region = records["trust_region"]
+    settings = trust_region["summary"].values()
+    shares = [part["methods"]["trust_region"]["share"]["mean"] for part in settings]
+    decays = [part["methods"]["linear"]["share"]["mean"] for part in settings]
+    assert (
+        f"one default gains {mean(shares):.2f} of what the best constant rate gains (mean; {min(shares):.2f} to "
+        f"{max(shares):.2f}; {trust_region['settings']['evaluation_seeds']} seeds)"
+    ) in readme
+    assert f"linear decay that is tuned in each setting, {mean(decays):.2f}." in readme
 
     random, demo = (  # of the default
         records["cost"]["comparisons"][name]["ratios"]["trust_region"]["median"] for name in ("transformers", "demo")

@@ -8,6 +8,7 @@ from benchmarks.sections.tables import markdown_table, plus_minus
 
 LABELS = {
     "ours": "OBLR-PO",
+    "ours_scaled": "OBLR-PO, `scale_rewards: group`",
     "ours_no_memory": "OBLR-PO without memory",
     "mean_prior": "mean with the same prior",
     "rloo_kl": "RLOO, trust region",
@@ -18,7 +19,7 @@ LABELS = {
 CONTROLS = ("rloo_kl", "grpo_kl", "rloo", "grpo")
 # Okabe and Ito's, as in the package's figure of runs.
 _COLOURS = dict(
-    zip(LABELS, ("#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#000000", "#D55E00"), strict=True)
+    zip(LABELS, ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#000000", "#D55E00"), strict=True)
 )
 
 
