@@ -102,15 +102,15 @@ quality: install  ## Lint, formatting, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-notebooks: install  ## Execute the notebooks (about 7 minutes)
+notebooks: pretrained  ## Execute the notebooks (about 8 minutes)
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
-notebooks-write: install  ## Execute the notebooks and keep their outputs
+notebooks-write: pretrained  ## Execute the notebooks and keep their outputs
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python notebooks/execute.py
 
-results: study study-trust-region study-small-groups bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure everything that docs/results.md shows (hours)
+results: study study-trust-region study-small-groups bench bench-vllm bench-memory bench-variance bench-snr report  ## Measure what docs/results.md shows, but for the GPU (hours)
 
 report: install  ## Write tables and figures of docs/results.md from benchmarks/results
 	$(BIN)/python -m benchmarks.report

@@ -28,8 +28,8 @@ from benchmarks.small_groups_summary import part_until
 from examples.smollm2.__main__ import DIRECTORY
 from oblr_trl import metrics
 
-# Group sizes of every method; TRL's default for GRPO is 8.
-GROUP_SIZES = {"ours": (1, 2), "grpo": (8,), "rloo": (4,)}
+# Group sizes of the controls; TRL's default for GRPO is 8.
+GROUP_SIZES = {"grpo": (8,), "rloo": (4,)}
 OURS = "ours"
 
 Run = dict[str, Any]
@@ -41,7 +41,8 @@ class PretrainedArguments:
     """Settings of the study; fields are documented by their `help`."""
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks, by name."})
-    methods: list[str] = field(default_factory=lambda: list(GROUP_SIZES), metadata={"help": "Methods."})
+    methods: list[str] = field(default_factory=lambda: [OURS, *GROUP_SIZES], metadata={"help": "Methods."})
+    group_sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Group sizes of OBLR-PO."})
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-6, 2e-6, 4e-6, 8e-6, 1.6e-5], metadata={"help": "Constant rates of the controls."}
     )
@@ -60,7 +61,7 @@ class PretrainedArguments:
         lengths = (self.num_steps, self.eval_steps, self.test_size)
         for seed, task, method in product(range(self.seeds), self.tasks, self.methods):
             rates = [PretrainedSpec.learning_rate] if method == OURS else self.learning_rates
-            for size, rate in product(GROUP_SIZES[method], rates):
+            for size, rate in product(GROUP_SIZES.get(method, self.group_sizes), rates):
                 found.append(PretrainedSpec(task, method, self.rollouts // size, size, seed, rate, *lengths))
         return found
 

@@ -14,7 +14,7 @@ GREATEST_SIZE = 200 * 1024
 TITLES = [
     "01_quickstart",
     "02_gradient_weighted_baseline",
-    "03_snr_learning_rate",
+    "03_learning_rate",
     "04_qwen3_lora_gpu",
     "05_read_your_run",
 ]
