@@ -156,6 +156,7 @@ def _build(
         )
         if method == "per_sequence":
             trainer._score_pass = partial(per_sequence_pass, trainer.model)
+            trainer._score_pass.model = trainer.model
         trainer.remove_callback(PrinterCallback)
         trainers[method] = trainer
     return trainers

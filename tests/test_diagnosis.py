@@ -164,7 +164,7 @@ def test_a_policy_that_is_lost_within_the_first_steps_is_judged_by_where_it_star
     (finding,) = diagnose(log(reward=[0.5] + [0.05] * 11, learning_rate=3e-3))
     assert (finding.name, finding.metric) == ("Policy collapse", "reward")
     assert finding.evidence == "0.5 at first, later at most 0.05 (last 6 logged), at learning rates of up to 0.003"
-    assert "divide `learning_rate`" in finding.remedy
+    assert "divide `trust_region_kl`" in finding.remedy
 
 
 @pytest.mark.parametrize("metric", ["eval_accuracy", "eval_reward"])

@@ -346,7 +346,9 @@ def test_keys_of_the_recipe_and_the_launch_can_be_given(capsys):
         ),
         (
             ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],
-            ["plan: OBLR-PO cannot honour lr_adaptation='snr': an optimizer step has 1 prompt x 8 completions"],
+            [
+                "plan: OBLR-PO cannot honour lr_adaptation='trust_region': an optimizer step has 1 prompt x 8 completions"
+            ],
         ),
         (["--model_name_or_path", ".cache/none"], ["no such directory", "python -m examples.tiny_qwen3"]),
         (["--model_name_or_path", "Qwen/Qwen3-5B-Base"], ["the hub gives no such model"]),

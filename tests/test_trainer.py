@@ -211,8 +211,9 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     changed = plain | {"baseline": "gradient_weighted"}
     with pytest.raises(ValueError, match="written with baseline='leave_one_out'"):
         train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "b", **changed, **options, resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="without the SNR learning rate"):
-        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "c", **options, resume_from_checkpoint=checkpoint)
+    changed = plain | {"lr_adaptation": "trust_region"}
+    with pytest.raises(ValueError, match="written with lr_adaptation='none' but this run has 'trust_region'"):
+        train(OBLRPOTrainer, OBLRPOConfig, tmp_path / "c", **changed, **options, resume_from_checkpoint=checkpoint)
 
 
 def some_unscorable(completions, **kwargs):
