@@ -122,6 +122,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "movement": _movement(runs),
             "failures": sum(run["failure"] is not None for run in runs),
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
+            "highest_rates": [max(run["logged"]["learning_rate"]) for run in runs],
             "by_rate": {f"{rate:g}": [run["held_out"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
         }
         if strongest is not None and arm[0] == OURS:

@@ -16,6 +16,8 @@ def markdown(record: dict[str, Any]) -> str:
         for arm in of_task["arms"].values():
             for rate, curves in sorted(arm["by_rate"].items(), key=lambda pair: float(pair[0])):
                 found = ", ".join(f"{last:.2g}" for last in arm["last_rates"]) if arm["learning_rate"] is None else ""
+                if found and "highest_rates" in arm:
+                    found = f"at most {max(arm['highest_rates']):.2g}, at last {found}"
                 # A run that is not finished, or shorter, has no value there.
                 values = [[curve[place] for curve in curves if len(curve) > place] for place in places]
                 part = arm["movement"]
