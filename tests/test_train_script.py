@@ -81,7 +81,7 @@ def test_the_command_line_overrides_the_recipe(separator):
         (["stray"], r"not used by the HfArgumentParser: \['stray'\]"),
         (["--baseline", "gradient_weigted"], r"argument --baseline: invalid choice: 'gradient_weigted' \(choose from"),
         (["--max_steps", "many"], r"argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (["--trainer"], r"argument --trainer: expected one argument"),
+        (["--trainer"], r"`trainer` is ''; use one of oblrpo, grpo"),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(arguments, message):

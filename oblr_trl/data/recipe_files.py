@@ -40,15 +40,32 @@ class RecipeParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `--help` lists the keys.")
 
+    def parse_strictly(self, tokens: Sequence[str], settings: Collection[str]) -> tuple:
+        """Parse what [`command_line`] returned, after refusing the first unknown key of `settings` by name."""
+        options = (option[2:] for option in self._option_string_actions if option.startswith("--"))
+        check_keys(settings, {*options, *PARSER_KEYS})
+        return self.parse_args_and_config(tokens)
 
-def command_line(argv: Sequence[str] | None) -> list[str]:
-    """The tokens, by default those of the process; TrlParser reads `--config x`, but not `--config=x`."""
+
+def command_line(argv: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
+    """
+    The tokens, by default those of the process, and what they and the recipe that they name set: values of tokens as text.
+
+    TrlParser reads `--config x`, but not `--config=x`.
+    """
     tokens = sys.argv[1:] if argv is None else argv
     tokens = [part for token in tokens for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+    flags = {}
     for token, following in pairwise([*(tokens or ["--config"]), ""]):
-        if token == "--config" and (not following or following.startswith("--")):
-            raise ValueError("No recipe is given: write `--config FILE.yaml`. `--help` shows an example.")
-    return tokens
+        if token.startswith("--"):
+            key, equals, value = token[2:].partition("=")
+            flags[key] = value if equals else following
+    path = flags.get("config")
+    if path is None:
+        return tokens, flags
+    if not path or path.startswith("--"):
+        raise ValueError("No recipe is given: write `--config FILE.yaml`. `--help` shows an example.")
+    return tokens, read_recipe_file(path, flag="--config") | flags
 
 
 def parse_or_exit(parse: Callable[[], Any], name: str) -> Any:
@@ -57,12 +74,6 @@ def parse_or_exit(parse: Callable[[], Any], name: str) -> Any:
         return parse()
     except ValueError as error:
         raise SystemExit(f"{name}: {error}") from error
-
-
-def read_recipe(argv: list[str]) -> dict[str, Any]:
-    """The recipe that `--config` names, empty without one."""
-    path = flag_value(argv, "config")
-    return {} if path is None else read_recipe_file(path, flag="--config")
 
 
 def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
@@ -78,28 +89,6 @@ def read_recipe_file(path: str | Path, *, flag: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {str(path)!r} must hold `key: value` lines, got {type(recipe).__name__}.")
     return recipe
-
-
-def flag_value(argv: list[str], name: str) -> str | None:
-    """The value of `--name value` or `--name=value`."""
-    for token, following in pairwise([*argv, None]):
-        assert token is not None
-        if token == f"--{name}" and following is not None:
-            return following
-        if token.startswith(f"--{name}="):
-            return token.split("=", 1)[1]
-    return None
-
-
-def given_keys(argv: list[str], recipe: dict[str, Any]) -> list[str]:
-    """The keys of the recipe and those of the command line."""
-    return list(dict.fromkeys([*recipe, *(token[2:].split("=")[0] for token in argv if token.startswith("--"))]))
-
-
-def known_keys(parser: TrlParser) -> set[str]:
-    """The keys that a recipe or command line of this parser may set."""
-    options = {option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"}
-    return {action.dest for action in parser._actions} | options | set(PARSER_KEYS)
 
 
 def check_keys(keys: Collection[str], known: Collection[str]) -> None:

@@ -52,24 +52,15 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     return results
 
 
-def make_parser() -> recipe_files.RecipeParser:
-    """Parser of the evaluation script."""
-    return recipe_files.RecipeParser(
+def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
+    """Parse recipe and command line; `ValueError` for a file that cannot be read, an unknown key or a value out of range."""
+    parser = recipe_files.RecipeParser(
         [EvaluationArguments],
         module="oblr_trl.scripts.evaluate",
         description="Evaluate a model on benchmarks with verifiable answers: avg@k and pass@k with intervals.",
         example="--config recipes/evaluation/gsm8k.yaml --model_name_or_path Qwen/Qwen3-0.6B-Base",
     )
-
-
-def parse(argv: Sequence[str] | None = None) -> EvaluationArguments:
-    """Parse recipe and command line; `ValueError` for a file that cannot be read, an unknown key or a value out of range."""
-    tokens = recipe_files.command_line(argv)
-    parser = make_parser()
-    recipe_files.check_keys(
-        recipe_files.given_keys(tokens, recipe_files.read_recipe(tokens)), recipe_files.known_keys(parser)
-    )
-    (args,) = parser.parse_args_and_config(tokens)
+    (args,) = parser.parse_strictly(*recipe_files.command_line(argv))
     return args
 
 

@@ -12,20 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from oblr_trl.checkpoints import last_complete_checkpoint, refuse_for_grpo
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
-from oblr_trl.data.recipe_files import (
-    RecipeParser,
-    check_keys,
-    command_line,
-    flag_value,
-    given_keys,
-    known_keys,
-    parse_or_exit,
-    read_recipe,
-)
+from oblr_trl.data.recipe_files import RecipeParser, command_line, parse_or_exit
 from oblr_trl.data.rewards import RewardArguments, load_rewards
 from oblr_trl.data.sources import check_model
 from oblr_trl.oblrpo_config import OBLRPOConfig
@@ -109,7 +100,7 @@ def _checkpoint_to_resume(training_args: GRPOConfig) -> str | None:
     return checkpoint
 
 
-def make_parser(trainer: str = "oblrpo") -> TrlParser:
+def make_parser(trainer: str = "oblrpo") -> RecipeParser:
     """Parser of the training script; its keys depend on the trainer, `"oblrpo"` or `"grpo"`."""
     return RecipeParser(
         (TrainScriptArguments, TRAINERS[trainer][0], ModelConfig, DataArguments, RewardArguments),
@@ -126,21 +117,17 @@ def parse(argv: Sequence[str] | None = None) -> tuple:
     Raises:
         `ValueError`: For a recipe that cannot be read, an unknown key, or a key that the trainer does not have.
     """
-    tokens = command_line(argv)
-    recipe = read_recipe(tokens)
-    trainer = flag_value(tokens, "trainer") or recipe.get("trainer", "oblrpo")
+    tokens, settings = command_line(argv)
+    trainer = settings.get("trainer", "oblrpo")
     if trainer not in TRAINERS:
         raise ValueError(f"`trainer` is {trainer!r}; use one of {', '.join(TRAINERS)}.")
-    parser = make_parser(trainer)
-    keys, known = given_keys(tokens, recipe), known_keys(parser)
     own = {f.name for f in dataclasses.fields(OBLRPOConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
-    for key in keys:
-        if key in own - known:
+    for key in settings:
+        if trainer == "grpo" and key in own:
             raise ValueError(
                 f"`{key}` belongs to OBLR-PO, but `trainer` is {trainer!r}: remove it, or set trainer: oblrpo."
             )
-    check_keys(keys, known)
-    return parser.parse_args_and_config(tokens)
+    return make_parser(trainer).parse_strictly(tokens, settings)
 
 
 if __name__ == "__main__":
