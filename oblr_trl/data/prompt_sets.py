@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from oblr_trl.data.answers import compile_answer_pattern, extract_answer
-from oblr_trl.data.prompts import check_template, format_prompts
+from oblr_trl.data.prompts import PromptArguments, check_template, format_prompts
 from oblr_trl.data.recipe_files import option, parse_json_object
 from oblr_trl.data.sources import check_column, is_file, load_rows
 from oblr_trl.data.tasks import encode_entry, task_entries
@@ -32,7 +32,7 @@ OWNERS = {
 
 
 @dataclass
-class DataArguments:
+class DataArguments(PromptArguments):
     """Where the prompts come from: exactly one of `task` and `dataset_name`. Fields are documented by their `help`."""
 
     task: str | None = option(
@@ -78,12 +78,6 @@ class DataArguments:
         "Text around every answer, which replaces `{answer}` in it. `${answer}$` is for LaTeX without dollar signs, as in "
         r"MATH: `accuracy_reward` would read `2\sqrt{3}` as 2.",
     )
-    prompt_template: str | None = option(None, "Text around every string prompt, which replaces `{prompt}` in it.")
-    conversational: bool = option(
-        False,
-        "Whether to turn every string prompt into a conversation of one user message, for models with a chat template.",
-    )
-    system_prompt: str | None = option(None, "System message put before every conversation.")
 
     def __post_init__(self):
         if (self.task is None) == (self.dataset_name is None):
@@ -100,7 +94,7 @@ class DataArguments:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"`{name}` is {size}, but a prompt set needs at least one prompt: set {name} >= 1.")
-        check_template(self.prompt_template)
+        super().__post_init__()
         check_template(self.answer_template, field_name="answer_template")
         compile_answer_pattern(self.answer_pattern, field_name="answer_pattern")
 
@@ -186,14 +180,7 @@ def _format(rows: Dataset, args: DataArguments, split: str) -> Dataset:
             rows = rows.remove_columns(set(rows.column_names) & {name}).rename_column(column, name)
     if args.answer_pattern is not None or args.answer_template is not None:
         rows = _replace_column(rows, "solution", _format_answers(rows["solution"], args, source))
-    prompts = format_prompts(
-        list(rows["prompt"]),
-        source=source,
-        template=args.prompt_template,
-        conversational=args.conversational,
-        system_prompt=args.system_prompt,
-    )
-    return _replace_column(rows, "prompt", prompts)
+    return _replace_column(rows, "prompt", format_prompts(list(rows["prompt"]), args, source=source))
 
 
 def _format_answers(cells: Iterable[Any], args: DataArguments, source: str) -> list[str]:

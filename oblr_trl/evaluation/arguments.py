@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from oblr_trl.data.prompts import check_template
+from oblr_trl.data.prompts import PromptArguments
 from oblr_trl.data.recipe_files import option, parse_json_object
 from oblr_trl.data.tasks import nearest
 
@@ -26,7 +26,7 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(PromptArguments):
     """What to evaluate on which benchmarks, and how; fields are documented by their `help`."""
 
     model_name_or_path: str | None = option(None, "Hub id or directory; with transformers also of an adapter.")
@@ -39,9 +39,6 @@ class EvaluationArguments:
     files: dict | str | None = option(None, "Local files in place of datasets, by benchmark; here a JSON object.")
     num_completions: int = option(1, "Completions per problem (k of avg@k), where a benchmark does not set its own.")
     pass_at: list[int] | None = option(None, "The k of pass@k, where a benchmark does not set its own.")
-    prompt_template: str | None = option(None, "Text around every string prompt, with `{prompt}` in its place.")
-    conversational: bool = option(False, "Whether to make every string prompt a conversation, for a chat template.")
-    system_prompt: str | None = option(None, "System message before every conversation.")
     chat_template_kwargs: dict | str | None = option(
         None, 'Arguments of the chat template, e.g. `{"enable_thinking": false}`; here a JSON object.'
     )
@@ -72,4 +69,4 @@ class EvaluationArguments:
         for name, (is_valid, wanted) in checks.items():
             if not is_valid:
                 raise ValueError(f"`{name}` is {values[name]!r}, but must be {wanted}: correct it.")
-        check_template(self.prompt_template)
+        super().__post_init__()

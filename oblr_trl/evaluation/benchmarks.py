@@ -116,13 +116,7 @@ def _load_problems(benchmark: Benchmark, args: EvaluationArguments) -> ProblemSe
     rows = load_rows(benchmark.dataset_name, field_name=f"{prefix}dataset_name", config=config, split=split)
     for name, column in (("prompt_column", benchmark.prompt_column), ("answer_column", benchmark.answer_column)):
         check_column(column, rows.column_names, field_name=prefix + name, source=source)
-    prompts = format_prompts(
-        list(rows[benchmark.prompt_column]),
-        source=source,
-        template=args.prompt_template,
-        conversational=args.conversational,
-        system_prompt=args.system_prompt,
-    )
+    prompts = format_prompts(list(rows[benchmark.prompt_column]), args, source=source)
     pattern = compile_answer_pattern(benchmark.answer_pattern, field_name=f"{prefix}answer_pattern")
     problems, unparsable = [], {}
     for index, (prompt, cell) in enumerate(zip(prompts, rows[benchmark.answer_column], strict=True)):
