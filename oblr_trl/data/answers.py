@@ -4,23 +4,22 @@ import re
 from typing import Any
 
 
-def compile_answer_pattern(pattern: str | None, *, field_name: str) -> re.Pattern[str] | None:
-    """Compile a regular expression whose one group is the answer, e.g. `"#### (.+)"` for GSM8K."""
+def check_answer_pattern(pattern: str | None, *, field_name: str) -> None:
+    """Refuse what is no regular expression whose one group is the answer, e.g. `"#### (.+)"` for GSM8K."""
     if pattern is None:
-        return None
+        return
     try:
-        compiled = re.compile(pattern)
+        num_groups = re.compile(pattern).groups
     except re.error as error:
         raise ValueError(f"`{field_name}` is {pattern!r}, which is not a regular expression: {error}.") from error
-    if compiled.groups != 1:
+    if num_groups != 1:
         raise ValueError(
-            f"`{field_name}` is {pattern!r}, which has {compiled.groups} groups: put the answer, and nothing else, into "
+            f"`{field_name}` is {pattern!r}, which has {num_groups} groups: put the answer, and nothing else, into "
             "parentheses, as in '#### (.+)'."
         )
-    return compiled
 
 
-def extract_answer(value: Any, pattern: re.Pattern[str] | None) -> str | None:
+def extract_answer(value: Any, pattern: str | None) -> str | None:
     """
     The reference answer in a cell of an answer column, or `None` where there is none.
 
@@ -37,7 +36,7 @@ def extract_answer(value: Any, pattern: re.Pattern[str] | None) -> str | None:
     else:
         text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if pattern is not None:
-        matches = pattern.findall(text)
+        matches = re.findall(pattern, text)
         text = matches[-1] if matches else ""
     return text.strip() or None
 

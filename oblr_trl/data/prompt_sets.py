@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from oblr_trl.data.answers import compile_answer_pattern, extract_answer
+from oblr_trl.data.answers import check_answer_pattern, extract_answer
 from oblr_trl.data.prompts import PromptArguments, check_template, format_prompts
 from oblr_trl.data.recipe_files import option, parse_json_object
 from oblr_trl.data.sources import check_column, is_file, load_rows
@@ -96,7 +96,7 @@ class DataArguments(PromptArguments):
                 raise ValueError(f"`{name}` is {size}, but a prompt set needs at least one prompt: set {name} >= 1.")
         super().__post_init__()
         check_template(self.answer_template, field_name="answer_template")
-        compile_answer_pattern(self.answer_pattern, field_name="answer_pattern")
+        check_answer_pattern(self.answer_pattern, field_name="answer_pattern")
 
 
 def load_prompts(args: DataArguments, *, with_test: bool = True) -> DatasetDict:
@@ -184,10 +184,9 @@ def _format(rows: Dataset, args: DataArguments, split: str) -> Dataset:
 
 
 def _format_answers(cells: Iterable[Any], args: DataArguments, source: str) -> list[str]:
-    pattern = compile_answer_pattern(args.answer_pattern, field_name="answer_pattern")
     written = []
     for index, cell in enumerate(cells):
-        answer = extract_answer(cell, pattern)
+        answer = extract_answer(cell, args.answer_pattern)
         if answer is None:
             raise ValueError(
                 f"Row {index} of {source} has no answer in `answer_column` {args.answer_column!r}: {cell!r} with "

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from oblr_trl.data.answers import compile_answer_pattern, extract_answer
+from oblr_trl.data.answers import check_answer_pattern, extract_answer
 from oblr_trl.data.prompts import format_prompts
 from oblr_trl.data.recipe_files import check_keys
 from oblr_trl.data.sources import check_column, load_rows
@@ -103,7 +103,7 @@ def _parse_entry(name: str, entry: Any, args: EvaluationArguments) -> Benchmark:
             f"`temperature` is 0, which makes the {n} completions of each problem of {name!r} equal: set "
             "`num_completions: 1`, or a temperature above 0."
         )
-    compile_answer_pattern(fields.get("answer_pattern"), field_name=f"benchmarks.{name}.answer_pattern")
+    check_answer_pattern(fields.get("answer_pattern"), field_name=f"benchmarks.{name}.answer_pattern")
     files: Any = args.files or {}
     if name in files:
         fields |= {"dataset_name": files[name], "dataset_config": None}
@@ -117,10 +117,9 @@ def _load_problems(benchmark: Benchmark, args: EvaluationArguments) -> ProblemSe
     for name, column in (("prompt_column", benchmark.prompt_column), ("answer_column", benchmark.answer_column)):
         check_column(column, rows.column_names, field_name=prefix + name, source=source)
     prompts = format_prompts(list(rows[benchmark.prompt_column]), args, source=source)
-    pattern = compile_answer_pattern(benchmark.answer_pattern, field_name=f"{prefix}answer_pattern")
     problems, unparsable = [], {}
     for index, (prompt, cell) in enumerate(zip(prompts, rows[benchmark.answer_column], strict=True)):
-        answer = extract_answer(cell, pattern)
+        answer = extract_answer(cell, benchmark.answer_pattern)
         if answer is not None and parse_reference(answer):
             problems.append({"benchmark": benchmark.name, "index": index, "prompt": prompt, "answer": answer})
         else:
