@@ -28,3 +28,16 @@ def imported_modules_are_no_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written, to look at their contents."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw)
+    )
+    return figures

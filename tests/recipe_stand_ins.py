@@ -83,6 +83,13 @@ def read(recipe_path):
     return yaml.safe_load(recipe_path.read_text())
 
 
+def write_recipe(path, base, **changes):
+    """A copy of a recipe with some keys changed, or left out where the change is None; returns its name."""
+    recipe = read(base) | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    return str(path)
+
+
 def flags(overrides):
     """Overrides as arguments of the command line."""
     return [token for key, value in overrides.items() for token in (f"--{key}", str(value))]

@@ -86,19 +86,6 @@ def figure(tmp_path):
     return tmp_path / "compare.png"
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written, to look at their contents."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw)
-    )
-    return figures
-
-
 # The table
 
 

@@ -14,6 +14,7 @@ from oblr_trl.data.tasks import decode_entry, encode_entry, make_task, task_entr
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 distinct questions
 ROWS = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(10)]
+ANSWERED = {"dataset_name": "x", "answer_column": "y"}
 MESSAGES = [{"role": "user", "content": "1+1="}]
 
 
@@ -175,6 +176,8 @@ def test_prompts_get_their_template_conversation_and_system_prompt(write, row, a
         ({"dataset_name": "x", "task_params": {"a": 1}}, r"`task_params` is for `task`, which is not set"),
         ({"task": "x", "dataset_test_name": "y"}, r"`dataset_test_name` is for `dataset_name`, .*remove it"),
         ({"dataset_name": "x", "answer_pattern": "y"}, r"`answer_pattern` is for `answer_column`"),
+        (ANSWERED | {"answer_pattern": "#### .+"}, r"`answer_pattern` is '#### .\+', which has 0 groups"),
+        (ANSWERED | {"answer_template": "$$"}, r"`answer_template` is '\$\$', which would drop the answer"),
         ({"task": "x", "task_params": "max_terms=3"}, r"`task_params` is 'max_terms=3', which is not a JSON object"),
         ({"task": "x", "train_size": 0}, r"`train_size` is 0, but a prompt set needs at least one"),
         ({"task": "x", "test_size": -1}, r"`test_size` is -1, .*set test_size >= 1"),

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from matplotlib.figure import Figure
 
 from oblr_trl.runs.live_plot import LivePlot, draw_metrics
 
@@ -44,17 +43,11 @@ def test_only_the_main_process_draws(shown):
     assert shown == []
 
 
-def test_a_panel_holds_the_values_as_logged_and_an_undefined_metric_none(monkeypatch):
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw)
-    )
-
+def test_a_panel_holds_the_values_as_logged_and_an_undefined_metric_none(drawn):
     png = draw_metrics(ROWS, ["reward", "gradient_snr/rho"])
 
     assert png.startswith(b"\x89PNG")
-    reward, rho = figures[0].axes
+    reward, rho = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in (reward, rho)] == ["reward", "gradient_snr/rho"]
     assert list(reward.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6, 7]
     assert list(reward.lines[0].get_ydata()) == [row["reward"] for row in ROWS]

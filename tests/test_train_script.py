@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oblr_trl.scripts.train import main, parse
@@ -36,13 +35,6 @@ def small(model_dir, tmp_path):
 def train(small):
     """A function that trains a shrunk recipe, with more arguments of the command line."""
     return lambda *arguments, recipe=OBLRPO: main(*parse(["--config", recipe, *small, *arguments]))
-
-
-def write_recipe(path, **changes):
-    """A copy of a recipe with some keys changed, or left out where the change is None."""
-    recipe = yaml.safe_load(Path(OBLRPO).read_text()) | changes
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
-    return str(path)
 
 
 def history(output_dir):
@@ -100,7 +92,7 @@ def test_a_wrong_command_line_is_refused_by_name(arguments, message):
 )
 def test_a_wrong_key_or_value_of_a_recipe_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        parse(["--config", write_recipe(tmp_path / "r.yaml", **changes)])
+        parse(["--config", recipe_stand_ins.write_recipe(tmp_path / "r.yaml", Path(OBLRPO), **changes)])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +163,11 @@ def test_what_training_needs_is_checked_before_the_model_is_loaded(train, argume
 
 def test_a_recipe_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`model_name_or_path` is not set: give a hub id or a local directory"):
-        main(*parse(["--config", write_recipe(tmp_path / "r.yaml", model_name_or_path=None)]))
+        main(
+            *parse(
+                ["--config", recipe_stand_ins.write_recipe(tmp_path / "r.yaml", Path(OBLRPO), model_name_or_path=None)]
+            )
+        )
 
 
 @pytest.mark.slow

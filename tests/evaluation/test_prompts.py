@@ -5,7 +5,6 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import yaml
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 from trl.rewards import accuracy_reward
@@ -59,13 +58,6 @@ def questions(tmp_path_factory):
     return files.local(gsm8k=write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", rows))
 
 
-def write_recipe(path, base, **changes):
-    """A copy of a recipe with some keys changed, or left out where the change is None."""
-    recipe = yaml.safe_load(base.read_text()) | changes
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "changes", "options"),
@@ -103,8 +95,8 @@ def test_the_prompts_of_training_and_evaluation_are_the_same_tokens(
     monkeypatch.setattr(GRPOTrainer, "_tokenize_prompts", record_training)
     monkeypatch.setattr(generation, "load_transformers", load_and_record)
     model, datasets = stand_ins
-    dataset_name = datasets[yaml.safe_load(base.read_text())["dataset_name"]]
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, dataset_name=dataset_name, **changes)
+    dataset_name = datasets[recipe_stand_ins.read(base)["dataset_name"]]
+    recipe = recipe_stand_ins.write_recipe(tmp_path / "recipe.yaml", base, dataset_name=dataset_name, **changes)
     overrides = recipe_stand_ins.shrink(base, model, datasets, tmp_path / "run")
     overrides |= {"use_cpu": True, "use_vllm": False, "generation_kwargs": "{}", "num_completions_to_print": 0}
     overrides |= {"eval_strategy": "no", "eval_on_start": False, "use_peft": False}
@@ -197,19 +189,6 @@ def test_a_template_puts_latex_answers_between_the_dollar_signs_that_accuracy_re
     assert solutions == [f"${row['answer']}$" for row in rows]
     boxed = [[{"role": "assistant", "content": f"\\boxed{{{row['answer']}}}"}] for row in rows]
     assert accuracy_reward(boxed, solutions) == [1.0] * len(solutions)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"answer_pattern": "#### (.+)"}, r"`answer_pattern` is for `answer_column`, which is not set"),
-        ({"answer_column": "a", "answer_pattern": "#### .+"}, r"`answer_pattern` is '#### .\+', which has 0 groups"),
-        ({"answer_column": "a", "answer_template": "$$"}, r"`answer_template` is '\$\$', which would drop the answer"),
-    ],
-)
-def test_options_of_answers_that_cannot_be_meant_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DataArguments(dataset_name="x", **arguments)
 
 
 def test_a_row_without_the_pattern_is_refused_by_number(tmp_path):
