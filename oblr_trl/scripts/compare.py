@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         directories = [split_label(run) for run in arguments.runs]
         methods = {}
         if all(is_evaluation(directory) for _, directory in directories):
-            comparison = _compare_evaluations(directories)
+            if len(dict(directories)) < len(directories):
+                labels = ", ".join(label for label, _ in directories)
+                raise ValueError(f"{labels}: two evaluations of one name; name each by LABEL=DIR")
+            comparison = compare_evaluations(dict(directories))
             table = format_comparison(comparison)
         else:
             methods = read_methods(arguments.runs)
@@ -92,13 +95,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _compare_evaluations(directories: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    if len(dict(directories)) < len(directories):
-        labels = ", ".join(label for label, _ in directories)
-        raise ValueError(f"{labels}: two evaluations of one name; name each by LABEL=DIR")
-    return compare_evaluations(dict(directories))
 
 
 def compare(methods: Mapping[str, Sequence[RunLog]]) -> dict[str, Any]:
