@@ -242,6 +242,7 @@ def test_a_single_file_without_test_prompts_is_refused_where_they_are_wanted(wri
         ("missing.jsonl", r"missing.jsonl', which could not be loaded"),
         ("a.txt", r"a.txt', which could not be loaded .* a .json, .jsonl or .parquet file"),
         ("broken.jsonl", r"broken.jsonl', which could not be loaded"),
+        ("empty.jsonl", r"empty.jsonl', which could not be loaded"),
         ("empty.json", r"empty.json', which could not be loaded .*(no data|no rows)"),
         ("empty.parquet", r"empty.parquet', which could not be loaded .*(no data|no rows)"),
         ("nowhere", r"nowhere', which could not be loaded .*Give a hub id, a local directory"),
@@ -249,7 +250,7 @@ def test_a_single_file_without_test_prompts_is_refused_where_they_are_wanted(wri
     ],
 )
 def test_sources_that_do_not_exist_or_are_empty_are_refused(tmp_path, name, message):
-    for file, text in (("a.txt", "1+1="), ("broken.jsonl", "{1+1=\n"), ("empty.json", "[]")):
+    for file, text in (("a.txt", "1+1="), ("broken.jsonl", "{1+1=\n"), ("empty.jsonl", ""), ("empty.json", "[]")):
         (tmp_path / file).write_text(text)
     Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "empty.parquet")
     Dataset.from_list([{"prompt": "1+1="}]).to_parquet(tmp_path / "d" / "data" / "train-00000-of-00001.parquet")
