@@ -354,8 +354,9 @@ def test_keys_of_the_recipe_and_the_launch_can_be_given(capsys):
         (["--model_name_or_path", "Qwen/Qwen3-5B-Base"], ["the hub gives no such model"]),
         (["--accelerate_config", "none.yaml"], ["`--accelerate_config` names 'none.yaml', but there is no such file"]),
         (["--load_in_4bit", "true"], ["does not cover quantized weights: plan without load_in_4bit"]),
+        (["--model_init_kwargs", '{"dtype": "half"}'], ["`dtype` is 'half', which TRL does not load", "float16"]),
     ],
-    ids=["misspelt key", "one prompt under the SNR", "no start model", "no hub", "no launch file", "4 bits"],
+    ids=["misspelt key", "one prompt under the SNR", "no start model", "no hub", "no launch file", "4 bits", "dtype"],
 )
 def test_what_cannot_be_planned_fails_in_one_line(capsys, flags, parts):
     with pytest.raises(SystemExit, match="2"):

@@ -75,6 +75,10 @@ def read_setup(arguments: argparse.Namespace, recipe_flags: list[str]) -> Setup:
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("The planner does not cover quantized weights: plan without load_in_4bit and load_in_8bit.")
     dtype = str((args.model_init_kwargs or {}).get("dtype", model_args.dtype))
+    if dtype not in _ELEMENT_BYTES:
+        raise ValueError(
+            f"`dtype` is {dtype!r}, which TRL does not load: set it to one of {', '.join(_ELEMENT_BYTES)}."
+        )
     peft_config: Any = get_peft_config(model_args)  # a LoraConfig
     return Setup(
         args=args,
