@@ -21,59 +21,33 @@ EVAL_REWARD = "eval_reward"
 EVALUATIONS = (EVAL_ACCURACY, EVAL_REWARD)
 LEARNING_RATE = "learning_rate"  # with the multiplier in it
 
-# Of OBLRPOTrainer.
-BASELINE_MEAN = "baseline/mean"
-BASELINE_SHIFT = "baseline/shift"
-PRIOR_STRENGTH = "baseline/prior_strength"
-MEMORY_STRENGTH = "baseline/memory_strength"
-REMEMBERED_FRACTION = "baseline/remembered_fraction"
-EFFECTIVE_GROUP_SIZE = "baseline/effective_group_size"
-LIVE_FRACTION = "advantage/live_fraction"
-LIVE_FRACTION_GROUP_MEAN = "advantage/live_fraction_group_mean"
-SCORE_NORM_MEAN = "score/norm/mean"
-SCORE_NORM_MAX = "score/norm/max"
-PASS_TIME = "score/pass_time"
-SIGNAL = "gradient_snr/signal"
-NOISE = "gradient_snr/noise"
-NOISE_PER_ROLLOUT = "gradient_snr/noise_per_rollout"
-RHO = "gradient_snr/rho"
-NUM_PROMPTS = "gradient_snr/num_prompts"
-LR_MULTIPLIER = "lr_multiplier"
-KL = "trust_region/kl"
-KL_TARGET = "trust_region/kl_target"
-ENTROPY = "trust_region/entropy"
-CURVATURE = "trust_region/curvature"
-PREDICTED_GAIN = "trust_region/predicted_gain"
-VARIANCE_VS_GROUP_MEAN = "variance_ratio/group_mean"
-VARIANCE_VS_LEAVE_ONE_OUT = "variance_ratio/leave_one_out"
-VARIANCE_VS_LENGTH_WEIGHTED = "variance_ratio/length_weighted"
-
+# Of OBLRPOTrainer, each bound to its name where it is listed.
 METRICS = (
-    BASELINE_MEAN,
-    BASELINE_SHIFT,
-    PRIOR_STRENGTH,
-    MEMORY_STRENGTH,
-    REMEMBERED_FRACTION,
-    EFFECTIVE_GROUP_SIZE,
-    LIVE_FRACTION,
-    LIVE_FRACTION_GROUP_MEAN,
-    SCORE_NORM_MEAN,
-    SCORE_NORM_MAX,
-    PASS_TIME,
-    SIGNAL,
-    NOISE,
-    NOISE_PER_ROLLOUT,
-    RHO,
-    NUM_PROMPTS,
-    LR_MULTIPLIER,
-    KL,
-    KL_TARGET,
-    ENTROPY,
-    CURVATURE,
-    PREDICTED_GAIN,
-    VARIANCE_VS_GROUP_MEAN,
-    VARIANCE_VS_LEAVE_ONE_OUT,
-    VARIANCE_VS_LENGTH_WEIGHTED,
+    BASELINE_MEAN := "baseline/mean",
+    BASELINE_SHIFT := "baseline/shift",
+    PRIOR_STRENGTH := "baseline/prior_strength",
+    MEMORY_STRENGTH := "baseline/memory_strength",
+    REMEMBERED_FRACTION := "baseline/remembered_fraction",
+    EFFECTIVE_GROUP_SIZE := "baseline/effective_group_size",
+    LIVE_FRACTION := "advantage/live_fraction",
+    LIVE_FRACTION_GROUP_MEAN := "advantage/live_fraction_group_mean",
+    SCORE_NORM_MEAN := "score/norm/mean",
+    SCORE_NORM_MAX := "score/norm/max",
+    PASS_TIME := "score/pass_time",
+    SIGNAL := "gradient_snr/signal",
+    NOISE := "gradient_snr/noise",
+    NOISE_PER_ROLLOUT := "gradient_snr/noise_per_rollout",
+    RHO := "gradient_snr/rho",
+    NUM_PROMPTS := "gradient_snr/num_prompts",
+    LR_MULTIPLIER := "lr_multiplier",
+    KL := "trust_region/kl",
+    KL_TARGET := "trust_region/kl_target",
+    ENTROPY := "trust_region/entropy",
+    CURVATURE := "trust_region/curvature",
+    PREDICTED_GAIN := "trust_region/predicted_gain",
+    VARIANCE_VS_GROUP_MEAN := "variance_ratio/group_mean",
+    VARIANCE_VS_LEAVE_ONE_OUT := "variance_ratio/leave_one_out",
+    VARIANCE_VS_LENGTH_WEIGHTED := "variance_ratio/length_weighted",
 )
 
 
