@@ -28,27 +28,6 @@ _TINY = 1e-300  # keeps a rate of 0 from dividing by it
 _DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
 
 
-class _StepEntropy:
-    """Entropy of a completion over all generation batches of an optimizer step, in nats: the mean of -log pi of what was sampled."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the batches of an earlier `train`, whose first step may have the number of the next one's."""
-        self._step, self._sum, self._count = -1, 0.0, 0
-
-    def add(self, batch: GroupedBatch, *, step: int) -> float:
-        """The mean so far; `nan` without a completion that counts."""
-        assert batch.log_probs is not None
-        assert batch.token_weights is not None
-        if step != self._step:
-            self._step, self._sum, self._count = step, 0.0, 0
-        log_probs = batch.log_probs[batch.token_weights > 0].double()
-        self._sum, self._count = self._sum - log_probs.sum().item(), self._count + log_probs.numel()
-        return self._sum / self._count if self._count else math.nan
-
-
 class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that knows how to adapt its learning rate to a batch of scores and advantages. A subclass makes the scoring pass and
@@ -70,7 +49,6 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         self._trust_region = TrustRegion(
             args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
         )
-        self._entropy = _StepEntropy()
         self._initial_lrs: list[float] = []
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
@@ -113,7 +91,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         schedule = self._schedule
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
-                entropy = self._entropy.add(batch, step=self.state.global_step)
+                entropy = self._step_entropy(batch)
                 rate = self._trust_region.next_rate(self._rho, entropy, schedule.position)
                 if not math.isnan(rate):  # or no token could be scored yet
                     self._set_rate(rate)
@@ -124,6 +102,18 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             values[metrics.LR_MULTIPLIER] = schedule.multiplier
         # Of several batches of one step the last one's hold: the others were provisional.
         self._log_train_metrics(values, replace=snr.num_batches > 1)
+
+    def _step_entropy(self, batch: GroupedBatch) -> float:
+        """Entropy of a completion over all generation batches of the step at hand, in nats: the mean of -log pi of what was sampled.
+        `nan` without a completion that counts."""
+        assert batch.log_probs is not None
+        assert batch.token_weights is not None
+        log_probs = batch.log_probs[batch.token_weights > 0].double()
+        if self._gradient_snr.num_batches == 1:
+            self._nats, self._num_completions = 0.0, 0
+        self._nats -= log_probs.sum().item()
+        self._num_completions += log_probs.numel()
+        return self._nats / self._num_completions if self._num_completions else math.nan
 
     def _begin_movement(self) -> None:
         """Let the scoring pass measure how far the policy has moved since the last generation batch, from the completions of this one."""
@@ -183,7 +173,6 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Once per `train`: its first step has the number of a step of an earlier one, whose batches it must not be pooled with.
         self._gradient_snr.restart()
-        self._entropy.restart()
         last_rate = self._trust_region.rate
         self._trust_region.restart()
         adapt_if_possible(self.args, check_steerable, self.optimizer if optimizer is None else optimizer)

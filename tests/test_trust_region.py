@@ -572,7 +572,7 @@ def test_a_second_train_does_not_pool_the_entropy_of_the_first(tmp_path):
     trainer._score_pass.temperature = 10.0  # under which every token has about log(40) nats
     trainer.train()
     assert logged(trainer, "trust_region/entropy")[-1] > 2 * before[0]
-    assert trainer._entropy._count == 32
+    assert trainer._num_completions == 32
 
 
 def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
