@@ -240,22 +240,17 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
                 self._set_rate(self._trust_region.rate)
 
     def _algorithm_state(self) -> dict[str, Any]:
-        return super()._algorithm_state() | {
+        region = self._trust_region
+        state = super()._algorithm_state() | {
             "gradient_snr": self._gradient_snr.averages.state_dict(),
-            "trust_region": self._trust_region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
+            "trust_region": region.state_dict() if self.args.lr_adaptation == "trust_region" else None,
         }
+        return state if region.parameters is None else state | {self._sketched: region.parameters.cpu()}
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
         super()._load_algorithm_state(state)
         self._gradient_snr.averages.load_state_dict(state["gradient_snr"])
         if self.args.lr_adaptation == "trust_region":
             self._trust_region.load_state_dict(state["trust_region"])
-
-    def _algorithm_tensors(self) -> dict[str, Tensor]:
-        sketch = self._trust_region.parameters
-        return super()._algorithm_tensors() | ({} if sketch is None else {self._sketched: sketch.cpu()})
-
-    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
-        super()._load_algorithm_tensors(tensors)
-        self._sketched = next((name for name in tensors if name.startswith("parameters")), "")
-        self._trust_region.parameters = tensors.get(self._sketched)
+        self._sketched = next((name for name in state if name.startswith("parameters")), "")
+        self._trust_region.parameters = state.get(self._sketched)

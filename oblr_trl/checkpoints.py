@@ -26,8 +26,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 class ResumableGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes from the last checkpoint that was written to its end, also between two optimizer steps on the
-    same rollouts, and saves a state of plain numbers and of tensors. A subclass adds to `_algorithm_state` and
-    `_algorithm_tensors`, and to what loads them.
+    same rollouts, and saves a state of plain numbers and of tensors. A subclass adds to `_algorithm_state`, and to what loads it.
     """
 
     # Narrower than the parent declares, or declared optional there although set from the constructor on.
@@ -66,7 +65,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             assert self._buffered_inputs is not None
             save_rollouts(output_dir, self.accelerator.process_index, self._buffered_inputs)
         if self.args.should_save:
-            save_state(output_dir, self._algorithm_state(), self._algorithm_tensors())
+            save_state(output_dir, self._algorithm_state())
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -74,8 +73,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # First: with other options it is refused by name, and the parent could not read the schedule of another kind.
-        self._load_algorithm_state(load_state(checkpoint))
-        self._load_algorithm_tensors(load_state_tensors(checkpoint))
+        self._load_algorithm_state(load_state(checkpoint) | load_state_tensors(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._trains_on_old_rollouts():
             device = self.accelerator.device
@@ -92,7 +90,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         return self.args.steps_per_generation * self.num_iterations
 
     def _algorithm_state(self) -> dict[str, Any]:
-        """State of the run that the parent does not save, as plain numbers and strings."""
+        """State of the run that the parent does not save: plain numbers and strings, and tensors for what would be long as text."""
         return {"steps_on_batch": self._step % self._steps_per_batch, "steps_per_batch": self._steps_per_batch}
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
@@ -104,30 +102,24 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "from a checkpoint at the end of a generation batch."
             )
 
-    def _algorithm_tensors(self) -> dict[str, Tensor]:
-        """State of the run that would be long as text."""
-        return {}
-
-    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `_algorithm_tensors` returned; nothing, if the checkpoint has none."""
-
 
 def rollouts_file(process_index: int) -> str:
     """Name of the file that holds a process's rollouts that are still to be trained on."""
     return f"oblrpo_rollouts_{process_index}.pt"
 
 
-def save_state(folder: str, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the algorithm's state, plain numbers and strings, into a checkpoint, and its tensors, if any, next to it."""
+def save_state(folder: str, state: dict[str, Any]) -> None:
+    """Write the algorithm's state into a checkpoint: plain numbers and strings, and its tensors, if any, next to them."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with open(os.path.join(folder, STATE_FILE), "w") as f:
-        json.dump(state, f)
+        json.dump({name: value for name, value in state.items() if name not in tensors}, f)
     if tensors:
         torch.save(tensors, os.path.join(folder, STATE_TENSORS_FILE))
 
 
 def load_state(folder: str) -> dict[str, Any]:
     """
-    Read the algorithm's state from a checkpoint.
+    Read the algorithm's state, without its tensors, from a checkpoint.
 
     Raises:
         `ValueError`: If there is none, or it cannot be read.

@@ -335,28 +335,22 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         return super()._get_train_sampler(dataset)
 
     def _algorithm_state(self) -> dict[str, Any]:
+        estimator = self._baseline_estimator
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
-            "prior_strength": self._baseline_estimator.state_dict(),
+            "prior_strength": estimator.state_dict(),
+            **({} if estimator.memory is None else estimator.memory.state_dict()),
         }
 
     def _load_algorithm_state(self, state: dict[str, Any]) -> None:
-        args = self.args
-        chooses_prior = args.baseline == "gradient_weighted" and self._baseline_estimator.automatic is not None
+        args, estimator = self.args, self._baseline_estimator
+        chooses_prior = args.baseline == "gradient_weighted" and estimator.automatic is not None
         averages = args.lr_adaptation != "none" or chooses_prior
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
-        self._baseline_estimator.load_state_dict(state["prior_strength"])
-
-    def _algorithm_tensors(self) -> dict[str, Tensor]:
-        memory = self._baseline_estimator.memory
-        return super()._algorithm_tensors() | ({} if memory is None else memory.state_dict())
-
-    def _load_algorithm_tensors(self, tensors: dict[str, Tensor]) -> None:
-        super()._load_algorithm_tensors(tensors)
-        memory = self._baseline_estimator.memory
-        if memory is not None and "keys" in tensors:
-            memory.load_state_dict(tensors)
+        estimator.load_state_dict(state["prior_strength"])
+        if estimator.memory is not None and "keys" in state:
+            estimator.memory.load_state_dict(state)
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)

@@ -12,7 +12,7 @@ from trl.trainer.utils import nanstd
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.metrics import METRICS
 from tests.recording import Recording, oracle_scores
-from tests.tiny_models import OF_LAST_STEP, construct, digit_reward, logged, train
+from tests.tiny_models import OF_LAST_STEP, algorithm_state, construct, digit_reward, logged, train
 
 ALONE = {"num_generations": 1, "per_device_train_batch_size": 16, "max_steps": 2}
 RATIOS = ("variance_ratio/group_mean", "variance_ratio/leave_one_out", "variance_ratio/length_weighted")
@@ -132,7 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     for name in set(METRICS) - {"score/pass_time"}:
         assert logged(resumed, name) == logged(whole, name), name
-    assert resumed._algorithm_state() == whole._algorithm_state()
+    assert algorithm_state(resumed) == algorithm_state(whole)
 
 
 def test_the_start_line_and_the_model_card_say_one_completion(tmp_path, caplog):

@@ -10,7 +10,7 @@ from oblr_trl.scores import reference_scores, score_sketches
 from oblr_trl.scores.scopes import resolve_scope
 from tests.recording import Recording
 from tests.test_scores import SCOPES, assert_equal_to_the_oracle
-from tests.tiny_models import construct, logged, random_batch, tiny_model, train
+from tests.tiny_models import algorithm_state, construct, logged, random_batch, tiny_model, train
 
 # A parameter that the pass cannot see is an error here.
 pytestmark = pytest.mark.filterwarnings("error:.*were not called in the scoring pass")
@@ -196,7 +196,7 @@ def test_a_run_resumed_with_an_adapter_equals_an_uninterrupted_one(tmp_path):
         assert torch.equal(a, b), name
     for name in ("learning_rate", "lr_multiplier", "loss", "score/norm/mean", "gradient_snr/rho", "baseline/mean"):
         assert logged(resumed, name) == logged(whole, name), name
-    assert resumed._algorithm_state() == whole._algorithm_state()
+    assert algorithm_state(resumed) == algorithm_state(whole)
 
 
 def test_dora_trains_with_the_score_of_the_head(tmp_path):

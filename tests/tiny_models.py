@@ -153,6 +153,12 @@ def train(trainer_class, config_class, output_dir, *, resume_from_checkpoint=Non
     return trainer
 
 
+def algorithm_state(trainer):
+    """What a checkpoint would hold of the algorithm, to be compared."""
+    state = trainer._algorithm_state()
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
 def logged(trainer, name):
     """The values of one metric over the training steps."""
     return [row[name] for row in trainer.state.log_history if name in row]

@@ -138,14 +138,15 @@ def record_everything(path):
         running["trainer"] = self
         write(kind="start", num_processes=self.accelerator.num_processes, type=str(self.accelerator.distributed_type))
         result = train(self, *args, **kwargs)
-        parameters = list(self.model.parameters())
+        parameters, state = list(self.model.parameters()), self._algorithm_state()
+        tensors = {name: value.tolist() for name, value in state.items() if isinstance(value, torch.Tensor)}
         write(
             kind="end",
             trainable=sum(p.requires_grad for p in parameters),
             partitioned=sum(_local_numel(p) < _full_numel(p) for p in parameters),
             num_parameters=len(parameters),
-            state=self._algorithm_state(),
-            tensors={name: tensor.tolist() for name, tensor in self._algorithm_tensors().items()},
+            state={name: value for name, value in state.items() if name not in tensors},
+            tensors=tensors,
         )
         return result
 
