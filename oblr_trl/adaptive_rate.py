@@ -6,6 +6,7 @@ import warnings
 import zlib
 from typing import Any
 
+import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from oblr_trl import metrics
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.checkpoints import ResumableGRPOTrainer
 from oblr_trl.checks.adaptation import adapt_if_possible
+from oblr_trl.checks.backends import check_backend, check_vocabulary
+from oblr_trl.checks.coverage import settle_coverage
 from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.oblrpo_config import OBLRPOConfig
@@ -30,8 +33,8 @@ _DIVIDED_BY_TOKENS = ("dapo", "cispo", "vespo")
 
 class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] that knows how to adapt its learning rate to a batch of scores and advantages. A subclass makes the scoring pass and
-    calls `_adapt_learning_rate` before any training step on the batch.
+    [`~trl.GRPOTrainer`] that has a scoring pass and knows how to adapt its learning rate to a batch of scores and advantages. A subclass
+    runs the pass and calls `_adapt_learning_rate` before any training step on the batch.
     """
 
     # Narrower than the parents declare. Without the constructor there is no schedule to multiply.
@@ -42,15 +45,34 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     _sketched = ""  # what the trust region's sketch of the parameters is of
 
     def __init__(self, model, reward_funcs, args: OBLRPOConfig, *positional, **kwargs):
-        # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
-        averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
-        self._gradient_snr = StepGradientSNR(averages)
         self._rho = math.nan  # of the batch at hand
         self._trust_region = TrustRegion(
             args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
         )
         self._initial_lrs: list[float] = []
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        check_backend(self)
+        check_vocabulary(self.model, self._tokenizer)
+        if args.needs_scores:
+            # Layers that cannot be scored fail, or are reported, before any work is done.
+            scoped = resolve_scope(self.model, args.score_scope, args.score_last_k)
+            line = settle_coverage(scoped, self.args)
+            if line is not None and self.is_world_process_zero():
+                logger.warning(line)
+            self._score_pass = ScorePass(
+                self.model,
+                scope=args.score_scope,
+                last_k=args.score_last_k,
+                methods=("sketch",) if args.score_method == "sketch" else ("sketch", "exact"),
+                sketch_dim=args.score_sketch_dim,
+                seed=args.seed,
+                temperature=args.temperature,
+                head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
+        averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
+        self._gradient_snr = StepGradientSNR(averages)
 
     def _adapt_learning_rate(
         self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any

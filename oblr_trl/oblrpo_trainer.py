@@ -1,6 +1,5 @@
 """GRPOTrainer whose advantages come from a gradient-weighted baseline and whose learning rate follows the gradient's SNR."""
 
-import logging
 import math
 import textwrap
 from typing import Any
@@ -21,19 +20,12 @@ from oblr_trl.baselines import (
     summed_rewards,
 )
 from oblr_trl.checkpoints import add_method_settings, check_same_options
-from oblr_trl.checks.backends import check_backend, check_vocabulary
 from oblr_trl.checks.batches import check_dataset
-from oblr_trl.checks.coverage import settle_coverage
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
 from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
-from oblr_trl.scores.scopes import resolve_scope
-from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
-from oblr_trl.scores.scoring_model import FORWARD_KEYS, OldLogpsForward, ScoringModel, weighted_lengths
-
-logger = logging.getLogger(__name__)
+from oblr_trl.scores.scoring_model import CompletionScorer
 
 # Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
 _AVERAGED_OPTIONS = (
@@ -119,7 +111,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
     # Without the constructor, as tests of a plug-in may make one, it is a `GRPOTrainer`.
     _baseline_estimator: Any = None
     _errors_of_rewards: RewardFunctions | None = None
-    _old_logps_forward: OldLogpsForward | None = None
+    _scorer: CompletionScorer | None = None  # while a batch is generated
 
     def __init__(self, model, reward_funcs=None, args: OBLRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -142,26 +134,6 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._errors_of_rewards = RewardFunctions(args.reward_timeout)
         self.reward_funcs = [self._errors_of_rewards.wrap(reward_func) for reward_func in self.reward_funcs]
-        check_backend(self)
-        check_vocabulary(self.model, self._tokenizer)
-        if args.needs_scores:
-            # Layers that cannot be scored fail, or are reported, before any work is done.
-            scoped = resolve_scope(self.model, args.score_scope, args.score_last_k)
-            line = settle_coverage(scoped, self.args)
-            if line is not None and self.is_world_process_zero():
-                logger.warning(line)
-            self._gradient_snr.averages.holds_back = args.lr_adaptation != "trust_region"
-            self._score_pass = ScorePass(
-                self.model,
-                scope=args.score_scope,
-                last_k=args.score_last_k,
-                methods=("sketch",) if args.score_method == "sketch" else ("sketch", "exact"),
-                sketch_dim=args.score_sketch_dim,
-                seed=args.seed,
-                temperature=args.temperature,
-                head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
-                gradient_checkpointing=args.gradient_checkpointing,
-            )
 
     # Groups are intact here and nowhere later: `_prepare_inputs` shuffles the rows of what this returns.
     def _generate_and_score_completions(self, inputs):
@@ -171,21 +143,15 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         if self.args.lr_adaptation == "trust_region":
             self._begin_movement()
-        # A tool mask would be known too late for a pass that takes the place of the parent's.
-        masked_later = self.tools or self.rollout_func is not None
-        if self._score_pass is not None and self.args.reuses_old_logps_forward and not masked_later:
-            self._old_logps_forward = OldLogpsForward(
-                self.model,
-                self._score_pass,
-                self.args.loss_type,
-                micro_batch_size=self.args.per_device_train_batch_size,
-            )
+        if self._score_pass is not None:
+            masks_later = bool(self.tools) or self.rollout_func is not None  # by a tool mask
+            self._scorer = CompletionScorer(self.model, self._score_pass, self.args, masks_later=masks_later)
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            old_logps_forward, self._old_logps_forward = self._old_logps_forward, None
+            scorer, self._scorer = self._scorer, None
 
-        batch = self._grouped_batch(output, old_logps_forward)
+        batch = self._grouped_batch(output, scorer)
         if estimator.memory is not None:
             batch.prompt_keys = self._gathered_prompt_keys(inputs)
         baselines = estimator(batch)
@@ -218,13 +184,13 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._old_logps_forward is not None:
-            model = self._old_logps_forward.in_place_of(model, attention_mask[:, -logits_to_keep:])
+        if self._scorer is not None:
+            model = self._scorer.in_place_of(model, attention_mask[:, -logits_to_keep:])
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def _grouped_batch(self, output: dict[str, Any], old_logps_forward: OldLogpsForward | None) -> GroupedBatch:
+    def _grouped_batch(self, output: dict[str, Any], scorer: CompletionScorer | None) -> GroupedBatch:
         """Rewards, lengths and scores of all processes, one row per prompt."""
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
         assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
@@ -236,9 +202,19 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             rewards = summed_rewards(rewards_per_func, weights)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
-        if self._score_pass is not None:
-            scores, token_weights = self._score_completions(output, loss_mask, old_logps_forward)
+        if scorer is not None:
+            scores, token_weights, seconds = scorer.score(
+                output, loss_mask, self._get_per_token_logps_and_entropies, self.accelerator.gather
+            )
+            self._log_train_metrics({metrics.PASS_TIME: seconds})
             assert scores.sketches is not None  # the first of the methods
+            finite = scores.sketches.isfinite().view(self.accelerator.num_processes, -1).all(dim=1)
+            if not finite.all():  # gathered, hence the same on all processes: all raise
+                raise ValueError(
+                    f"The score of step {self.state.global_step} is not finite on process {finite.tolist().index(False)}: the model's "
+                    "activations or logits are not. No weight was changed by it. Resume from the last checkpoint with a lower "
+                    "`trust_region_kl` (or learning rate), gradient clipping, or bf16 instead of fp16."
+                )
             batch.sketches = scores.sketches.view(*rewards.shape, -1)
             batch.products = None if scores.products is None else scores.products.view(*rewards.shape, -1)
             batch.token_weights = self.accelerator.gather(token_weights.sum(dim=1)).view_as(rewards) / batch.lengths
@@ -251,55 +227,6 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         """Keys of the prompts of all processes, one per group."""
         keys = [prompt_key(row.get("prompt")) for row in inputs]
         return self.accelerator.gather(torch.tensor(keys, device=self.accelerator.device))[:: self.num_generations]
-
-    def _score_completions(
-        self, output: dict[str, Any], loss_mask: Tensor, old_logps_forward: OldLogpsForward | None = None
-    ) -> tuple[ScoreOutput, Tensor]:
-        """The scores of all processes, and the weights of the local tokens in them: from the parent's forward pass for the old
-        log-probabilities, if the scoring pass took its place, else from a pass over the local rows in chunks of `per_device_train_batch_size`."""
-        vllm_ratio = output.get("importance_sampling_ratio")
-        if vllm_ratio is not None:
-            vllm_ratio = applied_importance_ratio(
-                vllm_ratio,
-                loss_mask,
-                loss_type=self.args.loss_type,
-                importance_sampling_level=self.args.importance_sampling_level,
-            )
-        micro_batch_size = self.args.per_device_train_batch_size
-        token_weights = loss_token_weights(
-            self.args.loss_type, loss_mask, vllm_ratio, micro_batch_size=micro_batch_size
-        )
-        scoring_model = None if old_logps_forward is None else old_logps_forward.scoring_model
-        if scoring_model is not None:
-            assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
-            scores = scoring_model.result(self.accelerator.gather, vllm_ratio)
-        else:
-            assert self._score_pass is not None
-            others = {key: output[key] for key in FORWARD_KEYS if key in output}
-            # Completions of like length share a chunk, which ends with the longest one; images do not come by rows.
-            order = (
-                torch.arange(len(loss_mask)) if others else weighted_lengths(token_weights).argsort(descending=True)
-            )
-            scoring_model = ScoringModel(self._score_pass, token_weights, order)
-            self._get_per_token_logps_and_entropies(
-                scoring_model,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[order],
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[order],
-                output["completion_ids"].size(1),
-                batch_size=micro_batch_size,
-                **others,
-            )
-            scores = scoring_model.result(self.accelerator.gather)
-        self._log_train_metrics({metrics.PASS_TIME: scoring_model.seconds})
-        assert scores.sketches is not None
-        finite = scores.sketches.isfinite().view(self.accelerator.num_processes, -1).all(dim=1)
-        if not finite.all():  # gathered, hence the same on all processes: all raise
-            raise ValueError(
-                f"The score of step {self.state.global_step} is not finite on process {finite.tolist().index(False)}: the model's "
-                "activations or logits are not. No weight was changed by it. Resume from the last checkpoint with a lower "
-                "`trust_region_kl` (or learning rate), gradient clipping, or bf16 instead of fp16."
-            )
-        return scores, token_weights
 
     def _advantages(self, output: dict[str, Any], rewards: Tensor, baselines: Tensor) -> Tensor:
         """r - b, in the place of the parent's; `nan` where a completion could not be scored."""

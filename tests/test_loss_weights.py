@@ -15,7 +15,7 @@ from oblr_trl.scores.loss_weights import (
     differentiates_sequences,
     loss_token_weights,
 )
-from oblr_trl.scores.scoring_model import OldLogpsForward
+from oblr_trl.scores.scoring_model import CompletionScorer
 from tests.tiny_models import construct, random_batch, tiny_model
 
 RATIOS = ("none", "sequence", "token")
@@ -143,23 +143,24 @@ def test_a_sequences_ratio_gives_every_token_the_mean_over_the_loss():
         ("token", "token", False),  # the pass must know the ratios of tokens: it cannot reuse the old-log-prob forward
     ],
 )
-def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, level, ratio, reused):
+def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, monkeypatch, level, ratio, reused):
     """Squared norms hold the square of a sequence's ratio, whether it was known before the pass or multiplied on afterwards."""
     options = {"importance_sampling_level": level, "score_method": "exact", "per_device_train_batch_size": 16}
     trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, **options)
     batch = batch_with_ratio(ratio)
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused
-    forward = None
+    monkeypatch.setattr(OBLRPOConfig, "reuses_old_logps_forward", reused)
+    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=False)
     if reused:
-        forward = trainer._old_logps_forward = OldLogpsForward(
-            trainer.model, trainer._score_pass, "dr_grpo", micro_batch_size=16
-        )
+        trainer._scorer = scorer
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, input_ids, attention_mask, batch["completion_ids"].size(1)
         )
-    scores, _ = trainer._score_completions(batch, batch["completion_mask"], forward)
+    scores, _, _ = scorer.score(
+        batch, batch["completion_mask"], trainer._get_per_token_logps_and_entropies, trainer.accelerator.gather
+    )
     truth = oracle(trainer.model, batch, token_weights(batch, "dr_grpo", level).double()).square().sum(dim=1).float()
     torch.testing.assert_close(scores.squared_norms, truth, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scores.sketches.square().sum(dim=1), truth, rtol=0.2, atol=1e-6)

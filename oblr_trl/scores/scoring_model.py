@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oblr_trl.scores.loss_weights import loss_token_weights
+from oblr_trl.scores.loss_weights import applied_importance_ratio, loss_token_weights
 from oblr_trl.scores.score_pass import ScoreOutput, ScorePass
 
 # Optional entries of the batch that the forward pass of multimodal models takes.
@@ -107,20 +107,64 @@ def _rotates_by_length(model: nn.Module) -> bool:
     return "dynamic" in flat or "longrope" in flat
 
 
-class OldLogpsForward:
-    """The parent's forward pass for the old log-probabilities of `model`, whose place a scoring pass takes, once."""
+class CompletionScorer:
+    """
+    Scores one generation batch: in the parent's forward pass for the old log-probabilities, whose place a scoring pass then takes, or
+    in a pass of its own.
 
-    def __init__(self, model: Any, score_pass: ScorePass, loss_type: str, *, micro_batch_size: int) -> None:
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model whose log-probabilities the parent asks for.
+        score_pass ([`~scores.score_pass.ScorePass`]): The scoring pass.
+        args ([`OBLRPOConfig`]): Options of the run.
+        masks_later (`bool`): Whether the parent's forward pass comes before the loss mask is known.
+    """
+
+    def __init__(self, model: Any, score_pass: ScorePass, args: Any, *, masks_later: bool) -> None:
         self._model = model
         self._score_pass = score_pass
-        self._loss_type = loss_type
-        self._micro_batch_size = micro_batch_size
-        self.scoring_model: ScoringModel | None = None
+        self._args = args
+        self._reuses_forward = args.reuses_old_logps_forward and not masks_later
+        self._scoring_model: ScoringModel | None = None
 
     def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
-        """The scoring pass in the shape of a model where it is due, else `model`."""
-        if model is not self._model or self.scoring_model is not None:
+        """The scoring pass in the shape of a model, once, where it is due, else `model`."""
+        if model is not self._model or not self._reuses_forward or self._scoring_model is not None:
             return model
-        token_weights = loss_token_weights(self._loss_type, loss_mask, micro_batch_size=self._micro_batch_size)
-        self.scoring_model = ScoringModel(self._score_pass, token_weights)
-        return self.scoring_model
+        self._scoring_model = ScoringModel(self._score_pass, self._token_weights(loss_mask))
+        return self._scoring_model
+
+    def score(
+        self,
+        output: dict[str, Any],
+        loss_mask: Tensor,
+        forward: Callable[..., Any],
+        gather: Callable[[Tensor], Tensor],
+    ) -> tuple[ScoreOutput, Tensor, float]:
+        """The scores of all processes, the weights of the local tokens in them, and the seconds that the pass took. A pass of its own goes
+        over the parent's `output` by its method `forward` for log-probabilities, in chunks of `per_device_train_batch_size`."""
+        args, ratio = self._args, output.get("importance_sampling_ratio")
+        if ratio is not None:
+            ratio = applied_importance_ratio(
+                ratio, loss_mask, loss_type=args.loss_type, importance_sampling_level=args.importance_sampling_level
+            )
+        token_weights = self._token_weights(loss_mask, ratio)
+        if self._scoring_model is not None:
+            assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
+            return self._scoring_model.result(gather, ratio), token_weights, self._scoring_model.seconds
+        others = {key: output[key] for key in FORWARD_KEYS if key in output}
+        # Completions of like length share a chunk, which ends with the longest one; images do not come by rows.
+        order = torch.arange(len(loss_mask)) if others else weighted_lengths(token_weights).argsort(descending=True)
+        scoring_model = ScoringModel(self._score_pass, token_weights, order)
+        forward(
+            scoring_model,
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[order],
+            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[order],
+            output["completion_ids"].size(1),
+            batch_size=args.per_device_train_batch_size,
+            **others,
+        )
+        return scoring_model.result(gather), token_weights, scoring_model.seconds
+
+    def _token_weights(self, loss_mask: Tensor, ratio: Tensor | None = None) -> Tensor:
+        args = self._args
+        return loss_token_weights(args.loss_type, loss_mask, ratio, micro_batch_size=args.per_device_train_batch_size)
