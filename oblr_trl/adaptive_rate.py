@@ -20,7 +20,6 @@ from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradi
 from oblr_trl.lr_scheduler import SNRScheduler, check_steerable, check_wrappable, initial_lrs, restore_initial_lrs
 from oblr_trl.oblrpo_config import OBLRPOConfig
 from oblr_trl.scores.parameters import local_parameter_sketch
-from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.trust_region import Movement, TrustRegion
 
@@ -54,11 +53,6 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         check_backend(self)
         check_vocabulary(self.model, self._tokenizer)
         if args.needs_scores:
-            # Layers that cannot be scored fail, or are reported, before any work is done.
-            scoped = resolve_scope(self.model, args.score_scope, args.score_last_k)
-            line = settle_coverage(scoped, self.args)
-            if line is not None and self.is_world_process_zero():
-                logger.warning(line)
             self._score_pass = ScorePass(
                 self.model,
                 scope=args.score_scope,
@@ -70,6 +64,10 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
                 gradient_checkpointing=args.gradient_checkpointing,
             )
+            # Layers that cannot be scored fail, or are reported, before any work is done.
+            line = settle_coverage(self._score_pass.scoped_parameters(), args)
+            if line is not None and self.is_world_process_zero():
+                logger.warning(line)
         # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
         averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
         self._gradient_snr = StepGradientSNR(averages)
@@ -142,7 +140,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         assert self._score_pass is not None
         region = self._trust_region
         # A sketch says nothing under other projections, or of other parameters: some were frozen or unfrozen, maybe as many as before.
-        shapes = resolve_scope(self.model, self.args.score_scope, None).shapes
+        shapes = self._score_pass.scoped_parameters().shapes
         key = f"parameters {zlib.crc32(repr(shapes).encode())}, {self.args.score_sketch_dim} numbers, seed {self.args.seed}"
         if key != self._sketched:
             self._sketched, region.parameters = key, None
@@ -167,7 +165,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         token_weights = batch.token_weights[weighted].unsqueeze(1)
         scores = batch.sketches[weighted] / token_weights
         if math.isnan(region.rate) and bool(scores.any()):
-            num_trainable = resolve_scope(self.model, self.args.score_scope, None).num_trainable
+            num_trainable = self._score_pass.scoped_parameters().num_trainable
             region.start(scores.square().sum(dim=1).mean().item(), num_trainable, num_steps=num_steps)
         update, self._score_pass.update = self._score_pass.update, None
         movement = Movement()

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from oblr_trl.scores.scopes import resolve_scope
 from oblr_trl.scores.score_pass import ScorePass
 
 
@@ -87,11 +86,9 @@ def local_parameter_sketch(score_pass: ScorePass, device: torch.device | None = 
     Returns:
         `torch.Tensor` of shape `(n,)`: In float64; at most k numbers for every matrix, and every entry of vectors and small matrices.
     """
-    scoped = resolve_scope(score_pass.model, score_pass.scope, score_pass.last_k)
+    scoped = score_pass.scoped_parameters()
     parameters = dict(score_pass.model.named_parameters(remove_duplicate=False))
-    head = next(scoped.head.parameters(recurse=False))
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    projections = score_pass.projections(scoped, dtype, head.device if device is None else device)
+    projections = score_pass.projections(scoped, scoped.head.weight.device if device is None else device)
     projected = [
         projections.project_entries(name, *local_entries(parameters[name]), torch.float64) for name in scoped.shapes
     ]

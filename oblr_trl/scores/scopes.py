@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from oblr_trl.scores.coverage import Coverage
@@ -24,6 +25,7 @@ class ScopedParameters:
 
     head: nn.Linear  # the output projection
     logit_transform: LogitTransform
+    dtype: torch.dtype  # of sums over the scores: the model's, float32 at least
     # Full (unsharded) shape by name, in a fixed order.
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     # For every layer to tap, from its own parameter names to ours; the same for the head, empty where it is frozen.
@@ -89,7 +91,9 @@ def resolve_scope(model: Any, scope: str, last_k: int | None) -> ScopedParameter
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {list(SCOPES)}, got {scope!r}.")
-    scoped = ScopedParameters(output_projection(model), logit_transform(model.config.get_text_config()))
+    head = output_projection(model)
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    scoped = ScopedParameters(head, logit_transform(model.config.get_text_config()), dtype)
     if scope == "lm_head":
         return _with_head(scoped)
 

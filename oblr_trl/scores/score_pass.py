@@ -101,10 +101,13 @@ class ScorePass:
         (B, C) its last C columns, the completions; `token_weights` (B, C) the seed of every token's log-probability, of which 0
         keeps a token out of the score.
         """
-        scoped = resolve_scope(self.model, self.scope, self.last_k)
-        return _MicroBatch(self, scoped, targets, token_weights).run(model_inputs)
+        return _MicroBatch(self, targets, token_weights).run(model_inputs)
 
-    def projections(self, scoped: ScopedParameters, dtype: torch.dtype, device: torch.device) -> Projections:
+    def scoped_parameters(self) -> ScopedParameters:
+        """The parameters of the scope, of which some may have been frozen or unfrozen since."""
+        return resolve_scope(self.model, self.scope, self.last_k)
+
+    def projections(self, scoped: ScopedParameters, device: torch.device) -> Projections:
         """The projections of the scope's parameters, drawn once and kept while the parameters stay the same."""
         drawn, device = self._projections, torch.empty(0, device=device).device  # with its index
         if drawn is None or drawn.shapes != scoped.shapes or drawn.device != device:
@@ -113,7 +116,7 @@ class ScorePass:
                 tables=scoped.tables,
                 sketch_dim=self.sketch_dim,
                 seed=self.seed,
-                dtype=dtype,
+                dtype=scoped.dtype,
                 device=device,
             )
         return drawn
@@ -127,19 +130,18 @@ class _MicroBatch:
     garbage collector does not see references that pass through autograd.
     """
 
-    def __init__(self, settings: ScorePass, scoped: ScopedParameters, targets: Tensor, token_weights: Tensor) -> None:
+    def __init__(self, settings: ScorePass, targets: Tensor, token_weights: Tensor) -> None:
         self._settings = settings
-        self._scoped = scoped
+        self._scoped = settings.scoped_parameters()
         self._targets = targets
         self._token_weights = token_weights
-        self._begun = scoped.first_block is None
+        self._begun = self._scoped.first_block is None
         self._sketches: SketchAccumulator | None = None
         self._products: UpdateProducts | None = None
         self._norms: ExactNormAccumulator | None = None
         self._projections: Projections | None = None
-        self._dtype = torch.promote_types(next(scoped.head.parameters(recurse=False)).dtype, torch.float32)
         if "sketch" in settings.methods:
-            self._projections = settings.projections(scoped, self._dtype, targets.device)
+            self._projections = settings.projections(self._scoped, targets.device)
 
     def run(self, model_inputs: Mapping[str, Any]) -> ScoreOutput:
         """The forward pass, the backward pass where anything below the head is in scope, and what they gave."""
@@ -157,7 +159,7 @@ class _MicroBatch:
                 scoped.names,
                 anchor,
                 self._on_layer,
-                layout=Layout(batch_size, _num_tokens(model_inputs)),
+                layout=Layout(batch_size, model_inputs["input_ids"].size(1)),
                 is_active=lambda: self._begun,
                 on_unknown_layout=self._on_unknown_layout,
             )
@@ -172,7 +174,7 @@ class _MicroBatch:
                 if settings.update is not None:
                     self._products = UpdateProducts(batch_size, self._projections, settings.update)
             if "exact" in settings.methods:
-                norms = torch.zeros(batch_size, dtype=self._dtype, device=self._targets.device)
+                norms = torch.zeros(batch_size, dtype=scoped.dtype, device=self._targets.device)
                 self._norms = ExactNormAccumulator(norms, shared=scoped.shared(calls))
             # Autocast is for the model: the products of scores keep the precision that they come in.
             stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
@@ -253,10 +255,6 @@ class _MicroBatch:
                 f"{len(uncalled)} layers with trainable parameters, the first with `{uncalled[0]}`, were not called in the scoring "
                 "pass (unused, or run by a fused kernel) and count as zero score. Freeze them if they are unused."
             )
-
-
-def _num_tokens(model_inputs: Mapping[str, Any]) -> int:
-    return model_inputs["input_ids"].size(1)
 
 
 def _compute_dtype(head: nn.Linear, hidden: Tensor) -> torch.dtype:
