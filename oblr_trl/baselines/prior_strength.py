@@ -77,7 +77,7 @@ class AutomaticPriorStrength:
     ) -> Tensor:
         """[`gradient_weighted_baseline`] at the strengths for the next batch. Where a strength of 0 leaves out all that is known of
         a completion, as of the only one of its group, it is 1 (a prior that the grid knows at 0 alone stays out)."""
-        return self._baseline_at(self._best, rewards, weights, memory, leave_one_out)
+        return self._baseline_at(self._best, rewards, weights, memory, leave_one_out=leave_one_out)
 
     def update(self, rewards: Tensor, weights: Tensor, memory: Tensor | None = None) -> None:
         """Score every pair of the grid on a batch whose baseline has been taken already; always leave-one-out, because
@@ -91,16 +91,13 @@ class AutomaticPriorStrength:
             return
 
         @functools.cache
-        def variance(strength: float, memory_strength: float) -> float:
-            pair = strength, memory_strength
-            return gradient_variance(
-                rewards, weights, self._baseline_at(pair, rewards.double(), weights, memory, True)
-            )
+        def variance(pair: tuple[float, float]) -> float:
+            baselines = self._baseline_at(pair, rewards.double(), weights, memory, leave_one_out=True)
+            return gradient_variance(rewards, weights, baselines)
 
-        if memory is None or not memory.any():  # all memory strengths tie
-            variances = [variance(strength, 0.0) / scale for strength, _ in self._pairs]
-        else:
-            variances = [variance(*pair) / scale for pair in self._pairs]
+        ties = memory is None or not memory.any()  # all memory strengths do, and count once
+        pairs = [(strength, 0.0) for strength, _ in self._pairs] if ties else self._pairs
+        variances = [variance(pair) / scale for pair in pairs]
         if any(math.isnan(variance) for variance in variances):
             return
         # All grid points share their history, so the bias of starting at zero cannot change which grid point is best.
@@ -134,19 +131,14 @@ class AutomaticPriorStrength:
         rewards: Tensor,
         weights: Tensor,
         memory: Tensor | None,
+        *,
         leave_one_out: bool,
     ) -> Tensor:
-        def baseline(strength: float, memory_strength: float) -> Tensor:
-            return gradient_weighted_baseline(
-                rewards,
-                weights,
-                leave_one_out=leave_one_out,
-                prior_strength=strength,
-                memory=memory,
-                memory_strength=memory_strength,
-            )
-
-        baselines = baseline(*pair)
+        baseline = functools.partial(
+            gradient_weighted_baseline, rewards, weights, leave_one_out=leave_one_out, memory=memory
+        )
+        baselines = baseline(prior_strength=pair[0], memory_strength=pair[1])
         if not baselines.isnan().any():
             return baselines
-        return torch.where(baselines.isnan(), baseline(min(1.0, max(self.grid)), 1.0), baselines)
+        known = baseline(prior_strength=min(1.0, max(self.grid)), memory_strength=1.0)
+        return torch.where(baselines.isnan(), known, baselines)
