@@ -157,7 +157,6 @@ def load_state_tensors(folder: str) -> dict[str, Tensor]:
 
 def save_rollouts(folder: str, process_index: int, rollouts: list[dict[str, Any]]) -> None:
     """Write this process's rollouts that the next optimizer steps still train on."""
-    os.makedirs(folder, exist_ok=True)
     torch.save(rollouts, os.path.join(folder, rollouts_file(process_index)))
 
 

@@ -86,13 +86,14 @@ class GradientSNR:
 
     The signal of a single batch is often negative, so a mean of ratios would be biased; a ratio of means is not clamped
     before it is smoothed. `signal` and `noise` are bias-corrected: after t batches the weights of all
-    batches sum to one. rho uses the signal without that correction unless `holds_back` is off, see `uncorrected_signal`.
+    batches sum to one.
 
     Args:
         decay (`float`, *optional*, defaults to `0.0`):
             Decay of both moving averages, in [0, 1). `0.0` uses the current batch alone, as the paper does.
         holds_back (`bool`, *optional*, defaults to `True`):
-            Whether rho uses [`uncorrected_signal`][GradientSNR.uncorrected_signal], which is small while batches are few.
+            Whether rho uses an average of the signal that starts from 0 and is not bias-corrected, hence small while batches are
+            few: the estimate of the first ones is mostly chance, and a rate that follows it loses the policy where AdamW moves furthest.
     """
 
     def __init__(self, *, decay: float = 0.0, holds_back: bool = True) -> None:
@@ -114,15 +115,9 @@ class GradientSNR:
         """Smoothed noise; `nan` before the first batch."""
         return self._noise / self._weight if self._weight else math.nan
 
-    @property
-    def uncorrected_signal(self) -> float:
-        """Average of the signal that starts from 0 and is not bias-corrected, hence small while batches are few: the estimate
-        of the first ones is mostly chance, and a rate that follows it loses the policy where AdamW moves furthest."""
-        return self._signal
-
     def rho(self, num_prompts: float) -> float:
         """[`rho`] of signal, corrected or not, and noise; `nan` before the first batch."""
-        return rho(self.uncorrected_signal if self.holds_back else self.signal, self.noise, num_prompts)
+        return rho(self._signal if self.holds_back else self.signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are

@@ -236,10 +236,6 @@ class Projections:
             self._drawn[key] = sums.to(self.device)
         return self._drawn[key]
 
-    def num_bytes(self) -> int:
-        """Memory held by all projections, in bytes."""
-        return sum(tensor.nbytes for tensor in self._drawn.values())
-
     def _generator(self, key: str) -> torch.Generator:
         # Hashed together: torch's CPU generator reads the low 32 bits of a seed and no others.
         return torch.Generator().manual_seed(zlib.crc32(f"{self._seed}-{key}".encode()))
