@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oblr_trl.baselines import (
+    MEMORY_STRENGTH_GRID,
     PRIOR_STRENGTH_GRID,
     AutomaticPriorStrength,
     gradient_variance,
@@ -18,8 +19,9 @@ from oblr_trl.baselines import (
 NAN = math.nan
 
 
-def slow_baseline(rewards, weights, leave_one_out, prior_strength):
-    """The formula of the docstring, one completion at a time, in Python floats."""
+def slow_baseline(rewards, weights, leave_one_out, prior_strength, memory=None, memory_strength=0.0):
+    """The formula of the docstring, one completion at a time, in Python floats. Remembered completions are further ones, in the unit of
+    the other groups' mean."""
     num_groups, num_generations = rewards.shape
     out = torch.full_like(rewards, NAN)
     r, w = rewards.tolist(), weights.tolist()
@@ -27,7 +29,7 @@ def slow_baseline(rewards, weights, leave_one_out, prior_strength):
     def scored(n):
         return [j for j in range(num_generations) if not math.isnan(r[n][j])]
 
-    for n in range(num_groups):
+    for n, (past_wr, past_w) in enumerate(memory or [(0.0, 0.0)] * num_groups):
         outside = [(m, j) for m in range(num_groups) if m != n for j in scored(m)]
         prior_wr = sum(w[m][j] * r[m][j] for m, j in outside) / max(len(outside), 1)
         prior_w = sum(w[m][j] for m, j in outside) / max(len(outside), 1)
@@ -39,8 +41,8 @@ def slow_baseline(rewards, weights, leave_one_out, prior_strength):
                 if prior_w > 0:
                     numerator, denominator = prior_wr, prior_w
             else:
-                numerator += prior_strength * prior_wr
-                denominator += prior_strength * prior_w
+                numerator += prior_strength * prior_wr + memory_strength * prior_w * past_wr
+                denominator += prior_strength * prior_w + memory_strength * prior_w * past_w
             if denominator > 0:
                 out[n, i] = numerator / denominator
             elif inside:
@@ -77,15 +79,26 @@ def test_the_gradient_weighted_baseline_is_its_formula(batch, leave_one_out, pri
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-@settings(max_examples=100, deadline=None)
-@given(batches(with_nan=False), st.sampled_from(PRIOR_STRENGTH_GRID), st.floats(-50, 50), st.floats(0, 1e6))
-def test_no_completion_enters_its_own_baseline(batch, prior_strength, other_reward, other_weight):
-    """Bit for bit: the baseline of a completion stays when its own reward and weight change."""
+@settings(max_examples=160, deadline=None)
+@given(
+    batches(with_nan=False),
+    st.sampled_from(PRIOR_STRENGTH_GRID),
+    st.sampled_from((None, *MEMORY_STRENGTH_GRID)),
+    st.floats(-50, 50),
+    st.floats(0, 1e6),
+)
+def test_no_completion_enters_its_own_baseline(batch, strength, memory_strength, other_reward, other_weight):
+    """Bit for bit: the baseline of a completion stays when its own reward and weight change. Memory is of the past, and its unit is that of
+    the other groups."""
     rewards, weights = batch
-    before = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)[0, 0]
+    options = {"prior_strength": strength}
+    if memory_strength is not None:
+        memory = torch.arange(2.0 * len(rewards), dtype=torch.float64).view(-1, 2) + 0.3
+        options |= {"memory": memory, "memory_strength": memory_strength}
+    before = gradient_weighted_baseline(rewards, weights, **options)[0, 0]
     rewards, weights = rewards.clone(), weights.clone()
     rewards[0, 0], weights[0, 0] = other_reward, other_weight
-    after = gradient_weighted_baseline(rewards, weights, prior_strength=prior_strength)[0, 0]
+    after = gradient_weighted_baseline(rewards, weights, **options)[0, 0]
     assert torch.equal(before, after) or bool(before.isnan() & after.isnan())
 
 
@@ -235,18 +248,22 @@ def test_the_automatic_strength_resumes_from_plain_numbers():
         AutomaticPriorStrength(grid=(0.0, 1.0)).load_state_dict(first.state_dict())
 
 
-def test_batches_without_information_leave_the_automatic_strength_alone():
+@pytest.mark.parametrize(
+    ("rewards", "weights"),
+    [
+        (torch.full((2, 2), NAN), torch.ones(2, 2)),
+        (torch.ones(2, 2), torch.zeros(2, 2)),
+        # Of equal rewards every strength has the variance 0, and without prior, in one group, all have the same: ties, which would go to the
+        # first of the grid.
+        (torch.tensor([[1.0, 1.0], [1.0, NAN]]), torch.tensor([[0.3, 2.0], [5.0, 1.0]])),
+        (torch.cat([torch.arange(8.0).view(1, 8), torch.full((3, 8), NAN)]), torch.ones(4, 8)),
+        (torch.arange(8.0).view(1, 8), torch.ones(1, 8)),
+    ],
+    ids=["unscored", "no weight", "equal rewards", "one scored group", "one group"],
+)
+def test_batches_without_information_leave_the_automatic_strength_alone(rewards, weights):
     automatic = AutomaticPriorStrength()
-    before = automatic.state_dict()
-    automatic.update(torch.full((2, 2), NAN), torch.ones(2, 2))
-    automatic.update(torch.ones(2, 2), torch.zeros(2, 2))
-    assert automatic.state_dict() == before
-
-
-def test_a_batch_of_equal_rewards_leaves_the_automatic_strength_alone():
-    """Every strength has the variance 0 on it: a tie, which would go to the first of the grid."""
-    automatic = AutomaticPriorStrength()
-    automatic.update(torch.tensor([[1.0, 1.0], [1.0, NAN]]), torch.tensor([[0.3, 2.0], [5.0, 1.0]]))
+    automatic.update(rewards, weights)
     assert automatic.value == 16.0
     assert automatic.state_dict() == AutomaticPriorStrength().state_dict()
 
@@ -260,14 +277,3 @@ def test_the_automatic_strength_does_not_depend_on_the_unit_of_a_batchs_weights(
         plain.update(rewards, weights)
         scaled.update(rewards, unit * weights)
     assert scaled.state_dict()["variances"] == pytest.approx(plain.state_dict()["variances"], rel=1e-5)
-
-
-def test_a_batch_with_one_scored_group_leaves_the_automatic_strength_alone():
-    """It has no prior, so that all strengths tie, and the first of the grid would win."""
-    automatic = AutomaticPriorStrength()
-    rewards = torch.full((4, 8), NAN)
-    rewards[0] = torch.arange(8.0)
-    automatic.update(rewards, torch.ones(4, 8))
-    automatic.update(rewards[:1], torch.ones(1, 8))
-    assert automatic.state_dict() == AutomaticPriorStrength().state_dict()
-    assert automatic.value == 16

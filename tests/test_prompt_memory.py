@@ -18,7 +18,7 @@ from oblr_trl.baselines import (
     gradient_weighted_baseline,
     prompt_key,
 )
-from tests.test_baselines import batches
+from tests.test_baselines import batches, slow_baseline
 
 NAN = math.nan
 
@@ -62,28 +62,6 @@ def slow_sums(past, key):
     return weighted_reward, weight
 
 
-def slow_baseline_with_memory(rewards, weights, prior_strength, memory_strength, sums):
-    """Leave-one-out, one completion at a time: remembered completions are further ones, in the unit of the other groups' mean."""
-    out = torch.full_like(rewards, NAN)
-    r, w = rewards.tolist(), weights.tolist()
-    num_groups, num_generations = rewards.shape
-    for n in range(num_groups):
-        others = [
-            (m, j) for m in range(num_groups) if m != n for j in range(num_generations) if not math.isnan(r[m][j])
-        ]
-        prior_wr = sum(w[m][j] * r[m][j] for m, j in others) / max(len(others), 1)
-        prior_w = sum(w[m][j] for m, j in others) / max(len(others), 1)
-        for i in range(num_generations):
-            inside = [j for j in range(num_generations) if j != i and not math.isnan(r[n][j])]
-            numerator = sum(w[n][j] * r[n][j] for j in inside) + prior_strength * prior_wr
-            denominator = sum(w[n][j] for j in inside) + prior_strength * prior_w
-            numerator += memory_strength * prior_w * sums[n][0]
-            denominator += memory_strength * prior_w * sums[n][1]
-            if denominator > 0:
-                out[n, i] = numerator / denominator
-    return out
-
-
 @pytest.mark.parametrize("prior_strength", [0.0, 2.0])
 @pytest.mark.parametrize("memory_strength", [0.0, 0.5, 4.0])
 def test_sums_and_baselines_are_those_of_the_slow_loop(prior_strength, memory_strength):
@@ -97,7 +75,7 @@ def test_sums_and_baselines_are_those_of_the_slow_loop(prior_strength, memory_st
         fast = gradient_weighted_baseline(
             rewards, weights, prior_strength=prior_strength, memory=recalled, memory_strength=memory_strength
         )
-        slow = slow_baseline_with_memory(rewards, weights, prior_strength, memory_strength, expected)
+        slow = slow_baseline(rewards, weights, True, prior_strength, expected, memory_strength)
         torch.testing.assert_close(fast, slow, equal_nan=True)
         memory.update(keys, rewards, weights)
         past.append((keys, rewards, weights))
@@ -177,26 +155,6 @@ def test_a_memory_resumes_exactly_and_a_smaller_one_keeps_the_last_prompts():
     memory.update(*batch)
     resumed.update(*batch)
     assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in memory.state_dict().items())
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    batches(with_nan=False),
-    st.sampled_from(PRIOR_STRENGTH_GRID),
-    st.sampled_from(MEMORY_STRENGTH_GRID),
-    st.floats(-50, 50),
-    st.floats(0, 1e6),
-)
-def test_no_completion_enters_its_own_baseline_with_memory(batch, strength, memory_strength, reward, weight):
-    """Bit for bit: the memory is of the past, and its unit is that of the other groups."""
-    rewards, weights = batch
-    memory = torch.arange(2.0 * len(rewards), dtype=torch.float64).view(-1, 2) + 0.3
-    options = {"prior_strength": strength, "memory": memory, "memory_strength": memory_strength}
-    before = gradient_weighted_baseline(rewards, weights, **options)[0, 0]
-    rewards, weights = rewards.clone(), weights.clone()
-    rewards[0, 0], weights[0, 0] = reward, weight
-    after = gradient_weighted_baseline(rewards, weights, **options)[0, 0]
-    assert torch.equal(before, after) or bool(before.isnan() & after.isnan())
 
 
 @settings(max_examples=60, deadline=None)
