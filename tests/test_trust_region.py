@@ -18,7 +18,6 @@ from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.factors import DenseGradient
-from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.parameters import LocalEntries, local_entries, local_parameter_sketch
 from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 from oblr_trl.scores.score_pass import ScorePass
@@ -131,9 +130,9 @@ def test_estimates_that_are_multiplied_share_no_half_of_rows_and_none_of_columns
         options = {"dtype": torch.float64, "device": torch.device("cpu")}
         drawn = Projections({"weight": (200, 160)}, tables=(), sketch_dim=sketch_dim, seed=seed, **options)
         sketched = drawn.project_entries("weight", update.flatten(), 0, torch.float64)
-        products = UpdateProducts(len(scores), drawn, sketched)
-        products.add("weight", SketchAccumulator(len(scores), drawn).add("weight", DenseGradient(scores.flatten(1))))
-        estimates.append(products.result())
+        accumulator = SketchAccumulator(len(scores), drawn, sketched)
+        accumulator.add("weight", DenseGradient(scores.flatten(1)))
+        estimates.append(accumulator.products)
     # A half stands for all of its side, also one of 3 of 7 numbers.
     for side, width in ((ROWS, sketch_dim // 8), (COLUMNS, 8)):
         assert drawn.halves("weight", side).sum(dim=0).tolist() == pytest.approx([width, width])

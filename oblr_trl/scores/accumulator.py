@@ -7,17 +7,21 @@ import torch
 from torch import Tensor
 
 from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient
+from oblr_trl.scores.movement import NUM_ESTIMATES, inner_products
 from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 
 
 class SketchAccumulator:
-    """Sums projected gradients of one micro-batch, added in any order, into sketches; at least in float32."""
+    """Sums projected gradients of one micro-batch, added in any order, into sketches, and their inner products with an `update`, the
+    difference of two sketches of [`~scores.parameters.local_parameter_sketch`], if one is given; at least in float32."""
 
-    def __init__(self, batch_size: int, projections: Projections) -> None:
+    def __init__(self, batch_size: int, projections: Projections, update: Tensor | None = None) -> None:
         self._projections = projections
+        self._update = None if update is None else projections.split_by_parameter(update.to(projections.dtype))
         self._last_columns: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         shape = (batch_size, 2 * projections.sketch_dim)
         self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
+        self.products = self._total.new_zeros(batch_size, NUM_ESTIMATES)
 
     def add(self, name: str, gradient: PerSequenceGradient) -> Tensor:
         """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
@@ -37,6 +41,8 @@ class SketchAccumulator:
             else:
                 projected = torch.bmm(rows.mT, columns)
         drawn.add_projected(self._total, name, projected)
+        if self._update is not None:
+            self.products += inner_products(drawn, name, projected, self._update[name])
         return projected
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:

@@ -10,9 +10,6 @@ The square of an inner product, which is what a KL is made of, still contains th
 times, from both halves of the projections of the rows and of the columns: products of estimates that share no half do not ([`~trust_region.kl_of_update`]).
 """
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
 from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
@@ -20,30 +17,20 @@ from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 NUM_ESTIMATES = 4  # of rows and columns: (first, first), (first, second), (second, first), (second, second)
 
 
-class UpdateProducts:
+def inner_products(projections: Projections, name: str, projected: Tensor, update: Tensor) -> Tensor:
     """
-    Sums, for the sequences of a micro-batch, the inner products of their scores with an update over all parameters.
+    Inner products of every sequence's gradient by one use of a parameter with an update of that parameter.
 
     Args:
-        batch_size (`int`): B.
         projections ([`~scores.projections.Projections`]): Those of the scores.
-        update (`torch.Tensor` of shape `(n,)`): Difference of two sketches of [`~scores.parameters.local_parameter_sketch`].
+        name (`str`): The parameter.
+        projected (`torch.Tensor` of shape `(B, r, c)`): The gradient, projected.
+        update (`torch.Tensor` of shape `(r * c,)`): The update, projected and flattened.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 4)`, or `(B, 1)` where nothing is projected and all estimates are one.
     """
-
-    def __init__(self, batch_size: int, projections: Projections, update: Tensor) -> None:
-        self._projections = projections
-        self._update: Mapping[str, Tensor] = projections.split_by_parameter(update.to(projections.dtype))
-        self._total = torch.zeros(batch_size, NUM_ESTIMATES, dtype=projections.dtype, device=projections.device)
-
-    def add(self, name: str, projected: Tensor) -> None:
-        """Add the projected gradient `(B, r, c)` of one use of a parameter."""
-        drawn, update = self._projections, self._update[name]
-        if not drawn.is_factored(name):
-            self._total += (projected.flatten(1) @ update).unsqueeze(1)
-            return
-        products = projected * update.view(projected.shape[1:])
-        self._total += (drawn.halves(name, ROWS).T @ products @ drawn.halves(name, COLUMNS)).flatten(1)
-
-    def result(self) -> Tensor:
-        """The estimates, of shape `(B, 4)`."""
-        return self._total
+    if not projections.is_factored(name):
+        return (projected.flatten(1) @ update).unsqueeze(1)
+    products = projected * update.view(projected.shape[1:])
+    return (projections.halves(name, ROWS).T @ products @ projections.halves(name, COLUMNS)).flatten(1)

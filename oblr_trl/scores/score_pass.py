@@ -23,7 +23,6 @@ from oblr_trl.scores.calls import LayerCall, Layout
 from oblr_trl.scores.exact_norms import ExactNormAccumulator
 from oblr_trl.scores.factors import PerSequenceGradient
 from oblr_trl.scores.head import HeadScores, score_head
-from oblr_trl.scores.movement import UpdateProducts
 from oblr_trl.scores.projections import ROWS, Projections
 from oblr_trl.scores.rules import CallRule, ScoreRule, apply_rule
 from oblr_trl.scores.scopes import ScopedParameters, resolve_scope
@@ -137,7 +136,6 @@ class _MicroBatch:
         self._token_weights = token_weights
         self._begun = self._scoped.first_block is None
         self._sketches: SketchAccumulator | None = None
-        self._products: UpdateProducts | None = None
         self._norms: ExactNormAccumulator | None = None
         self._projections: Projections | None = None
         if "sketch" in settings.methods:
@@ -170,9 +168,7 @@ class _MicroBatch:
             hidden, head = head_calls[0]
 
             if self._projections is not None:
-                self._sketches = SketchAccumulator(batch_size, self._projections)
-                if settings.update is not None:
-                    self._products = UpdateProducts(batch_size, self._projections, settings.update)
+                self._sketches = SketchAccumulator(batch_size, self._projections, settings.update)
             if "exact" in settings.methods:
                 norms = torch.zeros(batch_size, dtype=scoped.dtype, device=self._targets.device)
                 self._norms = ExactNormAccumulator(norms, shared=scoped.shared(calls))
@@ -190,8 +186,8 @@ class _MicroBatch:
             with torch.no_grad():
                 if self._sketches is not None:
                     output.sketches = self._sketches.result() / head.scale
-                if self._products is not None:
-                    output.products = self._products.result() / head.scale
+                    if settings.update is not None:
+                        output.products = self._sketches.products / head.scale
                 if self._norms is not None:
                     output.squared_norms = self._norms.result() / head.scale.squeeze(1).square()
         return output
@@ -242,9 +238,7 @@ class _MicroBatch:
 
     def _add(self, name: str, gradient: PerSequenceGradient) -> None:
         if self._sketches is not None:
-            projected = self._sketches.add(name, gradient)
-            if self._products is not None:
-                self._products.add(name, projected)
+            self._sketches.add(name, gradient)
         if self._norms is not None:
             self._norms.add(name, gradient)
 
