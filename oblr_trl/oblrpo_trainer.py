@@ -103,9 +103,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
     }
 
     # Narrower than the parents declare, or declared optional there although set from the constructor on.
-    model: Any
     train_dataset: Any
-    num_generations: int
     _logs: dict[str, Any]
 
     # Without the constructor, as tests of a plug-in may make one, it is a `GRPOTrainer`.
