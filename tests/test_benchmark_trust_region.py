@@ -20,7 +20,6 @@ def tiny_settings(tmp_path, monkeypatch):
     settings["LoRA"] = (small | {"lora_rank": 2}, 1e-3)
     monkeypatch.setattr(trust_region, "SETTINGS", settings)
     monkeypatch.setattr(trust_region, "BATCH_SIZES", ["AdamW"])
-    monkeypatch.setattr(trust_region, "MORE_SEEDS", {"LoRA": 2})
     return trust_region.TrustRegionArguments(
         settings=list(settings),
         tuning_seeds=1,
@@ -86,9 +85,7 @@ def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
     assert methods["constant"]["share"]["mean"] == 1.0
     assert set(record["collapse"]["curves"]) == {"grpo", "trust_region"}
     assert len(record["collapse"]["curves"]["grpo"]) == 2
-    assert "1 other seeds for the table, 2 times as many for LoRA;" in (table := section.markdown(record))
-    assert methods["constant"]["gain"]["std"] > 0  # of two runs
-    assert record["summary"]["AdamW"]["methods"]["constant"]["gain"]["std"] is None
+    table = section.markdown(record)
     assert table.count("\n| ") == 2 + len(tiny_settings.settings) + 1 + 2 + 1 + len(trust_region.ONE_VALUE)
     assert section.figure(record).axes
 

@@ -37,13 +37,10 @@ def markdown(record: dict[str, Any]) -> str:
         rows.append([*row, plus_minus(constant["gain"], ".3f"), *shares, f"{ours['found_rate']:.2g}"])
     averages = [mean(part["methods"][method]["share"]["mean"] for part in summary.values()) for method in methods]
     rows.append(["**mean**", "", "", "", *(f"{value:.2f}" for value in averages), ""])
-    more = "".join(
-        f", {factor} times as many for {setting}" for setting, factor in record.get("more_seeds", {}).items()
-    )
     text = (
         f"{settings['num_steps']} steps where the setting says nothing; {settings['tuning_seeds']} seed(s) for each rate, "
-        f"{settings['evaluation_seeds']} other seeds for the table{more}; {settings['test_size']} held-out prompts. Share: gain as "
-        "a part of that of the best constant rate, with its bootstrap 95 % interval."
+        f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
+        "part of that of the best constant rate, with its bootstrap 95 % interval."
     )
     tables = [markdown_table(header, rows)]
     if "batch_sizes" in record:
