@@ -1,6 +1,6 @@
 """One training run of the learning study: TRL's or our trainer in memory, with a held-out curve and a clock.
 
-Nothing is saved or logged by the trainer. Evaluation draws no random numbers, so that a run's rollouts do not depend
+Nothing is saved or logged by the trainer. Evaluation leaves torch's random state as it was, so that a run's rollouts do not depend
 on how often it is evaluated, and its time is not the run's.
 """
 
@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.completion_pool import answer_batch, kept, sequence_logps
+from benchmarks.completion_pool import answer_batch, kept, sample_completions, sequence_logps
 from benchmarks.policies import POLICIES, policy_directory
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
@@ -27,6 +28,8 @@ from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "lion": "sgd"}  # lion is ours, below
 # Prompt i of a task uses seed + i: training prompts of two seeds must not overlap.
 SEED_DISTANCE = 1_000_000
+# Sampled for each held-out prompt where rewards are graded.
+NUM_GRADED = 2
 
 
 class MeanPriorTrainer(OBLRPOTrainer):
@@ -107,7 +110,8 @@ class RunSpec:
     @property
     def settings(self) -> dict[str, Any]:
         """The specification as plain values, with the definitions of the names in it."""
-        return asdict(self) | {"definitions": [asdict(POLICIES[self.policy]), ALL_METHODS[self.method]]}
+        settings = asdict(self) | {"definitions": [asdict(POLICIES[self.policy]), ALL_METHODS[self.method]]}
+        return settings | ({"graded": NUM_GRADED} if POLICIES[self.policy].reward == "graded" else {})
 
 
 @functools.cache
@@ -134,20 +138,44 @@ def held_out_accuracies(model: Any, batch: tuple[torch.Tensor, ...]) -> torch.Te
     return logps.exp()
 
 
-class CurveCallback(TrainerCallback):
-    """Records accuracy and processor seconds at the evaluated steps, and the learning rate of every step."""
+@torch.no_grad()
+def held_out_reward(model: Any, tokenizer: Any, policy: str, rows: list[dict[str, Any]], *, seed: int) -> float:
+    """Mean reward of completions that are sampled for held-out prompts: what a run with graded rewards maximises. Accuracy counts
+    completely right answers only, and a policy may give up some of them for a larger mean."""
+    settings, training = POLICIES[policy], model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        completions = sample_completions(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            num_completions=NUM_GRADED,
+            max_completion_length=settings.start_model().max_completion_length,
+        )
+    model.train(training)
+    entries = [row["entry"] for row in rows for _ in range(NUM_GRADED)]
+    return mean(reward or 0.0 for reward in settings.reward_function()(completions=completions.texts, entry=entries))
 
-    def __init__(self, spec: RunSpec, held_out: tuple[torch.Tensor, ...]) -> None:
+
+class CurveCallback(TrainerCallback):
+    """Records accuracy (with graded rewards also the mean reward) and processor seconds at the evaluated steps, and the learning rate of
+    every step."""
+
+    def __init__(self, spec: RunSpec, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
         self.spec = spec
-        self.held_out = held_out
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.held_out = answer_batch(tokenizer, [row["prompt"] for row in rows], [row["solution"] for row in rows])
         self.accuracies: list[float] = []
+        self.rewards: list[float] = []  # empty where rewards are right or wrong
         self.pass_at_8: list[float] = []
         self.cpu_seconds: list[float] = []
         self.learning_rates: list[float] = []
         self._seconds = self._started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._record(held_out_accuracies(model, self.held_out))
+        self._evaluate(model, 0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.process_time()
@@ -161,7 +189,12 @@ class CurveCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._seconds += time.process_time() - self._started
         if state.global_step % self.spec.eval_steps == 0:
-            self._record(held_out_accuracies(model, self.held_out))
+            self._evaluate(model, state.global_step)
+
+    def _evaluate(self, model: Any, step: int) -> None:
+        self._record(held_out_accuracies(model, self.held_out))
+        if POLICIES[self.spec.policy].reward == "graded":
+            self.rewards.append(held_out_reward(model, self.tokenizer, self.spec.policy, self.rows, seed=step))
 
     def _record(self, accuracies: torch.Tensor) -> None:
         self.accuracies.append(accuracies.mean().item())
@@ -172,6 +205,7 @@ class CurveCallback(TrainerCallback):
         """Give the evaluations that a broken run did not reach the accuracy 0 and the last known time."""
         while len(self.accuracies) <= self.spec.num_steps // self.spec.eval_steps:
             self._record(torch.zeros(1))
+        self.rewards += [0.0] * (len(self.accuracies) - len(self.rewards)) * bool(self.rewards)
 
 
 class Lion(torch.optim.Optimizer):
@@ -252,8 +286,7 @@ def prepared_trainer(spec: RunSpec, output_dir: str) -> tuple[GRPOTrainer, Curve
     train_size = spec.train_size or spec.num_steps * spec.num_prompts
     prompts = _prompts(spec.policy, spec.seed, train_size, spec.test_size)
     tokenizer = AutoTokenizer.from_pretrained(policy_directory(spec.policy))
-    test = prompts["test"]
-    callback = CurveCallback(spec, answer_batch(tokenizer, test["prompt"], test["solution"]))
+    callback = CurveCallback(spec, tokenizer, list(prompts["test"]))
     return _make_trainer(spec, output_dir, callback, prompts["train"]), callback
 
 
@@ -288,6 +321,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
     return {
         "spec": asdict(spec),
         "accuracies": callback.accuracies,
+        "rewards": callback.rewards,
         "pass_at_8": callback.pass_at_8,
         "cpu_seconds": callback.cpu_seconds,
         "multipliers": [round(rate / spec.learning_rate, 4) for rate in callback.learning_rates],

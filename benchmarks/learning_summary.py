@@ -1,8 +1,8 @@
 """Statistics of the learning study: areas under curves, collapse, best rates, and differences paired over seeds.
 
-A curve is the held-out accuracy at the evaluated steps. Its area is the mean accuracy over the steps (equal rollouts),
-or over the seconds that the fastest method needs for all its steps (equal time). Runs are the dictionaries of
-`learning_runs.run`.
+A curve is the held-out accuracy at the evaluated steps, or the held-out mean reward where rewards are graded. Its area is the
+mean over the steps (equal rollouts), or over the seconds that the fastest method needs for all its steps (equal time). Runs are the
+dictionaries of `learning_runs.run`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,12 @@ NUM_RESAMPLES = 10_000
 Run = dict[str, Any]
 
 
+def held_out(run: Run) -> list[float]:
+    """Held-out mean of what the run was rewarded for, at the evaluated steps."""
+    rewards: list[float] = run.get("rewards", [])
+    return rewards or run["accuracies"]
+
+
 def area(curve: Sequence[float], at: Sequence[float], horizon: float | None = None) -> float:
     """Mean of a piecewise linear curve, whose values at not decreasing places `at` are given, from `at[0]` to
     `horizon`, by default its end; beyond its end it keeps its last value."""
@@ -32,13 +38,13 @@ def area(curve: Sequence[float], at: Sequence[float], horizon: float | None = No
 
 
 def step_area(run: Run) -> float:
-    """Mean accuracy over the steps; evaluations are equally far apart."""
-    return area(run["accuracies"], range(len(run["accuracies"])))
+    """Mean of the curve over the steps; evaluations are equally far apart."""
+    return area(held_out(run), range(len(held_out(run))))
 
 
 def collapsed(run: Run) -> bool:
-    """Whether the run ends below half of its start accuracy."""
-    return run["accuracies"][-1] < COLLAPSE_FRACTION * run["accuracies"][0]
+    """Whether the run ends below half of where it started."""
+    return held_out(run)[-1] < COLLAPSE_FRACTION * held_out(run)[0]
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -84,15 +90,15 @@ def _summarise_policy(tuned: dict[str, list[Run]], evaluated: dict[str, list[Run
     horizon = min(mean(run["cpu_seconds"][-1] for run in runs) for runs in finished.values() if runs)
     measures: dict[str, Callable[[Run], float]] = {
         "area": step_area,
-        "final": lambda run: run["accuracies"][-1],
-        "area_equal_time": lambda run: area(run["accuracies"], run["cpu_seconds"], horizon),
+        "final": lambda run: held_out(run)[-1],
+        "area_equal_time": lambda run: area(held_out(run), run["cpu_seconds"], horizon),
     }
     values = {
         method: {name: [measure(run) for run in runs] for name, measure in measures.items()}
         for method, runs in evaluated.items()
     }
     return {
-        "start_accuracy": _rounded(mean(run["accuracies"][0] for run in next(iter(tuned.values())))),
+        "start_accuracy": _rounded(mean(held_out(run)[0] for run in next(iter(tuned.values())))),
         "learning_rates": rates,
         "tuning": {
             method: {str(rate): _tuning_cell(_at_rate(runs, rate)) for rate in rates} for method, runs in tuned.items()
@@ -109,7 +115,7 @@ def _summarise_policy(tuned: dict[str, list[Run]], evaluated: dict[str, list[Run
 
 def _tuning_cell(runs: Sequence[Run]) -> dict[str, Any]:
     return {
-        "lowest_final": _rounded(min(run["accuracies"][-1] for run in runs)),
+        "lowest_final": _rounded(min(held_out(run)[-1] for run in runs)),
         "collapsed": sum(map(collapsed, runs)),
         "mean_multiplier": _mean_multiplier(runs),
     }
@@ -125,7 +131,7 @@ def _evaluation_cell(runs: Sequence[Run], values: dict[str, list[float]]) -> dic
         "collapsed": sum(map(collapsed, runs)),
         "mean_multiplier": _mean_multiplier(runs),
         "cpu_seconds": _rounded(mean(run["cpu_seconds"][-1] for run in runs)),
-        "curve": [_rounded(value) for value in np.mean([run["accuracies"] for run in runs], axis=0)],
+        "curve": [_rounded(value) for value in np.mean([held_out(run) for run in runs], axis=0)],
     }
 
 

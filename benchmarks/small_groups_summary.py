@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_summary import NUM_RESAMPLES, Run, step_area
+from benchmarks.learning_summary import NUM_RESAMPLES, Run, held_out, step_area
 from benchmarks.record import spread
 from benchmarks.sections.small_groups import CONTROLS
 from benchmarks.trust_region_summary import mean_curve
@@ -18,8 +18,8 @@ LOGGED = ("advantage/live_fraction", "gradient_snr/noise_per_rollout", "baseline
 
 
 def final(run: Run) -> float:
-    """Held-out accuracy at the end."""
-    return run["accuracies"][-1]
+    """Where the curve ends."""
+    return held_out(run)[-1]
 
 
 def part_until(curve: Sequence[float], level: float) -> float:
@@ -33,9 +33,9 @@ def part_until(curve: Sequence[float], level: float) -> float:
 
 
 def part_of_rollouts(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, float | None]:
-    """[`part_until`] of our mean curve and the mean accuracy that theirs end with, with its percentile bootstrap 95 % interval
+    """[`part_until`] of our mean curve and the mean that theirs end with, with its percentile bootstrap 95 % interval
     over paired seeds; `None` where ours does not get there."""
-    curves = np.array([run["accuracies"] for run in ours])
+    curves = np.array([held_out(run) for run in ours])
     finals = np.array([final(run) for run in theirs])
     picks = np.random.default_rng(0).integers(len(curves), size=(NUM_RESAMPLES // 10, len(curves)))
     resampled = [part_until(curves[pick].mean(axis=0), finals[pick].mean()) for pick in picks]
@@ -68,6 +68,8 @@ def summarise(cells: Mapping[tuple[str, int], Sequence[Run]]) -> dict[str, Any]:
                 "group_size": group_size,
                 "learning_rate": runs[0]["spec"]["learning_rate"],
                 "final": spread([final(run) for run in runs]),
+                # With graded rewards the curve is their mean, and this another measure.
+                "accuracy": spread([run["accuracies"][-1] for run in runs]),
                 "area": spread([step_area(run) for run in runs]),
                 "pass_at_8": spread([run["pass_at_8"][-1] for run in runs]),
                 "part_of_rollouts": part_of_rollouts(runs, controls[strongest]),
@@ -77,5 +79,6 @@ def summarise(cells: Mapping[tuple[str, int], Sequence[Run]]) -> dict[str, Any]:
                 "curve": mean_curve(runs),
             }
         )
-    start = mean(run["accuracies"][0] for run in controls[strongest])
-    return {"start": start, "strongest": list(strongest), "rows": rows}
+    start = mean(held_out(run)[0] for run in controls[strongest])
+    measure = "mean reward" if any(run.get("rewards") for run in controls[strongest]) else "accuracy"
+    return {"start": start, "measure": measure, "strongest": list(strongest), "rows": rows}

@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from benchmarks.learning import FIRST_TUNING_SEED, complete
 from benchmarks.learning_runs import RunSpec
-from benchmarks.learning_summary import Run, step_area
+from benchmarks.learning_summary import Run, held_out, step_area
 from benchmarks.policies import policy_directory
 from benchmarks.rate_grids import around, best, extended
 from benchmarks.record import machine, write_record
@@ -82,6 +82,9 @@ class TrustRegionArguments:
     tuned_by: str | None = field(
         default=None, metadata={"help": "Record of an earlier study whose gains at constant rates are taken over."}
     )
+    retuned: list[str] = field(
+        default_factory=list, metadata={"help": "Settings whose gains at constant rates are not taken over."}
+    )
     runs: str = field(default="runs/trust_region", metadata={"help": "Where finished runs are kept."})
     output: str = field(default="benchmarks/results/trust_region.json", metadata={"help": "Where the numbers go."})
 
@@ -103,7 +106,7 @@ class TrustRegionArguments:
 
 def gain(run: Run) -> float:
     """Mean held-out accuracy over the run less that of the start."""
-    return step_area(run) - run["accuracies"][0]
+    return step_area(run) - held_out(run)[0]
 
 
 def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]) -> dict[str, dict[float, float]]:
@@ -125,15 +128,14 @@ def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]
 
 def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
     """Gains of the constant rates."""
+    known: dict[str, dict[float, float]] = {}
     if args.tuned_by is not None:
         record = json.loads(Path(args.tuned_by).read_text())
         args.tuning_seeds, summary = record["settings"]["tuning_seeds"], record["summary"]
-        return {
-            setting: {float(rate): value for rate, value in summary[setting]["tuning"].items()}
-            for setting in args.settings
-        }
-    rates = {setting: around(SETTINGS[setting][1]) for setting in args.settings}
-    return extended(rates, partial(tuned, args, "constant"))
+        for setting in set(args.settings) - set(args.retuned):
+            known[setting] = {float(rate): value for rate, value in summary[setting]["tuning"].items()}
+    rates = {setting: around(SETTINGS[setting][1]) for setting in args.settings if setting not in known}
+    return known | extended(rates, partial(tuned, args, "constant"))
 
 
 def over_batch_sizes(args: TrustRegionArguments) -> dict[str, Any]:

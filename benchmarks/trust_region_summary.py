@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_summary import NUM_RESAMPLES, Run, paired_difference, step_area
+from benchmarks.learning_summary import NUM_RESAMPLES, Run, held_out, paired_difference, step_area
 from benchmarks.record import spread
 
 REFERENCE = "constant"
@@ -21,8 +21,8 @@ def share(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def mean_curve(runs: Sequence[Run]) -> list[float]:
-    """Held-out accuracy at the evaluated steps, mean over runs."""
-    return [round(float(value), 4) for value in np.mean([run["accuracies"] for run in runs], axis=0)]
+    """Curve at the evaluated steps, mean over runs."""
+    return [round(float(value), 4) for value in np.mean([held_out(run) for run in runs], axis=0)]
 
 
 def compare_one_value(
@@ -50,17 +50,15 @@ def summarise(
     """Everything that the table says, by setting and method."""
     summary: dict[str, Any] = {}
     for setting, by_method in runs.items():
-        gains = {
-            method: [step_area(run) - run["accuracies"][0] for run in found] for method, found in by_method.items()
-        }
+        gains = {method: [step_area(run) - held_out(run)[0] for run in found] for method, found in by_method.items()}
         summary[setting] = {
-            "start": mean(run["accuracies"][0] for run in by_method[REFERENCE]),
+            "start": mean(held_out(run)[0] for run in by_method[REFERENCE]),
             "tuning": {f"{rate:.3g}": round(value, 4) for rate, value in tuning[setting].items()},
             "methods": {
                 method: {
                     "gain": spread(gains[method]),
                     "share": share(gains[method], gains[REFERENCE]),
-                    "final": spread([run["accuracies"][-1] for run in found]),
+                    "final": spread([held_out(run)[-1] for run in found]),
                     "learning_rate": found[0]["spec"]["learning_rate"],
                     # Half-way and over seeds: what the method ended up with.
                     "found_rate": median(

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import learning, learning_runs, learning_summary, policies
-from benchmarks.completion_pool import answer_batch
+from benchmarks.completion_pool import answer_batch, sample_completions
 from benchmarks.learning_runs import RunSpec
 from benchmarks.sections import learning as section
 from tests.tiny_policies import install_tiny_policy
@@ -128,6 +128,32 @@ def test_the_group_mean_without_adaptation_has_the_curve_of_dr_grpo(tiny_policy,
 def test_evaluating_does_not_change_the_run(tiny_policy):
     often, once = (learning_runs.run(tiny_spec("dr_grpo", eval_steps=steps)) for steps in (1, 3))
     assert (often["accuracies"][0], often["accuracies"][-1]) == tuple(once["accuracies"])
+
+
+def test_a_run_with_graded_rewards_is_measured_by_their_mean_without_being_changed(tiny_policy, monkeypatch):
+    right_or_wrong = learning_runs.run(tiny_spec("dr_grpo"))
+    graded = policies.Policy("chain_sum", 0.3, reward="graded")
+    monkeypatch.setitem(policies.POLICIES, "tiny", graded)
+    run = learning_runs.run(tiny_spec("dr_grpo"))
+    assert run["accuracies"] == right_or_wrong["accuracies"]  # sampling for the measure moved no rollout
+    assert right_or_wrong["rewards"] == []
+    assert learning_summary.held_out(right_or_wrong) == right_or_wrong["accuracies"]
+
+    assert learning_summary.held_out(run) == run["rewards"]
+    assert len(set(run["rewards"])) == len(run["accuracies"])
+    # The reward is an eighth of the length, of 8 held-out prompts x 2 completions.
+    model = AutoModelForCausalLM.from_pretrained(policies.policy_directory("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(policies.policy_directory("tiny"))
+    prompts = list(learning_runs._prompts("tiny", 7, 12, 8)["test"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        repeated = [row["prompt"] for row in prompts for _ in range(2)]
+        texts = sample_completions(model, tokenizer, repeated, num_completions=1, max_completion_length=8).texts
+    assert run["rewards"][0] == pytest.approx(sum(map(len, texts)) / 16 / 8)
+
+    broken = learning_runs.run(tiny_spec("rloo", optimizer="sgd", learning_rate=1e38))
+    assert broken["rewards"][-1] == 0.0
+    assert len(broken["rewards"]) == 4
 
 
 def test_given_multipliers_set_the_rate_of_every_step(tiny_policy):

@@ -65,6 +65,22 @@ def test_the_strongest_control_ends_highest():
     ).count("\n| ") == 5  # fmt: skip
 
 
+def test_graded_rewards_are_compared_by_their_mean_and_shown_with_the_accuracy():
+    cells = {
+        ("ours", 1): [made([0.1, 0.5]) | {"rewards": [0.2, 0.9]}],
+        ("grpo", 4): [made([0.1, 0.7]) | {"rewards": [0.2, 0.6]}],
+    }
+    summary = small_groups_summary.summarise(cells)
+    assert (summary["measure"], summary["start"]) == ("mean reward", 0.2)
+    assert summary["rows"][0]["part_of_rollouts"]["mean"] == pytest.approx(0.4 / 0.7)
+    settings = {"num_steps": 1, "evaluation_seeds": 1, "tuning_seeds": 1, "test_size": 1}
+    table = section.markdown({"summary": {"task": summary}, "settings": settings})
+    assert "| final mean reward |" in table
+    assert "| final accuracy |" in table
+    assert "| OBLR-PO | 64 x 1 | 0.900 | 0.550 |" in table
+    assert "| 0.500 | 0.10 |" in table  # the accuracy, then the live rollouts
+
+
 def test_grids_are_extended_until_their_best_rates_have_neighbours():
     asked = []
 

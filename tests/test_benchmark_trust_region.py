@@ -50,6 +50,21 @@ def test_a_grid_is_extended_until_its_best_rate_has_neighbours(monkeypatch):
     assert found["one"] == {rate: gains[rate] for rate in (1.0, 2.0, 4.0, 8.0, 16.0)}
 
 
+def test_gains_of_an_earlier_record_are_taken_over_but_where_they_are_asked_for_anew(monkeypatch, tmp_path):
+    record = {"settings": {"tuning_seeds": 2}, "summary": {name: {"tuning": {"1": 0.1}} for name in ("one", "two")}}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr(trust_region, "SETTINGS", {"one": ({}, 2.0), "two": ({}, 2.0)})
+    monkeypatch.setattr(
+        trust_region, "tuned", lambda args, method, rates: {s: {r: -abs(r - 2.0) for r in g} for s, g in rates.items()}
+    )
+    args = trust_region.TrustRegionArguments(
+        settings=["one", "two"], tuned_by=str(tmp_path / "record.json"), retuned=["two"]
+    )
+    gains = trust_region.best_constant_rates(args)
+    assert gains == {"one": {1.0: 0.1}, "two": {1.0: -1.0, 2.0: 0.0, 4.0: -2.0}}
+    assert args.tuning_seeds == 2
+
+
 def test_lion_steps_by_the_sign_of_its_interpolated_momentum():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = Lion([parameter], 0.5)

@@ -28,17 +28,20 @@ def markdown(record: dict[str, Any]) -> str:
     settings = record["settings"]
     text = (
         f"{settings['num_steps']} steps of 64 rollouts; {settings['evaluation_seeds']} seeds; constant rates chosen with "
-        f"{settings['tuning_seeds']} other seed(s) per rate; {settings['test_size']} held-out prompts. Rollouts: part of a run "
-        "until the mean accuracy that the strongest of RLOO and GRPO (bold) ends with, and its bootstrap 95 % interval. Time: the same in "
+        f"{settings['tuning_seeds']} other seed(s) per rate; {settings['test_size']} held-out prompts. Graded rewards are measured by their "
+        "mean over sampled completions, with the accuracy (of completely right answers) beside it. Rollouts: part of a run "
+        "until what the strongest of RLOO and GRPO (bold) ends with, and its bootstrap 95 % interval. Time: the same in "
         "processor seconds, as a part of a whole run of the fastest control, which has no scoring pass. pass@8 there: at "
-        "that accuracy, bold at the end."
+        "that point, bold at the end."
     )
     return "\n\n".join([text, *(_task_table(task, part) for task, part in record["summary"].items())])
 
 
 def _task_table(task: str, part: dict[str, Any]) -> str:
-    header = ["", "prompts x completions", "final accuracy", "mean over the run", "rollouts", "time", "pass@8 there"]
-    header += ["live rollouts", "noise per rollout"]
+    measure = part.get("measure", "accuracy")
+    graded = measure != "accuracy"
+    header = ["", "prompts x completions", f"final {measure}", "mean over the run", "rollouts", "time", "pass@8 there"]
+    header += ["final accuracy"] * graded + ["live rollouts", "noise per rollout"]
     # The fastest control has no scoring pass: with a tuned rate none is needed.
     fastest = min(row["cpu_seconds"]["mean"] for row in part["rows"] if row["method"] in CONTROLS)
     rows = []
@@ -56,6 +59,7 @@ def _task_table(task: str, part: dict[str, Any]) -> str:
                 "1" if strongest else _interval(row["part_of_rollouts"]),
                 _number(None if until is None else until * slower, ".2f"),
                 f"**{row['pass_at_8']['mean']:.3f}**" if strongest else _number(row["pass_at_8_there"], ".3f"),
+                *([plus_minus(row["accuracy"], ".3f")] if graded else []),
                 _number(row["logged"].get("advantage/live_fraction"), ".2f"),
                 _number(row["logged"].get("gradient_snr/noise_per_rollout"), ".3g"),
             ]
@@ -73,7 +77,7 @@ def _interval(value: dict[str, float | None]) -> str:
 
 
 def figure(record: dict[str, Any]) -> Figure:
-    """Held-out accuracy over the rollouts, mean over seeds: every method at its best group size."""
+    """Held-out accuracy or mean reward over the rollouts, mean over seeds: every method at its best group size."""
     summary = record["summary"]
     columns = min(len(summary), 3)
     num_rows = -(-len(summary) // columns)
@@ -98,7 +102,7 @@ def figure(record: dict[str, Any]) -> Figure:
             )  # fmt: skip
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("rollouts", fontsize=8)
-        axis.set_ylabel("held-out accuracy", fontsize=8)
+        axis.set_ylabel(f"held-out {part.get('measure', 'accuracy')}", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(summary) :]:

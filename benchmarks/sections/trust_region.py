@@ -40,7 +40,8 @@ def markdown(record: dict[str, Any]) -> str:
     text = (
         f"{settings['num_steps']} steps where the setting says nothing; {settings['tuning_seeds']} seed(s) for each rate, "
         f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
-        "part of that of the best constant rate, with its bootstrap 95 % interval."
+        "part of that of the best constant rate, with its bootstrap 95 % interval. Graded rewards are measured by their mean over sampled "
+        "completions, everything else by accuracy."
     )
     tables = [markdown_table(header, rows)]
     if "batch_sizes" in record:
