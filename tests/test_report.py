@@ -69,16 +69,19 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
     rows = {task: {(row["method"], row["group_size"]): row for row in part["rows"]} for task, part in groups.items()}
     parts = {task: row["ours", 1]["part_of_rollouts"] for task, row in rows.items()}
     graded = "spell_backward, graded"
-    assert list(parts) == ["chain_sum", "products, easy to hard", graded]
+    assert list(parts) == ["chain_sum", "decimal_chain_sum", "products, easy to hard", graded]
     intervals = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**part) for part in parts.values()]
-    assert f"after {intervals[0]} of their rollouts on chain_sum and {intervals[1]} where prompts" in readme
+    assert (
+        f"after {intervals[0]} of their rollouts on chain_sum, {intervals[1]} on decimal_chain_sum and {intervals[2]} where prompts"
+        in readme
+    )
     strongest = groups[graded]["strongest"]
     assert strongest[0] == "grpo_kl"
     fastest = min(
         row["cpu_seconds"]["mean"] for key, row in rows[graded].items() if "grpo" in key[0] or "rloo" in key[0]
     )
     time = parts[graded]["mean"] * rows[graded]["ours", 1]["cpu_seconds"]["mean"] / fastest
-    assert f"it needs {intervals[2]} of the rollouts to GRPO's mean reward, but {time:.2f} of the time" in readme
+    assert f"it needs {intervals[3]} of the rollouts to GRPO's mean reward, but {time:.2f} of the time" in readme
     right = {key: row["accuracy"]["mean"] for key, row in rows[graded].items()}
     best = max(value for key, value in right.items() if key[0] in ("grpo", "grpo_kl"))
     ours, scaled = right["ours", 1], right["ours_scaled", 2]
