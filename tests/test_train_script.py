@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
 
 from oblr_trl.scripts.train import main, parse
 from tests import recipe_stand_ins
@@ -54,6 +55,14 @@ def test_the_command_line_overrides_the_recipe(separator):
     assert (training_args.learning_rate, training_args.max_steps) == (0.5, 7)
     assert training_args.num_generations == 8  # from the recipe
     assert data_args.task_params == {"min_terms": 4}
+
+
+def test_of_a_trainer_that_is_given_twice_the_last_one_counts_everywhere():
+    script_args, training_args, *_ = parse(["--config", GRPO, "--trainer", "oblrpo", "--trainer", "grpo"])
+    assert script_args.trainer == "grpo"
+    assert type(training_args) is GRPOConfig
+    with pytest.raises(ValueError, match="`snr_ema_decay` belongs to OBLR-PO, but `trainer` is 'grpo'"):
+        parse(["--config", GRPO, "--trainer", "oblrpo", "--trainer=grpo", "--snr_ema_decay", "0.5"])
 
 
 @pytest.mark.parametrize(
