@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from oblr_trl import OBLRPOConfig
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.scores.scoring_model import CompletionScorer, ScoringModel
 from tests.recording import Recording
-from tests.tiny_models import train
+from tests.tiny_models import construct, tiny_model, train
 
 # Two optimizer steps on every generation batch: from the second on the policy is not the one that generated it.
 OFF_POLICY = {
@@ -146,3 +147,15 @@ def test_the_reused_forward_has_the_precision_of_trl(tmp_path, scope):
     # Random generation is seeded and in float32: the tokens are the same.
     for name in ("fp32 head", "fp32"):
         assert (logps[name] - logps["bf16"]).abs().max() > 1e-4
+
+
+def test_only_the_first_forward_pass_of_the_policy_itself_is_replaced(tmp_path):
+    """TRL asks a reference model by the same method, in whichever order."""
+    trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, **OFF_POLICY)
+    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=False)
+    reference, loss_mask = tiny_model("qwen3"), torch.ones(2, 3)
+    assert scorer.in_place_of(reference, loss_mask) is reference
+    assert isinstance(scorer.in_place_of(trainer.model, loss_mask), ScoringModel)
+    assert scorer.in_place_of(trainer.model, loss_mask) is trainer.model
+    later = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=True)
+    assert later.in_place_of(trainer.model, loss_mask) is trainer.model
