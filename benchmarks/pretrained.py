@@ -68,7 +68,7 @@ class PretrainedArguments:
 
 def curve_area(run: Run) -> float:
     """Mean held-out reward over the steps."""
-    return area(run["held_out"], range(len(run["held_out"])))
+    return area(run["rewards"], range(len(run["rewards"])))
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "num_generations": arm[1],
             "learning_rate": best[arm] if arm[0] != OURS else None,
             "num_seeds": len(runs),
-            "curve": np.round(np.mean([run["held_out"] for run in runs], axis=0), 4).tolist(),
-            "final": spread([run["held_out"][-1] for run in runs]),
+            "curve": np.round(np.mean([run["rewards"] for run in runs], axis=0), 4).tolist(),
+            "final": spread([run["rewards"][-1] for run in runs]),
             "area": spread([curve_area(run) for run in runs]),
             "train_reward": spread([mean(run["logged"]["reward"][-10:]) for run in runs]),
             "seconds_per_step": round(float(np.median([s for run in runs for s in run["seconds"]])), 3),
@@ -123,7 +123,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "failures": sum(run["failure"] is not None for run in runs),
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
             "highest_rates": [max(run["logged"]["learning_rate"]) for run in runs],
-            "by_rate": {f"{rate:g}": [run["held_out"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
+            "by_rate": {f"{rate:g}": [run["rewards"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
         }
         if strongest is not None and arm[0] == OURS:
             theirs = chosen[strongest]
@@ -131,8 +131,8 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             cell["area_minus_strongest"] = paired_difference(
                 [curve_area(run) for run in runs[:num]], [curve_area(run) for run in theirs[:num]]
             )
-            goal = mean(run["held_out"][-1] for run in theirs)
-            parts = [part_until(run["held_out"], goal) for run in runs]
+            goal = mean(run["rewards"][-1] for run in theirs)
+            parts = [part_until(run["rewards"], goal) for run in runs]
             cell["rollouts_to_strongest"] = [round(part, 3) if math.isfinite(part) else None for part in parts]
         arms[f"{arm[0]}, G = {arm[1]}"] = cell
     return {"strongest": None if strongest is None else f"{strongest[0]}, G = {strongest[1]}", "arms": arms}

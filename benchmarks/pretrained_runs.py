@@ -1,10 +1,11 @@
 """One training run on SmolLM2-135M-Instruct: TRL's or our trainer in memory, with a held-out curve and a clock.
 
-All parameters are trained, in bfloat16 autocast where there is a GPU. Held-out prompts are answered once each, at temperature 1 and
-with random numbers of their own.
+All parameters are trained, in bfloat16 autocast where there is a GPU. Held-out prompts are answered at temperature 1 and with random
+numbers of their own, in one batch.
 """
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.completion_pool import kept
 from benchmarks.learning_runs import SEED_DISTANCE, divergence, prepare_process
+from benchmarks.record import machine
 from examples.smollm2.__main__ import ARITHMETIC, DIRECTORY, LISTS
 from examples.smollm2.rewards import answer_reward, list_reward
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
@@ -41,14 +43,25 @@ TASKS = {
     ),
     "lists": Task({"dataset_name": str(LISTS), "conversational": True}, list_reward, max_completion_length=48),
 }
-_TRUST_REGION = {"lr_adaptation": "trust_region"}
 METHODS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer], dict[str, Any]]] = {
     "ours": (OBLRPOConfig, OBLRPOTrainer, {}),
     "rloo": (OBLRPOConfig, OBLRPOTrainer, {"baseline": "leave_one_out", "lr_adaptation": "none"}),
     "grpo": (GRPOConfig, GRPOTrainer, {}),
 }
+# A probability that is none is sampled as 0 instead of failing an assertion on the GPU, which ends every process that shares it by MPS.
+_GENERATION = {"remove_invalid_values": True}
+_GRAD_NORM = "grad_norm"
 # What is kept of every step's log.
-_LOGGED = ("reward", "learning_rate", metrics.RHO, metrics.KL, metrics.KL_TARGET, metrics.PRIOR_STRENGTH)
+_LOGGED = (
+    "reward",
+    "learning_rate",
+    _GRAD_NORM,
+    "entropy",
+    metrics.RHO,
+    metrics.KL,
+    metrics.KL_TARGET,
+    metrics.PRIOR_STRENGTH,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class PretrainedSpec:
     num_steps: int = 60
     eval_steps: int = 10
     test_size: int = 128
+    num_completions: int = 4  # of each held-out prompt
+    trust_region_kl: float | None = None  # that of OBLRPOConfig
     lora_rank: int = 0  # 0 trains all parameters
 
 
@@ -75,6 +90,7 @@ class HeldOutCallback(TrainerCallback):
         self.tokenizer = tokenizer
         self.rewards: list[float] = []
         self.seconds: list[float] = []
+        rows = [row for row in rows for _ in range(spec.num_completions)]
         self._columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         prompts = [row["prompt"] for row in rows]
         texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
@@ -115,6 +131,7 @@ class HeldOutCallback(TrainerCallback):
                 max_new_tokens=TASKS[self.spec.task].max_completion_length,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
+                **_GENERATION,
             )[:, batch["input_ids"].size(1) :]
         model.train(training)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -131,6 +148,8 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     callback = HeldOutCallback(spec, tokenizer, list(prompts["test"]))
     config_class, trainer_class, options = METHODS[spec.method]
+    if spec.trust_region_kl is not None:
+        options = options | {"trust_region_kl": spec.trust_region_kl}
     on_gpu = torch.cuda.is_available()
     args = config_class(
         output_dir=output_dir,
@@ -138,6 +157,7 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
         per_device_train_batch_size=spec.num_prompts * spec.num_generations,
         num_generations=spec.num_generations,
         max_completion_length=task.max_completion_length,
+        generation_kwargs=_GENERATION,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="constant",
         use_cpu=not on_gpu,
@@ -171,10 +191,15 @@ def finished_run(directory: str, spec: PretrainedSpec) -> dict[str, Any]:
     return kept(Path(directory) / f"{spec.task}-{spec.method}-{digest}.pt", settings, lambda: run(spec))
 
 
+def first_not_finite(grad_norms: list[float | None]) -> int | None:
+    """The step, from 1, whose gradient is the first that is not finite."""
+    return next((i for i, norm in enumerate(grad_norms, 1) if norm is not None and not math.isfinite(norm)), None)
+
+
 def run(spec: PretrainedSpec) -> dict[str, Any]:
     """
-    Train as `spec` says and return the curve. A run whose weights become infinite counts as a reward of 0 from there on, with the
-    message as `failure`; its process can make no other one, as what CUDA asserts is not taken back.
+    Train as `spec` says and return the curve. A run whose gradient becomes infinite or no number says so in `failure`; where it is
+    stopped by an error about that, its reward counts as 0 from there on.
     """
     prepare_process()
     failure = None
@@ -186,10 +211,14 @@ def run(spec: PretrainedSpec) -> dict[str, Any]:
             failure = divergence(error)
             callback.fill()
     steps = [row for row in trainer.state.log_history if "reward" in row]
+    logged = {name: [row.get(name) for row in steps] for name in _LOGGED if any(name in row for row in steps)}
+    if failure is None and (step := first_not_finite(logged.get(_GRAD_NORM, []))) is not None:
+        failure = f"the gradient of step {step} is not finite"
     return {
         "spec": asdict(spec),
-        "held_out": callback.rewards,
+        "machine": machine(),
+        "rewards": callback.rewards,
         "seconds": callback.seconds,
         "failure": failure,
-        "logged": {name: [row.get(name) for row in steps] for name in _LOGGED if any(name in row for row in steps)},
+        "logged": logged,
     }

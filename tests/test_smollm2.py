@@ -1,8 +1,10 @@
 """SmolLM2: rewards and prompts of its tasks, the making of its folder, and the study on it, with one small run where the folder is."""
 
 import json
+import math
 import re
 from dataclasses import asdict
+from importlib.metadata import version
 from operator import add, mul, sub
 
 import pytest
@@ -127,7 +129,7 @@ def test_the_folder_is_made_once_and_again_if_its_weights_are_missing(tmp_path, 
 def made_run(method, size, rate, held_out, *, failure=None):
     return {
         "spec": asdict(PretrainedSpec("lists", method, 64 // size, size, seed=0, learning_rate=rate)),
-        "held_out": held_out,
+        "rewards": held_out,
         "seconds": [2.0, 1.0, 3.0],
         "failure": failure,
         "logged": {"reward": [0.1, 0.3], "learning_rate": [rate, 2 * rate]},
@@ -205,13 +207,19 @@ def test_without_the_model_the_study_says_what_makes_it(tmp_path, monkeypatch):
         pretrained.main(pretrained.PretrainedArguments())
 
 
+def test_a_gradient_that_is_no_number_is_named_by_its_step():
+    assert pretrained_runs.first_not_finite([0.0, None, math.nan, math.inf]) == 3
+    assert pretrained_runs.first_not_finite([0.0, None, 1e30]) is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (smollm2.DIRECTORY / "model.safetensors").is_file(), reason="run `make pretrained`")
 def test_a_run_has_a_curve_and_the_logs_of_its_steps():
     run = pretrained_runs.run(PretrainedSpec("lists", "ours", 2, 1, seed=0, num_steps=1, eval_steps=1, test_size=2))
 
     assert run["failure"] is None
-    assert len(run["held_out"]) == 2
-    assert all(0 <= reward <= 1 for reward in run["held_out"])
-    assert [len(values) for values in (run["seconds"], *run["logged"].values())] == [1] * 7
+    assert run["machine"]["versions"]["trl"] == version("trl")
+    assert len(run["rewards"]) == 2
+    assert all(0 <= reward <= 1 for reward in run["rewards"])
+    assert [len(values) for values in (run["seconds"], *run["logged"].values())] == [1] * 9
     assert run["logged"]["learning_rate"][0] > 0  # that of the trust region
