@@ -25,6 +25,7 @@ from benchmarks.record import machine
 from examples.smollm2.__main__ import ARITHMETIC, DIRECTORY, LISTS
 from examples.smollm2.rewards import answer_reward, list_reward
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer, metrics
+from oblr_trl.checks.attention import avoid_nan_attention
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 
 
@@ -202,6 +203,8 @@ def run(spec: PretrainedSpec) -> dict[str, Any]:
     stopped by an error about that, its reward counts as 0 from there on.
     """
     prepare_process()
+    if torch.cuda.is_available():  # for GRPO too
+        avoid_nan_attention(torch.device("cuda"))
     failure = None
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, callback = prepared_trainer(spec, output_dir)

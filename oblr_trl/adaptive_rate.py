@@ -14,6 +14,7 @@ from oblr_trl import metrics
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.checkpoints import ResumableGRPOTrainer
 from oblr_trl.checks.adaptation import adapt_if_possible
+from oblr_trl.checks.attention import avoid_nan_attention
 from oblr_trl.checks.backends import check_backend, check_vocabulary
 from oblr_trl.checks.coverage import settle_coverage
 from oblr_trl.gradient_snr import GradientSNR, StepGradientSNR, per_prompt_gradients, sampling_variance
@@ -52,6 +53,8 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_backend(self)
         check_vocabulary(self.model, self._tokenizer)
+        if (line := avoid_nan_attention(self.accelerator.device)) is not None and self.is_world_process_zero():
+            logger.warning(line)
         if args.needs_scores:
             self._score_pass = ScorePass(
                 self.model,

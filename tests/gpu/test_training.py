@@ -132,4 +132,4 @@ def test_a_compiled_model_has_the_advantages_of_one_that_is_not(tmp_path, baseli
     for a, b in zip(plain.batches, compiled.batches, strict=True):
         torch.testing.assert_close(b["advantages"], a["advantages"], rtol=1e-3, atol=1e-4)
     for name in ("loss", "gradient_snr/rho", "learning_rate"):
-        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=1e-6), name
+        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=2e-5), name
