@@ -142,13 +142,24 @@ def full_scores(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:
     return score_sketches(model, *inputs, scope="all", sketch_dim=num_parameters)
 
 
+def gram_of_scores(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:
+    """Inner products (M, M) of [`full_scores`]."""
+    scores = full_scores(model, inputs)
+    return (scores @ scores.T).double()
+
+
 def build_pool(
-    model: PreTrainedModel, completions: Completions, rewards: Tensor, *, sketch_dim: int, seed: int
+    model: PreTrainedModel,
+    completions: Completions,
+    rewards: Tensor,
+    *,
+    sketch_dim: int,
+    seed: int,
+    gram: Callable[[PreTrainedModel, Sequence[Tensor]], Tensor] = gram_of_scores,
 ) -> Pool:
-    """Score every completion, exactly and by sketches of every scope; rewards are `(P, M)`."""
+    """Score every completion, exactly by `gram`, prompt by prompt, and by sketches of every scope; rewards are `(P, M)`."""
     by_prompt = torch.arange(rewards.numel()).split(rewards.size(1))
-    scores = (full_scores(model, completions.inputs(rows)) for rows in by_prompt)
-    grams = torch.stack([(score @ score.T).double() for score in scores])
+    grams = torch.stack([gram(model, completions.inputs(rows)) for rows in by_prompt])
 
     def sketched(scope: str, last_k: int | None = None) -> Tensor:
         options: dict[str, Any] = {"scope": scope, "last_k": last_k, "sketch_dim": sketch_dim, "seed": seed}

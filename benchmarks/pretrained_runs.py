@@ -185,11 +185,19 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
     return trainer, callback
 
 
+def _settings(spec: PretrainedSpec) -> dict[str, Any]:
+    return asdict(spec) | {"task_data": TASKS[spec.task].data, "options": METHODS[spec.method][2]}
+
+
+def run_file(directory: str, spec: PretrainedSpec) -> Path:
+    """Where the run of a specification is kept."""
+    digest = hashlib.sha256(repr(_settings(spec)).encode()).hexdigest()[:16]
+    return Path(directory) / f"{spec.task}-{spec.method}-{digest}.pt"
+
+
 def finished_run(directory: str, spec: PretrainedSpec) -> dict[str, Any]:
     """The run of a specification, read from `directory` if it has been made before."""
-    settings = asdict(spec) | {"task_data": TASKS[spec.task].data, "options": METHODS[spec.method][2]}
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    return kept(Path(directory) / f"{spec.task}-{spec.method}-{digest}.pt", settings, lambda: run(spec))
+    return kept(run_file(directory, spec), _settings(spec), lambda: run(spec))
 
 
 def first_not_finite(grad_norms: list[float | None]) -> int | None:

@@ -95,7 +95,7 @@ def measure_policy(args: VarianceArguments, name: str, seed: int) -> dict[str, A
         "mean_reward": pool.rewards.mean().item(),
         "mean_length": pool.lengths.mean().item(),
         "right_over_wrong": right_over_wrong(pool),
-        "measured": _measure_pool(args, pool, seed),
+        "measured": measure_pool(args, pool, seed),
     }
 
 
@@ -105,7 +105,7 @@ def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> Pool:
     return build_pool(policy.model, completions, rewards, sketch_dim=settings["sketch_dim"], seed=settings["seed"])
 
 
-def _measure_pool(args: VarianceArguments, pool: Pool, seed: int) -> dict[str, dict[str, float]]:
+def measure_pool(args: Any, pool: Pool, seed: int) -> dict[str, dict[str, float]]:
     """Mean variance over prompts, by group size and label."""
     measured = {}
     for group_size in args.num_generations:

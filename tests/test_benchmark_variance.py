@@ -1,6 +1,7 @@
 """The variance study: its estimate against explicit gradients, its pools against the oracle, and its command."""
 
 import json
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks import policies, record, variance
+from benchmarks import policies, pretrained_variance, record, variance
 from benchmarks.completion_pool import full_scores, kept, sample_with_rewards
 from benchmarks.gradient_variance import (
     RLOO,
@@ -116,6 +117,43 @@ def test_scores_in_one_pass_have_the_inner_products_of_the_oracle(tmp_path):
     inputs = (ids, mask, mask[:, 3:])
     scores, expected = full_scores(model, inputs), reference_scores(model, *inputs)
     torch.testing.assert_close(scores @ scores.T, expected @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+def test_inner_products_of_gradients_one_by_one_are_those_of_the_oracle(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained_variance, "_CHUNK", 1000)  # several pieces of a parameter
+    save_tiny_policy(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    inputs = (torch.arange(20).view(4, 5) % 7, torch.ones(4, 5, dtype=torch.long), torch.ones(4, 2, dtype=torch.long))
+    inputs[2][0, 1] = inputs[1][0, -1] = 0  # one that ends before the others
+    expected = reference_scores(model, *inputs)
+    assert model.config.tie_word_embeddings
+    gram = pretrained_variance.gradient_gram(model, inputs)
+    torch.testing.assert_close(gram, (expected @ expected.T).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_agreement_of_scores_is_a_correlation_of_their_logarithms():
+    pool, _ = random_pool()
+    pool.weights |= {"all": 2 * pool.weights["exact"] ** 3, "lm_head": 1 / pool.weights["exact"]}
+    assert pretrained_variance.agreement(pool) == pytest.approx({"all": 1.0, "lm_head": -1.0})
+
+
+def test_the_study_of_the_pretrained_model_writes_ratios_and_says_what_makes_the_model(tmp_path, monkeypatch, capsys):
+    def draw(args, task, seed):
+        pool, _ = random_pool(num_completions=16)
+        return replace(pool, weights=dict.fromkeys(("exact", "all", "last_k", "lm_head"), pool.weights["exact"]))
+
+    options = {"num_seeds": 2, "num_prompts": 4, "kept": str(tmp_path / "kept"), "output": str(tmp_path / "out.json")}
+    arguments = pretrained_variance.PretrainedVarianceArguments(**options)
+    monkeypatch.setattr(pretrained_variance, "DIRECTORY", tmp_path / "none")
+    with pytest.raises(SystemExit, match="Run `make pretrained` first"):
+        pretrained_variance.main(arguments)
+    save_tiny_policy(tmp_path / "policy")
+    monkeypatch.setattr(pretrained_variance, "DIRECTORY", tmp_path / "policy")
+    monkeypatch.setattr(pretrained_variance, "draw_pool", draw)
+    pretrained_variance.main(arguments)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["policies"]["lists"]["methods"]["group mean (GRPO)"]["4"]["mean"] == pytest.approx(9 / 16)
+    assert f"| **{written['default']}** |" in capsys.readouterr().out
 
 
 def test_the_variance_command_writes_ratios_resumes_and_reports(tmp_path, monkeypatch, capsys):
