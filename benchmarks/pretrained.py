@@ -31,6 +31,7 @@ from oblr_trl import metrics
 # Group sizes of the controls; TRL's default for GRPO is 8.
 GROUP_SIZES = {"grpo": (8,), "rloo": (4,)}
 OURS = "ours"
+_LAST = 5  # steps
 
 Run = dict[str, Any]
 Arm = tuple[str, int]  # method and group size
@@ -104,6 +105,12 @@ def _movement(runs: Sequence[Run]) -> dict[str, float] | None:
     return found
 
 
+def _last_entropy(runs: Sequence[Run]) -> float | None:
+    """Mean entropy of a token over the last steps of the runs, `None` where one is lost."""
+    values = [value for run in runs for value in run["logged"]["entropy"][-_LAST:]]
+    return None if None in values else round(mean(values), 3)
+
+
 def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]:
     best = {arm: max(rates, key=lambda rate: mean(map(curve_area, rates[rate]))) for arm, rates in by_arm.items()}
     chosen = {arm: by_arm[arm][rate] for arm, rate in best.items()}
@@ -127,6 +134,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
             "highest_rates": [max(run["logged"]["learning_rate"]) for run in runs],
             "by_rate": {f"{rate:g}": [run["rewards"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
+            "entropy_by_rate": {f"{rate:g}": _last_entropy(of_rate) for rate, of_rate in by_arm[arm].items()},
         }
         if strongest is not None and arm[0] == OURS:
             theirs = chosen[strongest]

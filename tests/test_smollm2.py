@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks import pretrained, pretrained_runs
 from benchmarks.pretrained_runs import PretrainedSpec
+from benchmarks.sections import pretrained as section
 from examples.smollm2 import __main__ as smollm2
 from examples.smollm2.lists import write_arithmetic, write_prompts
 from examples.smollm2.rewards import answer_reward, list_reward
@@ -132,7 +133,11 @@ def made_run(method, size, rate, held_out, *, failure=None):
         "rewards": held_out,
         "seconds": [2.0, 1.0, 3.0],
         "failure": failure,
-        "logged": {"reward": [0.1, 0.3], "learning_rate": [rate, 2 * rate]},
+        "logged": {
+            "reward": [0.1, 0.3],
+            "learning_rate": [rate, 2 * rate],
+            "entropy": [2.0, None if failure else 1.0],
+        },
     }
 
 
@@ -156,6 +161,21 @@ def test_a_control_counts_at_the_rate_of_the_largest_mean_area():
     assert arm["area"]["mean"] == pytest.approx((0.45 + 0.65) / 2)
     assert (arm["seconds_per_step"], arm["last_rates"]) == (2.0, [1.6e-5] * 2)
     assert set(arm["by_rate"]) == {"1e-06", "8e-06", "2e-05"}
+    assert arm["entropy_by_rate"] == {"1e-06": 1.5, "8e-06": 1.5, "2e-05": None}
+
+
+def test_the_table_compares_gains_with_the_best_control_and_marks_what_was_lost():
+    runs = [
+        made_run("ours", 1, 1e-6, [0.2, 0.5, 0.8]),
+        made_run("grpo", 8, 1e-6, [0.2, 0.6, 1.0]),
+        made_run("grpo", 8, 8e-6, [0.2, 0.9, 0.0], failure="not finite"),
+    ]
+    record = {"settings": {"eval_steps": 5}, "summary": pretrained.summarise(runs)}
+
+    ours, slow, lost = [line.split(" | ") for line in section.markdown(record).splitlines()[-3:]]
+    assert (ours[10:12], slow[10:12], lost[10:12]) == (["0.300", "0.75"], ["0.400", "1.00"], ["", ""])
+    assert ours[3] == "found: at most 2e-06, at last 2e-06"
+    assert (lost[5:7], ours[5:7]) == (["0.900", "lost"], ["0.500", "0.800"])
 
 
 def test_lost_runs_are_counted():
