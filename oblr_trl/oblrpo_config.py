@@ -62,6 +62,10 @@ class OBLRPOConfig(GRPOConfig):
             SNR always comes from sketches.
         score_sketch_dim (`int`, *optional*, defaults to `4096`):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
+        per_device_score_batch_size (`int`, *optional*):
+            Completions that the scoring pass takes at once on each process; `per_device_train_batch_size` if `None` (default). It
+            changes no number, but time and memory (`oblr-trl plan`): models of less than some four billion parameters keep a GPU waiting
+            for its host, and the more so the smaller the batch.
         lr_adaptation (`str`, *optional*):
             Defaults to `"trust_region"`; to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
             scopes `"last_k"` and `"lm_head"`; and with a warning to `"none"` where the rate cannot be adapted
@@ -153,6 +157,12 @@ class OBLRPOConfig(GRPOConfig):
         metadata={"help": "Source of the baseline's weights: 'sketch' or 'exact' norms.", "choices": METHODS},
     )
     score_sketch_dim: int = field(default=4096, metadata={"help": "Length of a score sketch."})
+    per_device_score_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that the scoring pass takes at once. None: per_device_train_batch_size. Changes time and memory alone."
+        },
+    )
     lr_adaptation: str = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -225,6 +235,11 @@ class OBLRPOConfig(GRPOConfig):
     def needs_scores(self) -> bool:
         """Whether training runs the scoring pass."""
         return self.baseline == "gradient_weighted" or self.lr_adaptation != "none"
+
+    @property
+    def score_batch_size(self) -> int:
+        """Completions that the scoring pass takes at once on each process."""
+        return self.per_device_score_batch_size or self.per_device_train_batch_size
 
     @property
     def prompts_per_step(self) -> float:

@@ -183,7 +183,9 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._scorer is not None:
-            model = self._scorer.in_place_of(model, attention_mask[:, -logits_to_keep:])
+            replaced, model = model, self._scorer.in_place_of(model, attention_mask[:, -logits_to_keep:])
+            if model is not replaced:
+                kwargs["batch_size"] = self.args.score_batch_size
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )

@@ -135,6 +135,7 @@ def test_the_document_marks_exactly_the_options_that_are_refused_and_those_with_
         ({"score_last_k": 2}, "cannot honour score_last_k=2"),
         ({"score_scope": "last_k", "score_last_k": 0}, "cannot honour score_last_k=0"),
         ({"score_sketch_dim": 1}, "cannot honour score_sketch_dim=1"),
+        ({"per_device_score_batch_size": 0}, "cannot honour per_device_score_batch_size=0"),
         ({"snr_ema_decay": 1.0}, "cannot honour snr_ema_decay=1.0"),
         ({"snr_ema_decay": -0.1}, "cannot honour snr_ema_decay=-0.1"),
         ({"snr_min_multiplier": 0.5, "snr_max_multiplier": 0.2}, "cannot honour snr_min_multiplier=0.5"),

@@ -223,7 +223,16 @@ def test_a_block_keeps_exactly_what_autograd_saves_of_it(dtype, autocast, masked
     two, three = (saved_bytes_per_token(n, dtype, autocast, adapter, masked, scoring) for n in (2, 3))
     backend = Backend("one process", 1, autocast)
     setup = make_setup(backend=backend, adapter=adapter, parameter_bytes=dtype.itemsize, masked=masked)
-    assert saved_block_bytes(setup, scoring=scoring) == pytest.approx(2 * 48 * (three - two))
+    assert saved_block_bytes(setup, scoring=scoring) == pytest.approx(48 * (three - two))
+
+
+def test_the_scoring_pass_is_planned_with_a_batch_of_its_own():
+    own, twice = items(make_setup(QWEN3_4B)), items(make_setup(QWEN3_4B, per_device_score_batch_size=4))
+    assert make_setup(QWEN3_4B).args.per_device_train_batch_size == 2
+    assert twice["activations of scoring"] == 2 * own["activations of scoring"]
+    assert twice["head or block in scoring"] > own["head or block in scoring"]
+    others = own.keys() - {"activations of scoring", "head or block in scoring"}
+    assert {name: own[name] for name in others} == {name: twice[name] for name in others}
 
 
 def test_estimated_peaks_are_near_those_measured_on_the_cpu():

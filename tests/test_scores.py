@@ -130,7 +130,7 @@ def test_chunks_end_with_their_longest_completion_and_scores_return_to_their_row
         widths.append(model_inputs["input_ids"].size(1))
         return score_pass(model_inputs, *args)
 
-    recorded_pass.model = score_pass.model
+    recorded_pass.model, recorded_pass.scoped_parameters = score_pass.model, score_pass.scoped_parameters
     lengths = weighted_lengths(weights)
     assert torch.equal(lengths, completion_mask.sum(dim=1))
     order = lengths.argsort(descending=True)
@@ -196,11 +196,11 @@ def test_a_batch_with_images_keeps_all_columns():
     """A tool may have put images into completions that have no weight, and their features come whole."""
     widths = []
 
-    def score_pass(model_inputs, targets, token_weights):
+    def score_pass(model_inputs, targets, token_weights, scoped):
         widths.extend([model_inputs["input_ids"].size(1), targets.size(1), token_weights.size(1)])
         return ScoreOutput(torch.zeros(2, 9))
 
-    score_pass.model = nn.Module()
+    score_pass.model, score_pass.scoped_parameters = nn.Module(), lambda: None
     input_ids = torch.ones(2, 16, dtype=torch.long)
     scoring_model = ScoringModel(score_pass, torch.zeros(2, 9))
     scoring_model(labels=None, fused_lm_head=True, input_ids=input_ids, pixel_values=torch.zeros(4, 3))

@@ -18,6 +18,7 @@ from oblr_trl import (
 )
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients, rho
 from oblr_trl.metrics import METRICS
+from oblr_trl.scores.score_pass import ScorePass
 from tests.recording import Recording, RecordingSGD, head_gradients, oracle_scores
 from tests.tiny_models import OF_LAST_STEP, construct, digit_reward, logged, prompts, tiny_model, tiny_tokenizer, train
 
@@ -105,6 +106,20 @@ def test_the_rate_inside_the_optimizers_step_is_the_schedule_times_rho_of_that_s
     assert logged(trainer, "learning_rate") == pytest.approx(optimizer.rates)
 
 
+@pytest.mark.parametrize("num_iterations", [1, 2], ids=["a pass of its own", "in place of another forward pass"])
+def test_the_scoring_pass_takes_as_many_completions_at_once_as_it_is_told(tmp_path, monkeypatch, num_iterations):
+    sizes, score = [], ScorePass.__call__
+
+    def recorded(self, model_inputs, *args):
+        sizes.append(len(model_inputs["input_ids"]))
+        return score(self, model_inputs, *args)
+
+    monkeypatch.setattr(ScorePass, "__call__", recorded)
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_iterations": num_iterations}
+    train(Recording, OBLRPOConfig, tmp_path, **options, per_device_score_batch_size=12, max_steps=1)
+    assert sizes == [12, 12, 8]
+
+
 def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path):
     def run(name, **options):
         trainer = train(Recording, OBLRPOConfig, tmp_path / name, **options)
@@ -119,6 +134,9 @@ def test_accumulation_checkpointing_and_generation_steps_change_nothing(tmp_path
         "accumulated": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
         "one by one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 32},
         "without checkpointing": {"gradient_checkpointing": False},
+        "scored three at a time": {"per_device_score_batch_size": 3, "per_device_train_batch_size": 32},
+        "scored in one chunk": {"per_device_score_batch_size": 64, "per_device_train_batch_size": 4}
+        | {"gradient_accumulation_steps": 8},
     }
     for name, options in variants.items():
         advantages, ratios, rates = run(name, **options)

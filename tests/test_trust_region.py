@@ -70,6 +70,34 @@ def test_inner_products_with_the_update_are_changes_of_log_probabilities(archite
     assert kl_of_update(products) == pytest.approx(0.5 * change.square().mean().item(), rel=4e-3)
 
 
+def test_inner_products_are_the_sums_of_those_of_every_parameter():
+    """Of matrices of several shapes, of one that is not projected, and of a vector."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.q": (90, 80), "a.k": (90, 80), "b.o": (60, 70), "c.w": (5, 3), "norm": (7,)}
+    options = {"dtype": torch.float64, "device": torch.device("cpu")}
+    drawn = Projections(shapes, tables=(), sketch_dim=64, seed=0, **options)
+    gradients = {
+        name: torch.randn(4, *shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()
+    }
+    update = torch.cat(
+        [drawn.project_entries(n, torch.ones(math.prod(s)).double(), 0, torch.float64) for n, s in shapes.items()]
+    )
+
+    def products(names):
+        accumulator = SketchAccumulator(4, drawn, update)
+        for name in names:
+            accumulator.add(name, DenseGradient(gradients[name].flatten(1)))
+        return accumulator.products()
+
+    assert [drawn.is_factored(name) for name in shapes] == [True, True, True, False, False]
+    single = [products([name]) for name in shapes]
+    torch.testing.assert_close(products(shapes), sum(single), rtol=1e-12, atol=1e-12)
+    assert all(part.abs().min() > 0 for part in single)
+    # Nothing of "norm" is projected: all four estimates are the sum of its entries. Those of "a.q" differ.
+    torch.testing.assert_close(single[4], gradients["norm"].sum(dim=1, keepdim=True).expand(-1, 4))
+    assert single[0].std(dim=1).min() > 0
+
+
 def copied(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -132,7 +160,7 @@ def test_estimates_that_are_multiplied_share_no_half_of_rows_and_none_of_columns
         sketched = drawn.project_entries("weight", update.flatten(), 0, torch.float64)
         accumulator = SketchAccumulator(len(scores), drawn, sketched)
         accumulator.add("weight", DenseGradient(scores.flatten(1)))
-        estimates.append(accumulator.products)
+        estimates.append(accumulator.products())
     # A half stands for all of its side, also one of 3 of 7 numbers.
     for side, width in ((ROWS, sketch_dim // 8), (COLUMNS, 8)):
         assert drawn.halves("weight", side).sum(dim=0).tolist() == pytest.approx([width, width])

@@ -91,6 +91,12 @@ _REFUSALS = (
     ),
     _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 2, "its halves are compared", "use at least 2"),
     _Refusal(
+        "per_device_score_batch_size",
+        lambda args: args.per_device_score_batch_size is not None and args.per_device_score_batch_size < 1,
+        "it counts completions",
+        "use at least 1, or None",
+    ),
+    _Refusal(
         "trust_region_kl",
         lambda args: not args.trust_region_kl > 0,
         "it is a part of the entropy",

@@ -15,9 +15,9 @@ from oblr_trl.scores.taps import frozen_parameters, tapped
 
 def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
     """
-    Bytes that autograd keeps of one micro-batch in one block, from forward to backward: exact for SDPA without fused kernels.
+    Bytes that autograd keeps of one sequence in one block, from forward to backward: exact for SDPA without fused kernels.
 
-    B times the difference between batches of two sequences and one, from which weights and their copies drop out. In the scoring
+    The difference between batches of two sequences and one, from which weights and their copies drop out. In the scoring
     pass all parameters are frozen, and taps keep the inputs of trained layers. A mask makes SDPA repeat keys and values.
     """
     one_block = copy.deepcopy(setup.config)
@@ -54,4 +54,4 @@ def saved_block_bytes(setup: Setup, *, scoring: bool) -> int:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        return setup.args.per_device_train_batch_size * (saved_bytes(2) - saved_bytes(1))
+        return saved_bytes(2) - saved_bytes(1)

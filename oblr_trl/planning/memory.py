@@ -19,7 +19,7 @@ _SMALLER_BATCH = "halve per_device_train_batch_size and double gradient_accumula
 # What makes the peak of a phase lower.
 PHASES = {
     "generate": "use_vllm: true, a smaller vllm_gpu_memory_utilization, or vllm_mode: server",
-    "score": f"score_scope: last_k or lm_head, vllm_enable_sleep_mode: true, or {_SMALLER_BATCH}",
+    "score": "a smaller per_device_score_batch_size, score_scope: last_k or lm_head, or vllm_enable_sleep_mode: true",
     "train": f"gradient_checkpointing: true, zero3.yaml on more GPUs, zero3_offload.yaml, LoRA, or {_SMALLER_BATCH}",
 }
 _FORWARDS = ("score", "train")
@@ -131,10 +131,10 @@ def _generation(setup: Setup) -> Iterator[MemoryItem]:
             yield MemoryItem("parameters gathered to generate", setup.num_base * setup.held_bytes, ("generate",))
 
 
-def _kept(setup: Setup, block: int) -> tuple[int, int]:
+def _kept(setup: Setup, batch_size: int, block: int) -> tuple[int, int]:
     """Bytes of one micro-batch that a block keeps until its backward pass, and that this pass needs in addition."""
     config = setup.config
-    num_tokens = setup.args.per_device_train_batch_size * setup.sequence_length
+    num_tokens = batch_size * setup.sequence_length
     # Gradients of activations: about four of the MLP's width and two of the stream's.
     gradients = num_tokens * (4 * setup.compute_bytes * config.intermediate_size + 2 * _FLOAT32 * config.hidden_size)
     if not setup.args.gradient_checkpointing:
@@ -145,9 +145,11 @@ def _kept(setup: Setup, block: int) -> tuple[int, int]:
 def _passes(setup: Setup) -> Iterator[MemoryItem]:
     """Activations of training and of the scoring pass, and what the backward pass needs in addition at its peak."""
     d, V, e = setup.config.hidden_size, setup.config.vocab_size, setup.compute_bytes
-    positions = setup.args.per_device_train_batch_size * (setup.sequence_length - setup.prompt_length)
-    block = saved_block_bytes(setup, scoring=False)
-    kept, backward = _kept(setup, block)
+    num_completion_tokens = setup.sequence_length - setup.prompt_length
+    batch_size = setup.args.per_device_train_batch_size
+    positions = batch_size * num_completion_tokens
+    of_sequence = saved_block_bytes(setup, scoring=False)
+    kept, backward = _kept(setup, batch_size, batch_size * of_sequence)
     yield MemoryItem("activations of training", setup.config.num_hidden_layers * kept, ("train",))
     # TRL's fused output projection backward: a tile of logits, the float32 gradients of hidden states and weight, and the
     # weight's once more in its own dtype. All are freed before the first block's backward begins.
@@ -160,14 +162,17 @@ def _passes(setup: Setup) -> Iterator[MemoryItem]:
     num_layers = setup.config.num_hidden_layers
     num_blocks = {"auto": num_layers, "all": num_layers, "lm_head": 0}.get(scoring.score_scope, scoring.score_last_k)
     scored = resolve_scope(setup.model, scoring.score_scope, scoring.score_last_k)
-    kept, backward = _kept(setup, saved_block_bytes(setup, scoring=True)) if num_blocks else (0, 0)
+    batch_size, positions = scoring.score_batch_size, scoring.score_batch_size * num_completion_tokens
+    kept, backward = (0, 0)
+    if num_blocks:
+        kept, backward = _kept(setup, batch_size, batch_size * saved_block_bytes(setup, scoring=True))
     yield MemoryItem("activations of scoring", (num_blocks or 0) * kept, ("score",))
     # The pass over the vocabulary: tiles of logits and probabilities, those of the tile before not yet freed; sums of weights
     # and of projections. In blocks that are not scored, at most what training keeps of one.
     cells = min(positions, _SCORE_TILE[0]) * min(V, _SCORE_TILE[1]) * min(math.ceil(V / _SCORE_TILE[1]), 2)
     head = cells * (e if e == _FLOAT32 else e + _FLOAT32) + positions * d * (e + (_FLOAT32 if num_blocks else 0))
     head += V * projected_widths(V, d, scoring.score_sketch_dim)[0] * _FLOAT32 if scored.head_names else 0
-    yield MemoryItem("head or block in scoring", max(head, backward, block), ("score",))
+    yield MemoryItem("head or block in scoring", max(head, backward, batch_size * of_sequence), ("score",))
     yield MemoryItem("projections", projection_bytes(scored, scoring.score_sketch_dim))
     if scoring.lr_adaptation == "trust_region":
         num_kept = parameter_sketch_length(scored, scoring.score_sketch_dim)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oblr_trl.scores.factors import DenseGradient, HeadRows, IndexRows, OuterProduct, PerSequenceGradient
-from oblr_trl.scores.movement import NUM_ESTIMATES, inner_products
+from oblr_trl.scores.movement import InnerProducts
 from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 
 
@@ -17,11 +17,10 @@ class SketchAccumulator:
 
     def __init__(self, batch_size: int, projections: Projections, update: Tensor | None = None) -> None:
         self._projections = projections
-        self._update = None if update is None else projections.split_by_parameter(update.to(projections.dtype))
+        self._products = None if update is None else InnerProducts(batch_size, projections, update)
         self._last_columns: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         shape = (batch_size, 2 * projections.sketch_dim)
         self._total = torch.zeros(shape, dtype=projections.dtype, device=projections.device)
-        self.products = self._total.new_zeros(batch_size, NUM_ESTIMATES)
 
     def add(self, name: str, gradient: PerSequenceGradient) -> Tensor:
         """Add `P^T G Q` for the gradient G of one use of a parameter, and return it, of shape `(B, r, c)`."""
@@ -41,8 +40,8 @@ class SketchAccumulator:
             else:
                 projected = torch.bmm(rows.mT, columns)
         drawn.add_projected(self._total, name, projected)
-        if self._update is not None:
-            self.products += inner_products(drawn, name, projected, self._update[name])
+        if self._products is not None:
+            self._products.add(name, projected)
         return projected
 
     def _project_rows(self, name: str, gradient: OuterProduct) -> Tensor:
@@ -76,3 +75,7 @@ class SketchAccumulator:
         """The sketches, of shape `(B, k)`."""
         self._last_columns = None
         return self._total.unflatten(1, (2, -1)).sum(dim=1)
+
+    def products(self) -> Tensor | None:
+        """Estimates of the inner products with the update, of shape `(B, 4)`; `None` without one."""
+        return None if self._products is None else self._products.result()

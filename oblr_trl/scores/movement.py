@@ -10,6 +10,7 @@ The square of an inner product, which is what a KL is made of, still contains th
 times, from both halves of the projections of the rows and of the columns: products of estimates that share no half do not ([`~trust_region.kl_of_update`]).
 """
 
+import torch
 from torch import Tensor
 
 from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
@@ -17,20 +18,38 @@ from oblr_trl.scores.projections import COLUMNS, ROWS, Projections
 NUM_ESTIMATES = 4  # of rows and columns: (first, first), (first, second), (second, first), (second, second)
 
 
-def inner_products(projections: Projections, name: str, projected: Tensor, update: Tensor) -> Tensor:
+class InnerProducts:
     """
-    Inner products of every sequence's gradient by one use of a parameter with an update of that parameter.
+    Sums the inner products of every sequence's gradients with an update, over the uses of all parameters. Halves are taken of sums over
+    parameters of like projections, once: a GPU is kept waiting by many small operations.
 
     Args:
+        batch_size (`int`): Number B of sequences.
         projections ([`~scores.projections.Projections`]): Those of the scores.
-        name (`str`): The parameter.
-        projected (`torch.Tensor` of shape `(B, r, c)`): The gradient, projected.
-        update (`torch.Tensor` of shape `(r * c,)`): The update, projected and flattened.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 4)`, or `(B, 1)` where nothing is projected and all estimates are one.
+        update (`torch.Tensor` of shape `(n,)`): Difference of two sketches of [`~scores.parameters.local_parameter_sketch`].
     """
-    if not projections.is_factored(name):
-        return (projected.flatten(1) @ update).unsqueeze(1)
-    products = projected * update.view(projected.shape[1:])
-    return (projections.halves(name, ROWS).T @ products @ projections.halves(name, COLUMNS)).flatten(1)
+
+    def __init__(self, batch_size: int, projections: Projections, update: Tensor) -> None:
+        self._projections = projections
+        self._update = projections.split_by_parameter(update.to(projections.dtype))
+        self._of_entries = torch.zeros(batch_size, dtype=projections.dtype, device=projections.device)
+        # By the halves of rows and columns: products entry by entry, of shape (B, r, c).
+        self._products: dict[tuple[Tensor, Tensor], Tensor] = {}
+
+    def add(self, name: str, projected: Tensor) -> None:
+        """Add one use of a parameter, whose gradient `(B, r, c)` is projected."""
+        drawn, update = self._projections, self._update[name]
+        if not drawn.is_factored(name):  # nothing is projected: all estimates are one
+            self._of_entries.addmv_(projected.flatten(1), update)
+            return
+        halves = drawn.halves(name, ROWS), drawn.halves(name, COLUMNS)  # the same objects for like projections
+        if halves not in self._products:
+            self._products[halves] = torch.zeros_like(projected)
+        self._products[halves].addcmul_(projected, update.view(projected.shape[1:]))
+
+    def result(self) -> Tensor:
+        """The estimates, of shape `(B, 4)`."""
+        estimates = self._of_entries.unsqueeze(1).expand(-1, NUM_ESTIMATES)
+        for (rows, columns), products in self._products.items():
+            estimates = estimates + (rows.T @ products @ columns).flatten(1)
+        return estimates

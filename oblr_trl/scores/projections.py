@@ -108,12 +108,15 @@ class Projections:
                 starts = [row * widths[COLUMNS] + column % widths[COLUMNS]]
             self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
-    def projection(self, name: str, axis: int, chosen: slice | Tensor | None = None) -> Tensor:
-        """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
-        parameter = self._parameters[name]
+    def projection(
+        self, name: str, axis: int, chosen: slice | Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many. In `dtype`, or that of
+        the bases."""
+        parameter, dtype = self._parameters[name], dtype or self.dtype
         dim, width = parameter.dims[axis], parameter.widths[axis]
         identity = width == dim
-        matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
+        matrix = torch.eye(dim, dtype=dtype, device=self.device) if identity else self._basis(axis, dim, width, dtype)
         matrix = matrix if chosen is None else matrix[chosen]
         if not parameter.is_factored:
             return matrix
@@ -128,27 +131,26 @@ class Projections:
             values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices]
             if parameter.widths[axis] == parameter.dims[axis]:
                 return values.to(dtype)
-            basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis])
-            return (values @ basis.to(values.dtype)).to(dtype)
+            basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis], values.dtype)
+            return (values @ basis).to(dtype)
         if parameter.widths[axis] < parameter.dims[axis]:
             # In the activations' precision: a cast of the activations would cost more than the product.
-            return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
+            return (values @ self.projection(name, axis, dtype=values.dtype)).to(dtype)
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
     def add_projected(self, total: Tensor, name: str, values: Tensor) -> None:
         """Add `P^T G Q`, of shape `(B, r, c)`, to `total` (B, 2 k), in place; a block that wraps around goes into the second half."""
         parameter, values = self._parameters[name], values.flatten(1)
-        signs = None if parameter.is_factored else self._signs(f"{name}-dense", values.size(1)).to(values.dtype)
-        for i, start in enumerate(parameter.starts):
-            entries = slice(i * self.sketch_dim, (i + 1) * self.sketch_dim)
-            block = values[:, entries]
-            place = total[:, start : start + block.size(1)]
-            if signs is None:
-                place += block
-            else:
-                # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
-                place.addcmul_(block, signs[entries])
+        if parameter.is_factored:
+            total.narrow(1, parameter.starts[0], values.size(1)).add_(values)
+            return
+        blocks, signs = (
+            part.split(self.sketch_dim, dim=-1) for part in (values, self._signs(f"{name}-dense", values.size(1)))
+        )
+        for start, block, of_block in zip(parameter.starts, blocks, signs, strict=True):
+            # Signs and sum at once: for short sequences the product would take longer to write than the gradient to form.
+            total.narrow(1, start, block.size(1)).addcmul_(block, of_block)
 
     def project_entries(self, name: str, values: Tensor, start: int, dtype: torch.dtype) -> Tensor:
         """`P^T G Q` in `dtype`, flattened, of a parameter G that is 0 but for `(n,)` consecutive entries of it, flattened, from `start` on."""
@@ -252,15 +254,19 @@ class Projections:
         dim = parameter.num_matrices * parameter.dims[axis]
         return self._signs(f"{name}-rows" if axis == ROWS else f"{parent(name)}-columns-{dim}", dim)
 
-    def _basis(self, axis: int, dim: int, width: int) -> Tensor:
-        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
+    def _basis(self, axis: int, dim: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`, kept in each dtype that is asked for."""
         key = f"{_AXIS_NAMES[axis]}-{dim}-{width}"
         if key not in self._drawn:
             # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
             gaussian = torch.randn(dim, width, generator=self._generator(key))
             orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
-        return self._drawn[key]
+        if dtype == self.dtype:
+            return self._drawn[key]
+        if f"{key}-{dtype}" not in self._drawn:
+            self._drawn[f"{key}-{dtype}"] = self._drawn[key].to(dtype)
+        return self._drawn[f"{key}-{dtype}"]
 
 
 def parent(name: str) -> str:

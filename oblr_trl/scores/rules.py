@@ -150,8 +150,7 @@ def rms_norm_rule(module: Any, inputs: Tensor, grad_output: Tensor) -> Gradients
     r"""RMSNorms of transformers, which normalise in float32 and scale by \\( \gamma \\) or \\( 1 + \gamma \\) (Gemma):
     \\( \nabla \gamma = \sum_t \delta_t \hat a_t \\), `bti,bti->bi`, for both."""
     eps = module.variance_epsilon if "variance_epsilon" in module.__dict__ else module.eps
-    x = inputs.float()
-    normalized = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
+    normalized = nn.functional.rms_norm(inputs.float(), inputs.shape[-1:], eps=eps).to(inputs.dtype)
     return {"weight": _sum_positions(grad_output * normalized)}
 
 

@@ -92,15 +92,21 @@ class ScorePass:
             if method not in METHODS:
                 raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
 
-    def __call__(self, model_inputs: Mapping[str, Any], targets: Tensor, token_weights: Tensor) -> ScoreOutput:
+    def __call__(
+        self,
+        model_inputs: Mapping[str, Any],
+        targets: Tensor,
+        token_weights: Tensor,
+        scoped: ScopedParameters | None = None,
+    ) -> ScoreOutput:
         """
         Run the pass on one micro-batch.
 
         `model_inputs` are keyword arguments of the model's forward: `input_ids` (B, L), `attention_mask` and the like; `targets`
         (B, C) its last C columns, the completions; `token_weights` (B, C) the seed of every token's log-probability, of which 0
-        keeps a token out of the score.
+        keeps a token out of the score; `scoped` the result of `scoped_parameters`, where it has been asked for already.
         """
-        return _MicroBatch(self, targets, token_weights).run(model_inputs)
+        return _MicroBatch(self, targets, token_weights, scoped or self.scoped_parameters()).run(model_inputs)
 
     def scoped_parameters(self) -> ScopedParameters:
         """The parameters of the scope, of which some may have been frozen or unfrozen since."""
@@ -129,9 +135,9 @@ class _MicroBatch:
     garbage collector does not see references that pass through autograd.
     """
 
-    def __init__(self, settings: ScorePass, targets: Tensor, token_weights: Tensor) -> None:
+    def __init__(self, settings: ScorePass, targets: Tensor, token_weights: Tensor, scoped: ScopedParameters) -> None:
         self._settings = settings
-        self._scoped = settings.scoped_parameters()
+        self._scoped = scoped
         self._targets = targets
         self._token_weights = token_weights
         self._begun = self._scoped.first_block is None
@@ -186,8 +192,8 @@ class _MicroBatch:
             with torch.no_grad():
                 if self._sketches is not None:
                     output.sketches = self._sketches.result() / head.scale
-                    if settings.update is not None:
-                        output.products = self._sketches.products / head.scale
+                    if (products := self._sketches.products()) is not None:
+                        output.products = products / head.scale
                 if self._norms is not None:
                     output.squared_norms = self._norms.result() / head.scale.squeeze(1).square()
         return output

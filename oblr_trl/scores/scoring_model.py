@@ -40,6 +40,7 @@ class ScoringModel:
 
     def __init__(self, score_pass: ScorePass, token_weights: Tensor, order: Tensor | None = None) -> None:
         self._score_pass = score_pass
+        self._scoped = score_pass.scoped_parameters()  # for all chunks: it looks at every module
         self._order = torch.arange(token_weights.size(0), device=token_weights.device) if order is None else order
         self._token_weights = token_weights[self._order]
         # Here for all chunks at once: a device is waited for.
@@ -63,7 +64,9 @@ class ScoringModel:
             if isinstance(value, Tensor) and value.shape == input_ids.shape:
                 model_inputs[name] = value[:, : value.size(1) - unused]
         token_weights = self._token_weights[rows, :num_tokens]
-        output = self._score_pass(model_inputs, model_inputs["input_ids"][:, -num_tokens:], token_weights)
+        output = self._score_pass(
+            model_inputs, model_inputs["input_ids"][:, -num_tokens:], token_weights, self._scoped
+        )
         output.log_probs = nn.functional.pad(output.log_probs, (0, unused))
         self._outputs.append(output)
         # Once for all chunks, so that the GPU is not kept waiting between them.
@@ -141,7 +144,7 @@ class CompletionScorer:
         gather: Callable[[Tensor], Tensor],
     ) -> tuple[ScoreOutput, Tensor, float]:
         """The scores of all processes, the weights of the local tokens in them, and the seconds that the pass took. A pass of its own goes
-        over the parent's `output` by its method `forward` for log-probabilities, in chunks of `per_device_train_batch_size`."""
+        over the parent's `output` by its method `forward` for log-probabilities, in chunks of `score_batch_size`."""
         args, ratio = self._args, output.get("importance_sampling_ratio")
         if ratio is not None:
             ratio = applied_importance_ratio(
@@ -160,7 +163,7 @@ class CompletionScorer:
             torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[order],
             torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[order],
             output["completion_ids"].size(1),
-            batch_size=args.per_device_train_batch_size,
+            batch_size=args.score_batch_size,
             **others,
         )
         return scoring_model.result(gather), token_weights, scoring_model.seconds
