@@ -1,14 +1,12 @@
 """The trainers that the cost study compares: TRL's control and OBLR-PO's scopes, equal in everything but the algorithm."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -16,7 +14,7 @@ from benchmarks.score_workload import CPU, build_model, qwen3_config
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 from oblr_trl.data.rewards import task_reward
-from oblr_trl.scores import ScoreOutput, reference_scores
+from oblr_trl.scores import ScoreOutput, ScorePass, reference_scores
 
 # Description and options; `grpo` is TRL's own trainer.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,13 +52,15 @@ class Case:
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
 
 
-def per_sequence_pass(model: Any, model_inputs: dict[str, Any], targets: Tensor, token_weights: Tensor) -> ScoreOutput:
-    """Score norms by one forward and backward per sequence, as other projects take them; replaces a [`ScorePass`]."""
-    columns = (model_inputs["input_ids"], model_inputs["attention_mask"], token_weights)
-    rows = zip(*(column.split(1) for column in columns), strict=True)
-    norms = torch.cat([reference_scores(model, *row).square().sum(dim=1) for row in rows])
-    no_log_probs = torch.full_like(token_weights, torch.nan)
-    return ScoreOutput(no_log_probs, sketches=norms.sqrt().unsqueeze(1), squared_norms=norms)
+class PerSequencePass(ScorePass):
+    """Score norms by one forward and backward per sequence, as other projects take them."""
+
+    def __call__(self, model_inputs, targets, token_weights, scoped=None) -> ScoreOutput:
+        columns = (model_inputs["input_ids"], model_inputs["attention_mask"], token_weights)
+        rows = zip(*(column.split(1) for column in columns), strict=True)
+        norms = torch.cat([reference_scores(self.model, *row).square().sum(dim=1) for row in rows])
+        no_log_probs = torch.full_like(token_weights, torch.nan)
+        return ScoreOutput(no_log_probs, sketches=norms.sqrt().unsqueeze(1), squared_norms=norms)
 
 
 def save_policy(case: Case, directory: Path, seed: int) -> None:
@@ -155,8 +155,7 @@ def _build(
             processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         )
         if method == "per_sequence":
-            trainer._score_pass = partial(per_sequence_pass, trainer.model)
-            trainer._score_pass.model = trainer.model
+            trainer._score_pass = PerSequencePass(trainer.model)
         trainer.remove_callback(PrinterCallback)
         trainers[method] = trainer
     return trainers

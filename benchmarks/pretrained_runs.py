@@ -211,11 +211,10 @@ def run(spec: PretrainedSpec) -> dict[str, Any]:
     stopped by an error about that, its reward counts as 0 from there on.
     """
     prepare_process()
-    if torch.cuda.is_available():  # for GRPO too
-        avoid_nan_attention(torch.device("cuda"))
     failure = None
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, callback = prepared_trainer(spec, output_dir)
+        avoid_nan_attention(trainer.model, trainer.accelerator.device)  # of GRPO too
         try:
             trainer.train()
         except (RuntimeError, ValueError) as error:

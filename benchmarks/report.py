@@ -25,6 +25,7 @@ from benchmarks.sections import (
     kl_measures,
     learning,
     pretrained,
+    pretrained_variance,
     score_memory,
     small_groups,
     snr,
@@ -46,6 +47,7 @@ SECTIONS = {
     "score_memory": score_memory,
     "gpu": gpu,
     "pretrained": pretrained,
+    "pretrained_variance": pretrained_variance,
 }
 FIGURES = {
     "small_groups": "Held-out accuracy against rollouts by group size",

@@ -53,7 +53,8 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_backend(self)
         check_vocabulary(self.model, self._tokenizer)
-        if (line := avoid_nan_attention(self.accelerator.device)) is not None and self.is_world_process_zero():
+        line = avoid_nan_attention(self.model, self.accelerator.device)
+        if line is not None and self.is_world_process_zero():
             logger.warning(line)
         if args.needs_scores:
             self._score_pass = ScorePass(

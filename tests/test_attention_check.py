@@ -1,5 +1,7 @@
 """The kernel of attention whose gradient is NaN: on a CPU there is none, so that its gradient is given."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -7,6 +9,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from oblr_trl.checks import attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def model_with(implementation):
+    return SimpleNamespace(config=SimpleNamespace(_attn_implementation=implementation))
+
+
+SDPA = model_with("sdpa")
 
 
 def nan_where_cudnn(query, key, value, attn_mask):
@@ -49,15 +58,19 @@ def test_the_kernel_is_switched_off_where_its_gradient_is_nan(monkeypatch):
     )
     assert attention.masked_attention_is_nan(GPU)
 
-    assert "enable_cudnn_sdp(False)" in attention.avoid_nan_attention(GPU)
+    assert "enable_cudnn_sdp(False)" in attention.avoid_nan_attention(SDPA, GPU)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not attention.masked_attention_is_nan(GPU)
-    assert attention.avoid_nan_attention(GPU) is None  # once
+    assert attention.avoid_nan_attention(SDPA, GPU) is None  # once
 
 
-@pytest.mark.parametrize(("device", "is_nan"), [(GPU, False), (CPU, True)], ids=["right on a GPU", "a CPU"])
-def test_nothing_is_switched_off_without_a_reason(monkeypatch, device, is_nan):
+@pytest.mark.parametrize(
+    ("model", "device", "is_nan"),
+    [(SDPA, GPU, False), (SDPA, CPU, True), (model_with("flash_attention_2"), GPU, True)],
+    ids=["right on a GPU", "a CPU", "another kernel"],
+)
+def test_nothing_is_switched_off_without_a_reason(monkeypatch, model, device, is_nan):
     monkeypatch.setattr(attention, "masked_attention_is_nan", lambda device: is_nan)
 
-    assert attention.avoid_nan_attention(device) is None
+    assert attention.avoid_nan_attention(model, device) is None
     assert torch.backends.cuda.cudnn_sdp_enabled()

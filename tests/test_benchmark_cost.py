@@ -12,7 +12,7 @@ from trl import TrlParser
 
 from benchmarks import cost, score_memory
 from benchmarks.cost import CostArguments, summarise
-from benchmarks.cost_trainers import METHODS, Case, demo_trainers, per_sequence_pass, random_trainers, save_policy
+from benchmarks.cost_trainers import METHODS, Case, PerSequencePass, demo_trainers, random_trainers, save_policy
 from benchmarks.interleaving import interleave, ratio_spread
 from benchmarks.score_memory import Memory, ScoreMemoryArguments, measure_memory, warm_workload
 from benchmarks.score_workload import CPU, Workload, WorkloadArguments, build_model, qwen3_config
@@ -101,7 +101,7 @@ def test_completions_have_their_full_length_and_every_method_its_own_trainer(tmp
         assert trainer.state.global_step == 2
     assert trainers["last_k"].args.score_scope == "last_k"
     assert trainers["exact"].args.score_method == "exact"
-    assert trainers["per_sequence"]._score_pass.func is per_sequence_pass
+    assert isinstance(trainers["per_sequence"]._score_pass, PerSequencePass)
     assert type(trainers["grpo"]).__name__ == "GRPOTrainer"
 
 
@@ -174,7 +174,7 @@ def test_the_measured_passes_compute_the_same_norms(workload):
     norms = workload.run("exact").squared_norms
     torch.testing.assert_close(torch.stack(workload.run("per_sequence")), norms, rtol=1e-4, atol=0)
     inputs = {"input_ids": workload.input_ids, "attention_mask": torch.ones_like(workload.input_ids)}
-    scores = per_sequence_pass(workload.model, inputs, workload.input_ids[:, -12:], torch.ones(3, 12))
+    scores = PerSequencePass(workload.model)(inputs, workload.input_ids[:, -12:], torch.ones(3, 12))
     torch.testing.assert_close(scores.squared_norms, norms, rtol=1e-4, atol=0)
     torch.testing.assert_close(scores.sketches.square().sum(dim=1), scores.squared_norms)
 

@@ -22,7 +22,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Within-prompt variance of the gradient of all parameters relative to RLOO's on the same completions; mean ± standard deviation "
-            f"over {settings['num_seeds']} seeds of {settings['num_prompts']} held-out prompts x {settings['num_completions']} completions, which are "
+            f"over seeds ({settings['num_seeds']}) of {settings['num_prompts']} held-out prompts x {settings['num_completions']} completions, which are "
             "one batch.",
             markdown_table(["baseline", *(f"{name}, G = {size}" for name in tasks for size in sizes)], rows),
             "; ".join(described) + ".",

@@ -1,5 +1,7 @@
 """An attention kernel whose gradient is wrong, found by asking it."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,10 +27,12 @@ def masked_attention_is_nan(device: torch.device) -> bool:
     return not bool(gradient.isfinite().all())
 
 
-def avoid_nan_attention(device: torch.device) -> str | None:
-    """The line that says that cuDNN's attention has been switched off in this process, `None` where its gradient is right or it is
-    not in use. One such batch, and all weights are NaN."""
-    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled() or not masked_attention_is_nan(device):
+def avoid_nan_attention(model: Any, device: torch.device) -> str | None:
+    """The line that says that cuDNN's attention has been switched off in this process, `None` where its gradient is right or the model does
+    not use it. One such batch, and all weights are NaN."""
+    # PyTorch chooses the kernel for `sdpa` alone.
+    in_use = device.type == "cuda" and getattr(model.config, "_attn_implementation", None) == "sdpa"
+    if not in_use or not torch.backends.cuda.cudnn_sdp_enabled() or not masked_attention_is_nan(device):
         return None
     torch.backends.cuda.enable_cudnn_sdp(False)
     return (
