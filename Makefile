@@ -7,7 +7,7 @@ VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
 # Of the targets for a GPU: where their results go, and how many processes share it. A machine whose Python has the packages already
-# needs no .venv: `make gpu BIN=/opt/torch/.venv/bin INSTALLED=`.
+# needs no .venv: `make gpu BIN=/opt/torch/.venv/bin INSTALLED=`. After `nvidia-cuda-mps-control -d` they share it side by side, not in turn.
 OUT ?= runs/gpu
 WORKERS ?= 8
 INSTALLED ?= install

@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from benchmarks import learning_runs
 from benchmarks.completion_pool import sequence_logps
 from benchmarks.policies import policy_directory
+from benchmarks.pretrained_runs import PretrainedSpec, prepared_trainer
 from benchmarks.record import machine, write_record
 from benchmarks.sections.kl_measures import markdown
 from benchmarks.trust_region import PRECISIONS, TrustRegionArguments
+from examples.smollm2.__main__ import DIRECTORY
 from oblr_trl import metrics
 from oblr_trl.scores.parameters import local_parameter_sketch
 
 NUM_COMPLETIONS = 8
 # The first steps search for the rate: they move too little to be measured in any other way.
-NUM_SEARCH_STEPS = 10
+NUM_SEARCH_STEPS, _NUM_SEARCH_STEPS_PRETRAINED = 10, 4
+PRETRAINED = "SmolLM2, AdamW, 16 x 1"
 
 
 @dataclass
@@ -39,10 +43,13 @@ class KLMeasuresArguments:
         metadata={"help": "Settings of `benchmarks.trust_region`."},
     )
     num_steps: int = field(default=40, metadata={"help": "Optimizer steps."})
+    num_steps_pretrained: int = field(
+        default=9, metadata={"help": f"The same of `{PRETRAINED}`, where it is among the settings."}
+    )
     output: str = field(default="benchmarks/results/kl_measures.json", metadata={"help": "Where the numbers go."})
 
 
-def with_forward_passes(trainer: Any, reference: Any, rows: list[dict[str, float]]) -> None:
+def with_forward_passes(trainer: Any, reference: Any, rows: list[dict[str, float]], num_search_steps: int) -> None:
     """Let a trainer append to `rows` what every way of measuring says of the step before; `reference` is a model of the same kind in
     float32 that no trainer has wrapped."""
     generate = trainer._generate_and_score_completions
@@ -67,7 +74,7 @@ def with_forward_passes(trainer: Any, reference: Any, rows: list[dict[str, float
 
     def measured(inputs: Any) -> dict[str, Any]:
         output = generate(inputs)
-        if last and trainer.state.global_step >= NUM_SEARCH_STEPS:
+        if last and trainer.state.global_step >= num_search_steps:
             start = time.process_time()
             local_parameter_sketch(trainer._score_pass)
             sketch_seconds = time.process_time() - start
@@ -98,26 +105,47 @@ def measure(setting: str, num_steps: int) -> dict[str, Any]:
     learning_runs.prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         trainer, callback = learning_runs.prepared_trainer(spec, folder)
-        with_forward_passes(trainer, learning_runs.load_model(spec, torch.float32).eval(), rows)
+        with_forward_passes(trainer, learning_runs.load_model(spec, torch.float32).eval(), rows, NUM_SEARCH_STEPS)
         trainer.train()
-    step = callback.cpu_seconds[-1] / spec.num_steps
+    return summarise(rows, callback.learning_rates[NUM_SEARCH_STEPS:], callback.cpu_seconds[-1] / spec.num_steps)
+
+
+def measure_pretrained(num_steps: int) -> dict[str, Any]:
+    """The same of SmolLM2 on sums, whose rate is found in fewer steps."""
+    spec = PretrainedSpec(
+        "arithmetic", "ours", 16, 1, seed=0, num_steps=num_steps, eval_steps=num_steps + 1, test_size=8
+    )
+    rows: list[dict[str, float]] = []
+    learning_runs.prepare_process()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = prepared_trainer(spec, folder)
+        reference = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+        with_forward_passes(trainer, reference, rows, _NUM_SEARCH_STEPS_PRETRAINED)
+        trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "reward" in row]
+    return summarise(rows, rates[_NUM_SEARCH_STEPS_PRETRAINED:])
+
+
+def summarise(rows: list[dict[str, float]], rates: list[float], step: float | None = None) -> dict[str, Any]:
+    """Means over the steps, ratios to the exact KL, and to the seconds of a step where they are given."""
     measured = {name: [row[name] for row in rows] for name in rows[0]}
     exact = mean(measured["float32"])
     result: dict[str, Any] = {name: mean(values) for name, values in measured.items() if "seconds" not in name}
     for name in ("sketches", "float32, few"):
         errors = [value / exact for value in map(float.__sub__, measured[name], measured["float32"])]
         result[f"{name}: spread"] = stdev(errors)
-    return result | {
-        "found rate": median(callback.learning_rates[NUM_SEARCH_STEPS:]),
-        "share of step, sketches": mean(measured["seconds of sketches"]) / step,
-        "share of step, few": mean(measured["seconds of few"]) / step,
-    }
+    for name in ("sketches", "few"):
+        result[f"share of step, {name}"] = None if step is None else mean(measured[f"seconds of {name}"]) / step
+    return result | {"found rate": median(rates)}
 
 
 def main(args: KLMeasuresArguments) -> None:
     """Measure, print and write."""
     started, results = machine(), {}
     for setting in args.settings:
+        if setting == PRETRAINED:
+            results[setting] = measure_pretrained(args.num_steps_pretrained)
+            continue
         policy_directory(TrustRegionArguments().spec(setting, "constant", 1.0, 0).policy)
         results[setting] = measure(setting, args.num_steps)
     print(markdown({"results": results}))

@@ -114,5 +114,10 @@ def test_measures_of_kl_agree_on_a_real_run(tiny_settings, monkeypatch):
     result = kl_measures.measure("AdamW", 10)
     assert result["sketches"] == pytest.approx(result["float32"], rel=0.5)
     assert result["float32, few"] > 0
-    table = kl_section.markdown({"results": {"AdamW": result}})
+    rows = [{"float32": kl, "sketches": 2 * kl, "float32, few": kl, "seconds of few": 1.0} for kl in (1.0, 3.0)]
+    untimed = kl_measures.summarise(rows, [0.5, 0.1, 0.2]) | {"bfloat16": 0.0, "own batch": 0.0}
+    assert (untimed["float32"], untimed["sketches"], untimed["found rate"]) == (2.0, 4.0, 0.2)
+    assert untimed["sketches: spread"] == pytest.approx(2**0.5 / 2)  # of errors of 1 and 3, halved
+    table = kl_section.markdown({"results": {"AdamW": result, "untimed": untimed}})
     assert f"{result['float32']:.2g}" in table
+    assert table.splitlines()[-1].split(" | ")[-3:] == ["", "", "0.2 |"]

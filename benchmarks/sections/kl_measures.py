@@ -27,7 +27,8 @@ def markdown(record: dict[str, Any]) -> str:
     rows = []
     for setting, result in record["results"].items():
         spreads = [f"{result[f'{name}: spread']:.2f}" for name in ("sketches", "float32, few")]
-        costs = [f"{result[f'share of step, {name}']:.3f}" for name in ("sketches", "few")]
+        shares = [result[f"share of step, {name}"] for name in ("sketches", "few")]
+        costs = ["" if share is None else f"{share:.3f}" for share in shares]
         rows.append(
             [setting, *(f"{result[name]:.2g}" for name in _COLUMNS), *spreads, *costs, f"{result['found rate']:.2g}"]
         )
