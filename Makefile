@@ -132,11 +132,12 @@ bench-memory: install  ## Measure the peak memory of the scoring pass against tr
 bench-gpu: install  ## Measure time and memory of the scoring pass from 0.6B to 8B; needs a GPU
 	$(BIN)/python -m benchmarks.gpu
 
-bench-variance: install  ## Measure the gradient's variance under each baseline and score scope
+bench-variance: pretrained  ## Measure the gradient's variance under each baseline and score scope, also of a pretrained model (hours)
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.variance
+	$(BIN)/python -m benchmarks.pretrained_variance --num_seeds 1
 
-study-trust-region: install  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
+study-trust-region: pretrained  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
 	$(BIN)/python -m benchmarks.trust_region
 	$(BIN)/python -m benchmarks.kl_measures
 

@@ -39,7 +39,14 @@ class KLMeasuresArguments:
     """Settings; fields are documented by their `help`."""
 
     settings: list[str] = field(
-        default_factory=lambda: ["AdamW, 16 x 4", "AdamW, 4 x 8", "SGD, 16 x 4", "LoRA r = 8, AdamW", *PRECISIONS],
+        default_factory=lambda: [
+            "AdamW, 16 x 4",
+            "AdamW, 4 x 8",
+            "SGD, 16 x 4",
+            "LoRA r = 8, AdamW",
+            *PRECISIONS,
+            PRETRAINED,
+        ],
         metadata={"help": "Settings of `benchmarks.trust_region`."},
     )
     num_steps: int = field(default=40, metadata={"help": "Optimizer steps."})

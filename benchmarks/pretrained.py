@@ -156,6 +156,10 @@ def main(args: PretrainedArguments) -> None:
     specs = args.specs()
     if args.only_finished:
         specs = [spec for spec in specs if run_file(args.runs, spec).is_file()]
+        if not specs:
+            raise SystemExit(
+                f"no run of these settings is finished in {args.runs}. Leave `only_finished` out to make them."
+            )
     runs = complete(specs, args.runs, args.num_workers, "SmolLM2", finished_run, runs_per_process=1)
     summary = summarise(runs)
     print(markdown({"summary": summary, "settings": vars(args)}))

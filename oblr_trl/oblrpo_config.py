@@ -64,8 +64,8 @@ class OBLRPOConfig(GRPOConfig):
             Length of a sketch. A scope of one wide layer (`"lm_head"`) wants 16384 or more.
         per_device_score_batch_size (`int`, *optional*):
             Completions that the scoring pass takes at once on each process; `per_device_train_batch_size` if `None` (default). It
-            changes no number, but time and memory (`oblr-trl plan`): models of less than some four billion parameters keep a GPU waiting
-            for its host, and the more so the smaller the batch.
+            changes no number, but time and memory (`oblr-trl plan`): a larger one is meant for models that keep a GPU waiting for its
+            host.
         lr_adaptation (`str`, *optional*):
             Defaults to `"trust_region"`; to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
             scopes `"last_k"` and `"lm_head"`; and with a warning to `"none"` where the rate cannot be adapted

@@ -225,6 +225,9 @@ def test_without_the_model_the_study_says_what_makes_it(tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit, match=r"no .cache/SmolLM2-135M-Instruct. Run `make pretrained` first"):
         pretrained.main(pretrained.PretrainedArguments())
+    monkeypatch.setattr(pretrained, "DIRECTORY", tmp_path)
+    with pytest.raises(SystemExit, match=r"no run of these settings is finished in runs/pretrained"):
+        pretrained.main(pretrained.PretrainedArguments(only_finished=True))
 
 
 def test_a_gradient_that_is_no_number_is_named_by_its_step():

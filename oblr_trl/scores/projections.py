@@ -108,15 +108,12 @@ class Projections:
                 starts = [row * widths[COLUMNS] + column % widths[COLUMNS]]
             self._parameters[name] = _Parameter(num_matrices, dims, widths, factored is not None, starts)
 
-    def projection(
-        self, name: str, axis: int, chosen: slice | Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many. In `dtype`, or that of
-        the bases."""
-        parameter, dtype = self._parameters[name], dtype or self.dtype
+    def projection(self, name: str, axis: int, chosen: slice | Tensor | None = None) -> Tensor:
+        """P, of shape `(R, r)`, or Q, of shape `(C, c)`, or only some of its rows: those of a vocabulary are many."""
+        parameter = self._parameters[name]
         dim, width = parameter.dims[axis], parameter.widths[axis]
         identity = width == dim
-        matrix = torch.eye(dim, dtype=dtype, device=self.device) if identity else self._basis(axis, dim, width, dtype)
+        matrix = torch.eye(dim, dtype=self.dtype, device=self.device) if identity else self._basis(axis, dim, width)
         matrix = matrix if chosen is None else matrix[chosen]
         if not parameter.is_factored:
             return matrix
@@ -131,11 +128,11 @@ class Projections:
             values = values * self._side_signs(name, axis).unflatten(0, (parameter.num_matrices, -1))[matrices]
             if parameter.widths[axis] == parameter.dims[axis]:
                 return values.to(dtype)
-            basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis], values.dtype)
-            return (values @ basis).to(dtype)
+            basis = self._basis(axis, parameter.dims[axis], parameter.widths[axis])
+            return (values @ basis.to(values.dtype)).to(dtype)
         if parameter.widths[axis] < parameter.dims[axis]:
             # In the activations' precision: a cast of the activations would cost more than the product.
-            return (values @ self.projection(name, axis, dtype=values.dtype)).to(dtype)
+            return (values @ self.projection(name, axis).to(values.dtype)).to(dtype)
         values = values.to(dtype)
         return values * self._side_signs(name, axis) if parameter.is_factored else values
 
@@ -254,19 +251,15 @@ class Projections:
         dim = parameter.num_matrices * parameter.dims[axis]
         return self._signs(f"{name}-rows" if axis == ROWS else f"{parent(name)}-columns-{dim}", dim)
 
-    def _basis(self, axis: int, dim: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`, kept in each dtype that is asked for."""
+    def _basis(self, axis: int, dim: int, width: int) -> Tensor:
+        """Orthogonal columns of length sqrt(dim / width), of shape `(dim, width)`."""
         key = f"{_AXIS_NAMES[axis]}-{dim}-{width}"
         if key not in self._drawn:
             # Drawn on the CPU and in float32: the same numbers on every device and in every dtype.
             gaussian = torch.randn(dim, width, generator=self._generator(key))
             orthonormal, _ = torch.linalg.qr(gaussian.to(self.dtype))
             self._drawn[key] = (orthonormal * math.sqrt(dim / width)).to(self.device)
-        if dtype == self.dtype:
-            return self._drawn[key]
-        if f"{key}-{dtype}" not in self._drawn:
-            self._drawn[f"{key}-{dtype}"] = self._drawn[key].to(dtype)
-        return self._drawn[f"{key}-{dtype}"]
+        return self._drawn[key]
 
 
 def parent(name: str) -> str:

@@ -132,4 +132,6 @@ def test_a_compiled_model_has_the_advantages_of_one_that_is_not(tmp_path, baseli
     for a, b in zip(plain.batches, compiled.batches, strict=True):
         torch.testing.assert_close(b["advantages"], a["advantages"], rtol=1e-3, atol=1e-4)
     for name in ("loss", "gradient_snr/rho", "learning_rate"):
-        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=2e-5), name
+        # The loss is a sum of advantages that nearly cancel, and is as far off as they are.
+        tolerance = 2e-5 if name == "loss" else 1e-6
+        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=tolerance), name
