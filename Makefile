@@ -119,9 +119,11 @@ study: install  ## The learning study: methods x learning rates x seeds x tasks 
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.learning
 
-bench: install  ## Measure the cost of whole training steps; wants an idle machine
+bench: pretrained  ## Measure the cost of whole training steps; wants an idle machine
 	$(BIN)/python -m examples.tiny_qwen3
 	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.cost --model .cache/SmolLM2-135M-Instruct --methods grpo trust_region sample sample_lm_head --demo_model '' \
+		--completion_length 48 --rounds 3 --output benchmarks/results/cost_pretrained.json
 
 bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps that generate with vLLM; wants an idle machine
 	$(VENV_VLLM)/bin/python -m benchmarks.cost --vllm
@@ -136,6 +138,7 @@ bench-variance: pretrained  ## Measure the gradient's variance under each baseli
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.variance
 	$(BIN)/python -m benchmarks.pretrained_variance --num_seeds 1
+	$(BIN)/python -m benchmarks.weights_choice
 
 study-trust-region: pretrained  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
 	$(BIN)/python -m benchmarks.trust_region

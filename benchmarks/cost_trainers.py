@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.score_workload import CPU, build_model, qwen3_config
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.baselines import WeightsChoice
 from oblr_trl.data.prompt_sets import DataArguments, load_prompts
 from oblr_trl.data.rewards import task_reward
 from oblr_trl.scores import ScoreOutput, ScorePass, reference_scores
@@ -22,12 +23,23 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("scope `all`, sketches, SNR multiplier", {"lr_adaptation": "snr"}),
     "trust_region": ("the same with the trust region (the default)", {"trust_region_kl": 1e-12}),  # hardly moves
     "baseline_only": ("the same without the SNR learning rate", {"lr_adaptation": "none"}),
+    # Whatever the group sizes here, a quarter of the prompts are scored.
+    "sample": (
+        "the default, where it takes equal weights: a quarter of the prompts scored",
+        {"trust_region_kl": 1e-12, "score_min_prompts": 2},
+    ),
+    "sample_lm_head": (
+        "the default, where it takes those of `lm_head`",
+        {"trust_region_kl": 1e-12, "score_min_prompts": 2},
+    ),
     "last_k": ("scope `last_k`, 1 block", {"lr_adaptation": "snr", "score_scope": "last_k", "score_last_k": 1}),
     "lm_head": ("scope `lm_head`", {"lr_adaptation": "snr", "score_scope": "lm_head"}),
     "exact": ("exact norms in addition to the sketches", {"lr_adaptation": "snr", "score_method": "exact"}),
     # One number per sequence serves the baseline; its SNR would mean nothing, and no learning rate follows it.
     "per_sequence": ("one forward and backward per sequence, norms alone", {"lr_adaptation": "none"}),
 }
+# Of methods that choose weights, what they are to choose.
+_CHOICES = {"sample": "equal", "sample_lm_head": "lm_head"}
 DEMO_MODEL = ".cache/tiny-Qwen3-chain_sum"
 _DEMO_TASK = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 
@@ -48,8 +60,19 @@ class Case:
     vocab_size: int = field(default=2048, metadata={"help": "Vocabulary."})
     prompt_length: int = field(default=16, metadata={"help": "Tokens of every prompt."})
     completion_length: int = field(default=64, metadata={"help": "Tokens of every completion."})
-    num_prompts: int = field(default=4, metadata={"help": "Prompts per step."})
-    num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
+    num_prompts: int = field(default=16, metadata={"help": "Prompts per step."})
+    num_generations: int = field(default=2, metadata={"help": "Completions per prompt."})
+
+
+class _Chosen(WeightsChoice):
+    """The same choice from the first batch on."""
+
+    def __init__(self, value: str) -> None:
+        super().__init__()
+        self.value = value
+
+    def _cheapest(self) -> str:
+        return self.value
 
 
 class PerSequencePass(ScorePass):
@@ -156,6 +179,8 @@ def _build(
         )
         if method == "per_sequence":
             trainer._score_pass = PerSequencePass(trainer.model)
+        if method in _CHOICES:
+            trainer._baseline_estimator.weights_choice = _Chosen(_CHOICES[method])
         trainer.remove_callback(PrinterCallback)
         trainers[method] = trainer
     return trainers

@@ -3,12 +3,13 @@
     python -m benchmarks.kl_measures
 
 Trains with the trust region and keeps the weights and completions of the step before. On every batch it then computes the exact
-log-ratios in float32 (of all completions, of 8 of them, and of the batch that the step was made from) and in bfloat16.
+log-ratios in float32 (of all completions, of 8 of them, and of the batch that the step was made from) and in bfloat16. At last it compares
+the rates that are found with weights in float32 and in bfloat16 under DeepSpeed, which keeps a float32 copy.
 """
 
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.pretrained_runs import PretrainedSpec, prepared_trainer
 from benchmarks.record import machine, write_record
 from benchmarks.sections.kl_measures import markdown
 from benchmarks.trust_region import PRECISIONS, TrustRegionArguments
+from benchmarks.zero_precision import found_rates
 from examples.smollm2.__main__ import DIRECTORY
 from oblr_trl import metrics
 from oblr_trl.scores.parameters import local_parameter_sketch
@@ -31,6 +33,7 @@ from oblr_trl.scores.parameters import local_parameter_sketch
 NUM_COMPLETIONS = 8
 # The first steps search for the rate: they move too little to be measured in any other way.
 NUM_SEARCH_STEPS, _NUM_SEARCH_STEPS_PRETRAINED = 10, 4
+_UNDER_ZERO = "9 M parameters, float32"
 PRETRAINED = "SmolLM2, AdamW, 16 x 1"
 
 
@@ -53,6 +56,7 @@ class KLMeasuresArguments:
     num_steps_pretrained: int = field(
         default=9, metadata={"help": f"The same of `{PRETRAINED}`, where it is among the settings."}
     )
+    zero_seeds: int = field(default=3, metadata={"help": "Runs in every precision under ZeRO-2; 0 leaves them out."})
     output: str = field(default="benchmarks/results/kl_measures.json", metadata={"help": "Where the numbers go."})
 
 
@@ -155,8 +159,12 @@ def main(args: KLMeasuresArguments) -> None:
             continue
         policy_directory(TrustRegionArguments().spec(setting, "constant", 1.0, 0).policy)
         results[setting] = measure(setting, args.num_steps)
-    print(markdown({"results": results}))
-    write_record(args.output, args, started, {"results": results})
+    record: dict[str, Any] = {"results": results}
+    if args.zero_seeds:
+        spec = TrustRegionArguments(num_steps=args.num_steps).spec(_UNDER_ZERO, "trust_region", 1e-4, 0)
+        record["zero"] = found_rates(replace(spec, eval_steps=args.num_steps + 1), NUM_SEARCH_STEPS, args.zero_seeds)
+    print(markdown(record))
+    write_record(args.output, args, started, record)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ class MeanPriorTrainer(OBLRPOTrainer):
     """Control for the gradient weights: the same baseline with equal ones, a mean that is shrunk towards that of the others."""
 
     def _grouped_batch(self, *args, **kwargs):
-        batch = super()._grouped_batch(*args, **kwargs)
-        assert batch.weights is not None
-        batch.weights = torch.ones_like(batch.weights)
-        return batch
+        batch, *scored = super()._grouped_batch(*args, **kwargs)
+        batch.weights = torch.ones_like(batch.rewards)
+        return batch, *scored
 
 
 _TRAINERS = {
@@ -76,9 +75,12 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 _TRUST_REGION = {"lr_adaptation": "trust_region"}
 SMALL_GROUP_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("oblrpo", _TRUST_REGION),
+    "ours_all": ("oblrpo", _TRUST_REGION | {"score_scope": "all"}),
     "ours_scaled": ("oblrpo", _TRUST_REGION | {"scale_rewards": "group"}),
     "ours_no_memory": ("oblrpo", _TRUST_REGION | {"baseline_memory_size": 0}),
     "mean_prior": ("mean_prior", _TRUST_REGION),
+    "rloo_quarter": ("oblrpo", _TRUST_REGION | {"baseline": "leave_one_out", "score_min_prompts": 2}),
+    "rloo_all": ("oblrpo", _TRUST_REGION | {"baseline": "leave_one_out", "score_scope": "all"}),
     "rloo_kl": ("oblrpo", _TRUST_REGION | {"baseline": "leave_one_out"}),
     "grpo_kl": ("oblrpo", _TRUST_REGION | {"baseline": "group_mean", "scale_rewards": "group"}),
 }

@@ -95,11 +95,16 @@ def draw_pool(args: PretrainedVarianceArguments, task: str, seed: int) -> Pool:
     return build_pool(model, completions, rewards, sketch_dim=args.sketch_dim, seed=seed, gram=gradient_gram)
 
 
-def measure_task(args: PretrainedVarianceArguments, task: str, seed: int) -> dict[str, Any]:
-    """Draw one pool or read the one that is kept, and measure every method on it."""
+def kept_pool(args: PretrainedVarianceArguments, task: str, seed: int) -> Pool:
+    """A pool, drawn or read."""
     settings = {"task": task, "seed": seed, "num_prompts": args.num_prompts, "num_completions": args.num_completions}
     settings |= {"sketch_dim": args.sketch_dim, "task_data": TASKS[task].data}
-    pool = kept(Path(args.kept) / f"{task}-{seed}.pool.pt", settings, lambda: draw_pool(args, task, seed))
+    return kept(Path(args.kept) / f"{task}-{seed}.pool.pt", settings, lambda: draw_pool(args, task, seed))
+
+
+def measure_task(args: PretrainedVarianceArguments, task: str, seed: int) -> dict[str, Any]:
+    """Draw one pool or read the one that is kept, and measure every method on it."""
+    pool = kept_pool(args, task, seed)
     return {
         "num_parameters": sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(DIRECTORY).parameters()),
         "mean_reward": pool.rewards.mean().item(),

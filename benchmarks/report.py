@@ -31,6 +31,7 @@ from benchmarks.sections import (
     snr,
     trust_region,
     variance,
+    weights_choice,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,10 @@ SECTIONS = {
     "kl_measures": kl_measures,
     "learning": learning,
     "variance": variance,
+    "weights_choice": weights_choice,
     "snr": snr,
     "cost": cost,
+    "cost_pretrained": cost,
     "cost_vllm": cost,
     "score_memory": score_memory,
     "gpu": gpu,

@@ -84,19 +84,27 @@ class VarianceArguments:
 
 def measure_policy(args: VarianceArguments, name: str, seed: int) -> dict[str, Any]:
     """Draw one pool of a policy or read the one that is kept, and measure every method on it."""
-    policy = load_policy(name)
-    num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
-    num_prompts = args.num_prompts_large if num_parameters > _LARGE else args.num_prompts
-    settings: dict[str, Any] = {"policy": asdict(POLICIES[name]), "seed": seed, "num_prompts": num_prompts}
-    settings |= {"num_completions": args.num_completions, "sketch_dim": args.sketch_dim}
-    pool = kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
+    pool = kept_policy_pool(args, name, seed)
     return {
-        "num_parameters": num_parameters,
+        "num_parameters": _num_parameters(load_policy(name)),
         "mean_reward": pool.rewards.mean().item(),
         "mean_length": pool.lengths.mean().item(),
         "right_over_wrong": right_over_wrong(pool),
         "measured": measure_pool(args, pool, seed),
     }
+
+
+def kept_policy_pool(args: VarianceArguments, name: str, seed: int) -> Pool:
+    """The pool of a policy, drawn or read."""
+    policy = load_policy(name)
+    num_prompts = args.num_prompts_large if _num_parameters(policy) > _LARGE else args.num_prompts
+    settings: dict[str, Any] = {"policy": asdict(POLICIES[name]), "seed": seed, "num_prompts": num_prompts}
+    settings |= {"num_completions": args.num_completions, "sketch_dim": args.sketch_dim}
+    return kept(Path(args.kept) / f"{name}-{seed}.pool.pt", settings, lambda: _draw_pool(policy, settings))
+
+
+def _num_parameters(policy: LoadedPolicy) -> int:
+    return sum(parameter.numel() for parameter in policy.model.parameters())
 
 
 def _draw_pool(policy: LoadedPolicy, settings: dict[str, Any]) -> Pool:

@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     lr_scheduler: Any = None
     num_generations: int
     _score_pass: ScorePass | None = None
+    _head_pass: ScorePass | None = None  # of the output projection alone
     _sketched = ""  # what the trust region's sketch of the parameters is of
 
     def __init__(self, model, reward_funcs, args: OBLRPOConfig, *positional, **kwargs):
@@ -68,6 +70,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
                 head_dtype=torch.float32 if args.cast_lm_head_to_fp32 else None,
                 gradient_checkpointing=args.gradient_checkpointing,
             )
+            self._head_pass = replace(self._score_pass, scope="lm_head", last_k=None, methods=("sketch",))
             # Layers that cannot be scored fail, or are reported, before any work is done.
             line = settle_coverage(self._score_pass.scoped_parameters(), args)
             if line is not None and self.is_world_process_zero():
@@ -77,9 +80,9 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         self._gradient_snr = StepGradientSNR(averages)
 
     def _adapt_learning_rate(
-        self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any
+        self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any, *, share: float
     ) -> None:
-        """Signal, noise and rho of the optimizer step at hand, and its learning rate."""
+        """Signal, noise and rho of the optimizer step at hand, and its learning rate, from a `share` of a batch's prompts."""
         assert self.args.steps_per_generation is not None  # set by the configuration
         sketches = batch.sketches
         assert sketches is not None  # or there is no learning rate to adapt
@@ -90,12 +93,13 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             num_steps = max(steps * self.num_iterations, 1)
             movement = self._take_in_movement(batch, batch.rewards - baselines, num_steps)
         if self.args.loss_type in _DIVIDED_BY_TOKENS:
-            advantages = advantages * (advantages.numel() / max(int(num_tokens), 1))
+            advantages = advantages * (advantages.numel() / share / max(int(num_tokens), 1))
         snr = self._gradient_snr
         self._rho = snr.add(
             per_prompt_gradients(sketches, advantages),
             step=self.state.global_step,
-            sampling_variance=sampling_variance(sketches, advantages, steps),
+            sampling_variance=share * sampling_variance(sketches, advantages, steps),
+            share=share,
         )
         adapts = self.args.lr_adaptation != "none"
         if adapts and snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:

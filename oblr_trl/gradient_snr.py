@@ -157,18 +157,16 @@ class StepGradientSNR:
         self._step: int | None = None
         self._gradients: list[Tensor] = []
         self._earlier_steps = self.averages
-
-    @property
-    def num_prompts(self) -> int:
-        """Prompts that have entered the step so far."""
-        return sum(gradients.size(0) for gradients in self._gradients)
+        self.num_prompts = 0.0  # that have entered the step so far
 
     @property
     def num_batches(self) -> int:
         """Generation batches that have entered the step so far."""
         return len(self._gradients)
 
-    def add(self, per_prompt_gradients: Tensor, *, step: int, sampling_variance: float = 0.0) -> float:
+    def add(
+        self, per_prompt_gradients: Tensor, *, step: int, sampling_variance: float = 0.0, share: float = 1.0
+    ) -> float:
         r"""
         Take in a generation batch and return \\( \rho \\) of the optimizer step `step`.
 
@@ -180,6 +178,8 @@ class StepGradientSNR:
             sampling_variance (`float`, *optional*, defaults to `0.0`):
                 [`sampling_variance`] where several optimizer steps share the generation batch. It counts as noise, so that
                 `noise / N` is the variance of one step's gradient.
+            share (`float`, *optional*, defaults to `1.0`):
+                Part of the batch's prompts that these are. Signal and noise are estimated from them, N counts all.
 
         Returns:
             `float`: \\( \rho \\) in [0, 1]; `nan` while there is no estimate, and for fewer than two prompts.
@@ -188,6 +188,7 @@ class StepGradientSNR:
             self.restart()
             self._step = step
         self._gradients.append(per_prompt_gradients)
+        self.num_prompts += per_prompt_gradients.size(0) / share
         signal, noise = gradient_moments(torch.cat(self._gradients))
         self.averages = copy.copy(self._earlier_steps)
         self.averages.update(GradientMoments(signal, noise + self.num_prompts * sampling_variance))

@@ -1,6 +1,7 @@
 """Names of the metrics, which every writer and reader of logs takes from here, and the diagnostics of one batch."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from oblr_trl.baselines import (
     leave_one_out_baseline,
     length_weighted_baseline,
 )
+from oblr_trl.baselines.weights_choice import EQUAL, LM_HEAD
 from oblr_trl.gradient_snr import gradient_moments, per_prompt_gradients
 
 # Of TRL and transformers.
@@ -31,6 +33,7 @@ METRICS = (
     EFFECTIVE_GROUP_SIZE := "baseline/effective_group_size",
     LIVE_FRACTION := "advantage/live_fraction",
     LIVE_FRACTION_GROUP_MEAN := "advantage/live_fraction_group_mean",
+    SCORED_FRACTION := "score/fraction",
     SCORE_NORM_MEAN := "score/norm/mean",
     SCORE_NORM_MAX := "score/norm/max",
     PASS_TIME := "score/pass_time",
@@ -48,6 +51,8 @@ METRICS = (
     VARIANCE_VS_GROUP_MEAN := "variance_ratio/group_mean",
     VARIANCE_VS_LEAVE_ONE_OUT := "variance_ratio/leave_one_out",
     VARIANCE_VS_LENGTH_WEIGHTED := "variance_ratio/length_weighted",
+    VARIANCE_VS_EQUAL_WEIGHTS := "variance_ratio/equal_weights",
+    VARIANCE_VS_LM_HEAD_WEIGHTS := "variance_ratio/lm_head_weights",
 )
 
 
@@ -57,25 +62,34 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
 
     `baseline/mean` (reward units); `baseline/shift`, the mean of abs(b - group mean); `advantage/live_fraction`, the share of
     scored completions whose reward differs from their baseline, and `advantage/live_fraction_group_mean`, the same of GRPO's
-    baseline, both in [0, 1]; and, where the scoring pass ran, `baseline/effective_group_size`
-    \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and `variance_ratio/*`, the variance of
-    one completion's gradient under the baseline in use over that under another one (below 1 is a gain): [`gradient_variance`], a
-    second moment, less the squared norm of the mean gradient, estimated from the same batch. The group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of
-    it; the fair comparison at small G is `variance_ratio/leave_one_out`. At G = 1 no other baseline is left to compare with.
+    baseline, both in [0, 1].
     """
-    rewards, weights, sketches = batch.rewards, batch.weights, batch.sketches
-    group_means = group_mean_baseline(rewards)
+    rewards, group_means = batch.rewards, group_mean_baseline(batch.rewards)
     used = ~rewards.isnan()
-    metrics = {
+    return {
         BASELINE_MEAN: baselines[used].nanmean().item(),
         BASELINE_SHIFT: (baselines - group_means)[used].abs().nanmean().item(),
         LIVE_FRACTION: _live_fraction(rewards, baselines),
         LIVE_FRACTION_GROUP_MEAN: _live_fraction(rewards, group_means),
     }
-    if weights is None or sketches is None:
-        return metrics
-    scored = torch.where(used, weights, 0.0).double()
-    effective = scored.sum(dim=1).square() / scored.square().sum(dim=1)
+
+
+def score_metrics(scored: GroupedBatch, baselines: Tensor) -> dict[str, float]:
+    r"""
+    What the scores of a batch, or of a sample of its prompts, say of the baseline in use.
+
+    `baseline/effective_group_size` \\( (\sum w)^2 / \sum w^2 \\), from 1 to G; `score/norm/mean` and `score/norm/max`; and
+    `variance_ratio/*`, the variance of one completion's gradient under the baseline in use over that under another one (below 1 is
+    a gain): [`gradient_variance`], a second moment, less the squared norm of the mean gradient, estimated from the same batch. The
+    group mean sees its own completion, which shrinks its gradient by (G - 1) / G and its variance by the square of it; the fair
+    comparison at small G is `variance_ratio/leave_one_out`. At G = 1 no other baseline is left to compare with.
+    """
+    rewards, weights, sketches = scored.rewards, scored.weights, scored.sketches
+    assert weights is not None
+    assert sketches is not None
+    used = ~rewards.isnan()
+    squares = torch.where(used, weights, 0.0).double()
+    effective = squares.sum(dim=1).square() / squares.square().sum(dim=1)
     norms = weights[used].double().sqrt()
 
     def variance(baseline: Tensor) -> float:
@@ -84,15 +98,24 @@ def baseline_metrics(batch: GroupedBatch, baselines: Tensor) -> dict[str, float]
 
     own = variance(baselines)
     others = {
-        VARIANCE_VS_GROUP_MEAN: variance(group_means),
+        VARIANCE_VS_GROUP_MEAN: variance(group_mean_baseline(rewards)),
         VARIANCE_VS_LEAVE_ONE_OUT: variance(leave_one_out_baseline(rewards)),
-        VARIANCE_VS_LENGTH_WEIGHTED: variance(length_weighted_baseline(rewards, batch.lengths)),
+        VARIANCE_VS_LENGTH_WEIGHTED: variance(length_weighted_baseline(rewards, scored.lengths)),
     }
-    return metrics | {
+    return {
         EFFECTIVE_GROUP_SIZE: effective.nanmean().item(),
         SCORE_NORM_MEAN: norms.mean().item(),
         SCORE_NORM_MAX: norms.max().item() if norms.numel() else math.nan,
         **{name: own / other if other > 0 else math.nan for name, other in others.items()},
+    }
+
+
+def weights_metrics(gains: Mapping[str, float]) -> dict[str, float]:
+    """`variance_ratio/equal_weights` and `variance_ratio/lm_head_weights`: the variance with the weights of all parameters over that with
+    cheaper ones, smoothed over batches, which decides between them (see [`~baselines.WeightsChoice`])."""
+    return {
+        VARIANCE_VS_EQUAL_WEIGHTS: gains.get(EQUAL, math.nan),
+        VARIANCE_VS_LM_HEAD_WEIGHTS: gains.get(LM_HEAD, math.nan),
     }
 
 

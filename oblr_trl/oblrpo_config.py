@@ -54,7 +54,12 @@ class OBLRPOConfig(GRPOConfig):
             Parameters whose gradient makes up a score: all trainable ones that the pass can score (`"auto"`; a line at the start
             says which it cannot, and if it can none the output projection stands in for them), `"all"` trainable ones, one that
             cannot be scored being an error, those of the `"last_k"` blocks, or `"lm_head"` (the output projection: forward pass
-            only, the cheapest). The baseline is unbiased whatever the scores leave out.
+            only, the cheapest). The baseline is unbiased whatever the scores leave out. `"auto"` also finds out, from earlier
+            batches, whether the baseline needs such weights: where those of the output projection, or equal ones, leave about as
+            little variance, it takes these, and rho and the movement come from a sample of the prompts (see
+            [`~baselines.WeightsChoice`]); so they do from the start with a baseline that has no use for scores.
+        score_min_prompts (`int`, *optional*, defaults to `32`):
+            Prompts of a generation batch that `score_scope="auto"` scores at least; a quarter of them where that is more.
         score_last_k (`int`, *optional*):
             Number of blocks for `score_scope="last_k"`.
         score_method (`str`, *optional*, defaults to `"sketch"`):
@@ -149,6 +154,13 @@ class OBLRPOConfig(GRPOConfig):
             "help": "Parameters whose gradient makes up a score: 'auto' (all trainable ones that can be scored), 'all', 'last_k' or "
             "'lm_head'.",
             "choices": SCOPES,
+        },
+    )
+    score_min_prompts: int = field(
+        default=32,
+        metadata={
+            "help": "Prompts of a generation batch that score_scope='auto' scores at least where the baseline has cheaper weights; a quarter "
+            "of them where that is more."
         },
     )
     score_last_k: int | None = field(default=None, metadata={"help": "Number of blocks for score_scope='last_k'."})

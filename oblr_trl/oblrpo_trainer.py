@@ -1,5 +1,6 @@
 """GRPOTrainer whose advantages come from a gradient-weighted baseline and whose learning rate follows the gradient's SNR."""
 
+import logging
 import math
 import textwrap
 from typing import Any
@@ -19,13 +20,16 @@ from oblr_trl.baselines import (
     scaled_advantages,
     summed_rewards,
 )
+from oblr_trl.baselines.weights_choice import ALL
 from oblr_trl.checkpoints import add_method_settings, check_same_options
-from oblr_trl.checks.batches import check_dataset
+from oblr_trl.checks.batches import check_dataset, check_scores
 from oblr_trl.checks.processes import raise_everywhere
 from oblr_trl.checks.reward_functions import RewardFunctions
 from oblr_trl.gradient_snr import MIN_PROMPTS
 from oblr_trl.oblrpo_config import OBLRPOConfig
-from oblr_trl.scores.scoring_model import CompletionScorer
+from oblr_trl.scores.completion_scorer import CompletionScorer
+
+logger = logging.getLogger(__name__)
 
 # Options that the averages of signal and noise, or the variances of the prior strengths, are in the unit of.
 _AVERAGED_OPTIONS = (
@@ -127,6 +131,8 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             leave_one_out=args.baseline_leave_one_out,
             prior_strength=args.baseline_prior_strength,
             memory_size=args.baseline_memory_size,
+            # The formula of the paper is what 0 asks for.
+            chooses_weights=args.score_scope == "auto" and args.baseline_prior_strength != 0,
         )
         self._rewards_per_func: Tensor | None = None
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
@@ -142,26 +148,39 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         if self.args.lr_adaptation == "trust_region":
             self._begin_movement()
         if self._score_pass is not None:
-            masks_later = bool(self.tools) or self.rollout_func is not None  # by a tool mask
-            self._scorer = CompletionScorer(self.model, self._score_pass, self.args, masks_later=masks_later)
+            self._scorer = CompletionScorer(
+                self.model,
+                self._score_pass,
+                self.args,
+                self.accelerator,
+                masks_later=bool(self.tools) or self.rollout_func is not None,  # by a tool mask
+                weights=ALL if self._is_vlm else estimator.weights,  # images do not come by rows
+                head_pass=self._head_pass,
+            )
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             scorer, self._scorer = self._scorer, None
 
-        batch = self._grouped_batch(output, scorer)
-        if estimator.memory is not None:
-            batch.prompt_keys = self._gathered_prompt_keys(inputs)
+        batch, scored, prompts = self._grouped_batch(inputs, output, scorer)
         baselines = estimator(batch)
         advantages = self._advantages(output, batch.rewards, baselines)
-        if batch.sketches is not None:
-            self._adapt_learning_rate(batch, baselines, advantages, output["num_items_in_batch"])
-        priors = {
+        values = {
             metrics.PRIOR_STRENGTH: estimator.prior_strength,
             metrics.MEMORY_STRENGTH: estimator.memory_strength,
             metrics.REMEMBERED_FRACTION: estimator.remembered_fraction(batch),
+            **metrics.baseline_metrics(batch, baselines),
         }
-        self._log_train_metrics(priors | metrics.baseline_metrics(batch, baselines))
+        if scorer is not None:
+            share, tokens = len(scored.rewards) / len(batch.rewards), output["num_items_in_batch"]
+            self._adapt_learning_rate(scored, baselines[prompts], advantages[prompts], tokens, share=share)
+            values |= {metrics.PASS_TIME: scorer.seconds, metrics.SCORED_FRACTION: share}
+            values |= metrics.score_metrics(scored, baselines[prompts])
+            line = estimator.compare_weights(scored)
+            if line is not None and len(batch.rewards) > self.args.score_min_prompts and self.is_world_process_zero():
+                logger.warning(line)
+            values |= metrics.weights_metrics(estimator.weights_choice.gains)
+        self._log_train_metrics(values)
         estimator.update(batch)
         return output
 
@@ -190,8 +209,10 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def _grouped_batch(self, output: dict[str, Any], scorer: CompletionScorer | None) -> GroupedBatch:
-        """Rewards, lengths and scores of all processes, one row per prompt."""
+    def _grouped_batch(
+        self, inputs: list[dict[str, Any]], output: dict[str, Any], scorer: CompletionScorer | None
+    ) -> tuple[GroupedBatch, GroupedBatch, Tensor | None]:
+        """The batch of all processes, one row per prompt; those prompts of it that were scored, with their scores; and their indices."""
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
         assert rewards_per_func is not None, "the parent did not call `_calculate_rewards`"
         rewards_per_func = rewards_per_func.view(-1, self.num_generations, rewards_per_func.size(1))  # (N, G, F)
@@ -202,31 +223,18 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
             rewards = summed_rewards(rewards_per_func, weights)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         batch = GroupedBatch(rewards, self.accelerator.gather(loss_mask.sum(dim=1)).view_as(rewards))
-        if scorer is not None:
-            scores, token_weights, seconds = scorer.score(
-                output, loss_mask, self._get_per_token_logps_and_entropies, self.accelerator.gather
-            )
-            self._log_train_metrics({metrics.PASS_TIME: seconds})
-            assert scores.sketches is not None  # the first of the methods
-            finite = scores.sketches.isfinite().view(self.accelerator.num_processes, -1).all(dim=1)
-            if not finite.all():  # gathered, hence the same on all processes: all raise
-                raise ValueError(
-                    f"The score of step {self.state.global_step} is not finite on process {finite.tolist().index(False)}: the model's "
-                    "activations or logits are not. No weight was changed by it. Resume from the last checkpoint with a lower "
-                    "`trust_region_kl` (or learning rate), gradient clipping, or bf16 instead of fp16."
-                )
-            batch.sketches = scores.sketches.view(*rewards.shape, -1)
-            batch.products = None if scores.products is None else scores.products.view(*rewards.shape, -1)
-            batch.token_weights = self.accelerator.gather(token_weights.sum(dim=1)).view_as(rewards) / batch.lengths
-            batch.log_probs = self.accelerator.gather(scores.log_probs.sum(dim=1)).view_as(rewards)
-            exact = scores.squared_norms
-            batch.weights = batch.sketches.square().sum(dim=2) if exact is None else exact.view_as(rewards)
-        return batch
-
-    def _gathered_prompt_keys(self, inputs: list[dict[str, Any]]) -> Tensor:
-        """Keys of the prompts of all processes, one per group."""
-        keys = [prompt_key(row.get("prompt")) for row in inputs]
-        return self.accelerator.gather(torch.tensor(keys, device=self.accelerator.device))[:: self.num_generations]
+        if self._baseline_estimator.memory is not None:
+            keys = torch.tensor([prompt_key(row.get("prompt")) for row in inputs], device=rewards.device)
+            batch.prompt_keys = self.accelerator.gather(keys)[:: self.num_generations]
+        if scorer is None:
+            return batch, batch, None
+        scored, prompts = scorer.score(batch, output, loss_mask, self._get_per_token_logps_and_entropies)
+        assert batch.weights is not None
+        assert scored.sketches is not None
+        finite = batch.weights.isfinite()
+        finite[prompts] &= scored.sketches.isfinite().all(dim=2)
+        check_scores(finite.view(self.accelerator.num_processes, -1).all(dim=1).tolist(), self.state.global_step)
+        return batch, scored, prompts
 
     def _advantages(self, output: dict[str, Any], rewards: Tensor, baselines: Tensor) -> Tensor:
         """r - b, in the place of the parent's; `nan` where a completion could not be scored."""
@@ -266,6 +274,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         return super()._algorithm_state() | {
             **{name: getattr(self.args, name) for name in ("baseline", "lr_adaptation", *_AVERAGED_OPTIONS)},
             "prior_strength": estimator.state_dict(),
+            "weights_choice": estimator.weights_choice.state_dict(),
             **({} if estimator.memory is None else estimator.memory.state_dict()),
         }
 
@@ -276,6 +285,8 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
         check_same_options(state, args, ("baseline", "lr_adaptation", *(_AVERAGED_OPTIONS if averages else ())))
         super()._load_algorithm_state(state)
         estimator.load_state_dict(state["prior_strength"])
+        if "weights_choice" in state:
+            estimator.weights_choice.load_state_dict(state["weights_choice"])
         if estimator.memory is not None and "keys" in state:
             estimator.memory.load_state_dict(state)
 

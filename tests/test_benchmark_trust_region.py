@@ -121,3 +121,5 @@ def test_measures_of_kl_agree_on_a_real_run(tiny_settings, monkeypatch):
     table = kl_section.markdown({"results": {"AdamW": result, "untimed": untimed}})
     assert f"{result['float32']:.2g}" in table
     assert table.splitlines()[-1].split(" | ")[-3:] == ["", "", "0.2 |"]
+    zero = {"float32": [1e-4, 2e-4], "bfloat16 weights": [1.1e-4, 1.8e-4]}
+    assert kl_section.markdown({"results": {}, "zero": zero}).splitlines()[-1] == "| ratio | 1.10 | 0.90 |"

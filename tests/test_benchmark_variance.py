@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks import policies, pretrained_variance, record, variance
+from benchmarks import policies, pretrained_variance, record, variance, weights_choice
 from benchmarks.completion_pool import full_scores, kept, sample_with_rewards
 from benchmarks.gradient_variance import (
     RLOO,
@@ -62,6 +62,29 @@ def test_a_rearranged_pool_holds_the_inner_products_of_the_rearranged_scores():
     moved = torch.stack([scores[prompt, places] for prompt, places in zip(prompts, order, strict=True)])
     torch.testing.assert_close(taken.grams, moved @ moved.mT, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(taken.weights["exact"], moved.square().sum(dim=2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("norms_follow_rewards", "head", "expected"),
+    [(False, "other", "equal"), (True, "other", "all"), (True, "same", "lm_head")],
+)
+def test_the_choice_of_weights_finds_out_where_they_matter(norms_follow_rewards, head, expected):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 2, (16, 16), generator=generator).double()
+    scores = torch.nn.functional.normalize(torch.randn(16, 16, 30, generator=generator, dtype=torch.float64), dim=2)
+    if norms_follow_rewards:
+        scores *= 0.2 + rewards.unsqueeze(2)
+    weights = scores.square().sum(dim=2)
+    other = 0.1 + torch.rand(16, 16, generator=generator, dtype=torch.float64)
+    sources = {"exact": weights, "all": weights, "lm_head": 3 * weights if head == "same" else other}
+    pool = Pool(rewards, torch.ones_like(rewards), scores @ scores.mT, sources)
+    chosen = weights_choice.choose(pool, 4, 16, num_batches=20, seed=0)
+    assert chosen["choice"] == expected
+    assert chosen["share_of_batches"][expected] == 1
+    # What is predicted is what exact gradients have.
+    for name in ("equal", "lm_head"):
+        assert chosen["predicted"][name] == pytest.approx(chosen["variance"][name], rel=0.15)
+    assert (chosen["variance"]["equal"] > 1.5) == norms_follow_rewards
 
 
 def test_the_variance_is_unbiased_over_fresh_pools():

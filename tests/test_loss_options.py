@@ -91,9 +91,9 @@ def test_normalised_rewards_are_summed_before_the_baseline(tmp_path, by):
 
     class WithAllRewards(Recording):
         def _grouped_batch(self, *args):
-            batch = super()._grouped_batch(*args)
+            batch, *scored = super()._grouped_batch(*args)
             self.normalized.append((self.last_rewards.view(4, 8, 2).double(), batch.rewards))
-            return batch
+            return batch, *scored
 
         normalized = []
 

@@ -8,14 +8,15 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores import reference_scores
+from oblr_trl.scores.completion_scorer import CompletionScorer
 from oblr_trl.scores.loss_weights import (
     LINEAR_LOSS_TYPES,
     applied_importance_ratio,
     differentiates_sequences,
     loss_token_weights,
 )
-from oblr_trl.scores.scoring_model import CompletionScorer
 from tests.tiny_models import construct, random_batch, tiny_model
 
 RATIOS = ("none", "sequence", "token")
@@ -150,7 +151,7 @@ def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, monke
     batch = batch_with_ratio(ratio)
     batch["tool_mask"] = torch.ones_like(batch["tool_mask"])  # with tools the forward is not reused
     monkeypatch.setattr(OBLRPOConfig, "reuses_old_logps_forward", reused)
-    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=False)
+    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, trainer.accelerator, masks_later=False)
     if reused:
         trainer._scorer = scorer
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -158,9 +159,9 @@ def test_the_trainer_scores_with_the_ratio_that_the_loss_applies(tmp_path, monke
         batch["old_per_token_logps"], _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, input_ids, attention_mask, batch["completion_ids"].size(1)
         )
-    scores, _, _ = scorer.score(
-        batch, batch["completion_mask"], trainer._get_per_token_logps_and_entropies, trainer.accelerator.gather
-    )
+    rewards = torch.zeros(len(batch["completion_mask"]), 1)
+    grouped = GroupedBatch(rewards, torch.ones_like(rewards))
+    scored, _ = scorer.score(grouped, batch, batch["completion_mask"], trainer._get_per_token_logps_and_entropies)
     truth = oracle(trainer.model, batch, token_weights(batch, "dr_grpo", level).double()).square().sum(dim=1).float()
-    torch.testing.assert_close(scores.squared_norms, truth, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(scores.sketches.square().sum(dim=1), truth, rtol=0.2, atol=1e-6)
+    torch.testing.assert_close(scored.weights.flatten(), truth, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scored.sketches.flatten(0, 1).square().sum(dim=1), truth, rtol=0.2, atol=1e-6)

@@ -11,7 +11,7 @@ from oblr_trl.baselines import (
     gradient_weighted_baseline,
     group_mean_baseline,
 )
-from oblr_trl.metrics import baseline_metrics
+from oblr_trl.metrics import baseline_metrics, score_metrics
 
 
 def test_variance_ratios_by_hand():
@@ -19,7 +19,7 @@ def test_variance_ratios_by_hand():
     sketches = torch.tensor([[[1.0], [2.0]], [[-1.0], [1.0]]])
     rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     batch = GroupedBatch(rewards, torch.ones(2, 2), sketches.square().sum(dim=2), sketches)
-    metrics = baseline_metrics(batch, torch.zeros(2, 2))
+    metrics = score_metrics(batch, torch.zeros(2, 2))
     # b = 0: A z = (1, 0), (-1, 0); second moment 2 / 4. g = 1/2, -1/2: mean 0, noise 1/2, signal 0 - 1/4.
     own = 0.5 + 0.25
     # Leave-one-out: A = 1, -1; A z = (1, -2), (-1, -1); second moment 7 / 4. g = -1/2, -1: mean -3/4, noise 1/8, signal 9/16 - 1/16.
@@ -69,7 +69,7 @@ def test_equal_rewards_make_no_live_completion_whatever_the_rounding(reward, num
 def test_of_one_completion_per_prompt_the_ratios_to_other_baselines_are_undefined():
     batch = batch_of([[1.0], [0.0], [0.0], [math.nan]])
     baselines = gradient_weighted_baseline(batch.rewards, batch.weights, prior_strength=16.0)
-    metrics = baseline_metrics(batch, baselines)
+    metrics = baseline_metrics(batch, baselines) | score_metrics(batch, baselines)
     assert {name for name, value in metrics.items() if math.isnan(value)} == {
         "variance_ratio/group_mean",
         "variance_ratio/leave_one_out",
@@ -86,7 +86,7 @@ def test_without_noise_there_is_no_variance_to_compare():
         4, 2, 1
     )  # every completion's gradient under b = 0 is 1: a second moment of 1, all of it signal
     rewards = torch.ones(4, 2)
-    metrics = baseline_metrics(
+    metrics = score_metrics(
         GroupedBatch(rewards, torch.ones(4, 2), torch.ones(4, 2), sketches), torch.zeros_like(rewards)
     )
     assert math.isnan(metrics["variance_ratio/leave_one_out"])

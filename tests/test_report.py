@@ -97,13 +97,17 @@ def test_the_claims_of_the_readme_are_those_of_the_records():
     ) in readme
     assert f"linear decay that is tuned in each setting, {mean(decays):.2f}." in readme
 
-    random, demo = (  # of the default
-        records["cost"]["comparisons"][name]["ratios"]["trust_region"]["median"] for name in ("transformers", "demo")
-    )
+    def costs(method):
+        measured = [records["cost"]["comparisons"]["transformers"], records["cost"]["comparisons"]["demo"]]
+        measured += [records["cost_pretrained"]["comparisons"]["transformers"]]
+        return [f"{comparison['ratios'][method]['median']:.2f}" for comparison in measured]
+
+    random, demo, pretrained = costs("trust_region")  # the default
     vllm = records["cost_vllm"]["comparisons"]["vllm"]["ratios"]["trust_region"]["median"]
-    assert (
-        f"{random:.2f} to {demo:.2f} times GRPO's with generation by transformers on a CPU, {vllm:.2f} times" in readme
-    )
+    by_transformers = f"{random} to {demo} times GRPO's with generation by transformers on a CPU"
+    assert f"{by_transformers}, {pretrained} times on SmolLM2, {vllm:.2f} with vLLM" in readme
+    random, demo, pretrained = costs("sample")
+    assert f"a step takes {random} to {demo} times, {pretrained} on SmolLM2" in readme
 
 
 def test_the_command_says_which_sentence_is_stale_and_fails(monkeypatch, capsys):

@@ -26,7 +26,7 @@ NUM_STEPS = 3
 WITHOUT_TRUST_REGION = [name for name in METRICS if name not in (ENTROPY, KL_TARGET, *OF_LAST_STEP)]
 TRL_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "learning_rate", "loss", "grad_norm", "step_time")
 # Those that are known although no completion was scored
-KNOWN = {"score/pass_time", "lr_multiplier", "gradient_snr/num_prompts"}
+KNOWN = {"score/pass_time", "score/fraction", "lr_multiplier", "gradient_snr/num_prompts"}
 KNOWN |= {"baseline/prior_strength", "baseline/memory_strength", "baseline/remembered_fraction"}
 
 

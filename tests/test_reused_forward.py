@@ -9,7 +9,8 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
-from oblr_trl.scores.scoring_model import CompletionScorer, ScoringModel
+from oblr_trl.scores.completion_scorer import CompletionScorer
+from oblr_trl.scores.scoring_model import ScoringModel
 from tests.recording import Recording
 from tests.tiny_models import construct, tiny_model, train
 
@@ -152,10 +153,10 @@ def test_the_reused_forward_has_the_precision_of_trl(tmp_path, scope):
 def test_only_the_first_forward_pass_of_the_policy_itself_is_replaced(tmp_path):
     """TRL asks a reference model by the same method, in whichever order."""
     trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, **OFF_POLICY)
-    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=False)
+    scorer = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, trainer.accelerator, masks_later=False)
     reference, loss_mask = tiny_model("qwen3"), torch.ones(2, 3)
     assert scorer.in_place_of(reference, loss_mask) is reference
     assert isinstance(scorer.in_place_of(trainer.model, loss_mask), ScoringModel)
     assert scorer.in_place_of(trainer.model, loss_mask) is trainer.model
-    later = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, masks_later=True)
+    later = CompletionScorer(trainer.model, trainer._score_pass, trainer.args, trainer.accelerator, masks_later=True)
     assert later.in_place_of(trainer.model, loss_mask) is trainer.model

@@ -9,7 +9,7 @@ import trl
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from oblr_trl.scores.scoring_model import FORWARD_KEYS
+from oblr_trl.scores.completion_scorer import FORWARD_KEYS
 
 
 def parameters(function):

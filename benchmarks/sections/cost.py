@@ -1,5 +1,6 @@
 """Whole training steps of OBLR-PO against TRL's GRPO, as `make bench` and `make bench-vllm` measured them."""
 
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,9 +33,11 @@ def _conditions(record: dict[str, Any]) -> str:
         for name, comparison in record["comparisons"].items()
     )
     shape = f"hidden {settings['hidden_size']}, {settings['num_layers']} layers, vocabulary {settings['vocab_size']}"
-    policy = settings.get("model") or f"a Qwen3 ({shape}, float32)"  # records of before `model` lack it
+    policy = f"The random policy is a Qwen3 ({shape}, float32)"
+    if settings.get("model"):  # records of before lack it
+        policy = f"In the place of the random policy is {Path(settings['model']).name} (float32)"
     return (
-        f"The random policy is {policy}, {settings['num_prompts']} prompts x {settings['num_generations']} completions of "
+        f"{policy}, {settings['num_prompts']} prompts x {settings['num_generations']} completions of "
         f"{settings['prompt_length']} + {settings['completion_length']} tokens per step; median [quartiles] over {settings['rounds']} rounds, "
         f"seed {settings['seed']}. A GRPO step takes {times}."
     )

@@ -36,4 +36,15 @@ def markdown(record: dict[str, Any]) -> str:
         "Mean over the steps, in nats per completion. Spread: standard deviation of the error of one step, as a part of the mean "
         "exact KL. Cost: as a part of a training step."
     )
-    return f"{text}\n\n{markdown_table(header, rows)}"
+    blocks = [text, markdown_table(header, rows)]
+    if zero := record.get("zero"):
+        ratios = [half / full for full, half in zip(*zero.values(), strict=True)]
+        blocks += [
+            "The rate found with 9 M parameters under DeepSpeed (ZeRO-2), which steps a float32 copy of the weights, by seed:",
+            markdown_table(
+                ["weights", *(f"seed {seed}" for seed in range(len(ratios)))],
+                [[name, *(f"{rate:.3g}" for rate in rates)] for name, rates in zero.items()]
+                + [["ratio", *(f"{ratio:.2f}" for ratio in ratios)]],
+            ),
+        ]
+    return "\n\n".join(blocks)

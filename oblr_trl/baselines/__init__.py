@@ -13,6 +13,7 @@ from oblr_trl.baselines.prior_strength import MEMORY_STRENGTH_GRID, PRIOR_STRENG
 from oblr_trl.baselines.prompt_memory import PromptMemory, prompt_key
 from oblr_trl.baselines.reward_scale import SCALE_EPSILON, leave_one_out_deviation, scaled_advantages
 from oblr_trl.baselines.rewards import normalized_rewards, summed_rewards
+from oblr_trl.baselines.weights_choice import WeightsChoice
 
 __all__ = [
     "BASELINES",
@@ -23,6 +24,7 @@ __all__ = [
     "BaselineEstimator",
     "GroupedBatch",
     "PromptMemory",
+    "WeightsChoice",
     "gradient_variance",
     "gradient_weighted_baseline",
     "group_mean_baseline",

@@ -1,11 +1,13 @@
 """The configured baseline of a batch, and all that it learns from earlier ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from oblr_trl.baselines.formulas import (
+    gradient_variance,
     gradient_weighted_baseline,
     group_mean_baseline,
     leave_one_out_baseline,
@@ -13,6 +15,7 @@ from oblr_trl.baselines.formulas import (
 )
 from oblr_trl.baselines.prior_strength import AutomaticPriorStrength
 from oblr_trl.baselines.prompt_memory import PromptMemory
+from oblr_trl.baselines.weights_choice import ALL, EQUAL, LM_HEAD, WeightsChoice
 
 
 @dataclass
@@ -23,12 +26,13 @@ class GroupedBatch:
     Args:
         rewards (`torch.Tensor` of shape `(N, G)`): Rewards; `nan` where a completion could not be scored.
         lengths (`torch.Tensor` of shape `(N, G)`): Number of completion tokens in the loss.
-        weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, if the scoring pass ran.
+        weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared score norms, or what stands in for them.
         sketches (`torch.Tensor` of shape `(N, G, k)`, *optional*): Score sketches, if the scoring pass ran.
         products (`torch.Tensor` of shape `(N, G, 4)`, *optional*): With the last update (see [`~scores.movement`]), if it is measured.
         token_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Mean weight of a completion's tokens in its sketch.
         log_probs (`torch.Tensor` of shape `(N, G)`, *optional*): Log-probability of a completion, if the scoring pass ran.
         prompt_keys (`torch.Tensor` of shape `(N,)`, *optional*): Keys of the prompts, if there is a memory of them.
+        head_weights (`torch.Tensor` of shape `(N, G)`, *optional*): Squared norms of the output projection's scores, where they are known.
     """
 
     rewards: Tensor
@@ -39,6 +43,7 @@ class GroupedBatch:
     token_weights: Tensor | None = None
     log_probs: Tensor | None = None
     prompt_keys: Tensor | None = None
+    head_weights: Tensor | None = None
 
 
 class BaselineEstimator:
@@ -50,10 +55,17 @@ class BaselineEstimator:
         leave_one_out (`bool`): Whether weighted baselines keep a completion out of its own baseline.
         prior_strength (`float`, *optional*): Prior strength of the gradient-weighted baseline; automatic if not given.
         memory_size (`int`, *optional*, defaults to 0): Number of prompts that the gradient-weighted baseline remembers.
+        chooses_weights (`bool`, *optional*, defaults to `False`): Whether cheaper weights may take the place of squared score norms.
     """
 
     def __init__(
-        self, baseline: str, *, leave_one_out: bool, prior_strength: float | None, memory_size: int = 0
+        self,
+        baseline: str,
+        *,
+        leave_one_out: bool,
+        prior_strength: float | None,
+        memory_size: int = 0,
+        chooses_weights: bool = False,
     ) -> None:
         self.baseline = baseline
         self.leave_one_out = leave_one_out
@@ -64,6 +76,15 @@ class BaselineEstimator:
         elif self.memory is not None:
             self.automatic = AutomaticPriorStrength(initial=prior_strength, grid=(prior_strength,))
         self._fixed_strength = prior_strength
+        self.weights_choice = WeightsChoice()
+        self._chooses_weights = chooses_weights
+
+    @property
+    def weights(self) -> str:
+        """What the weights of the next batch shall be, one of [`~weights_choice.WEIGHTS`]."""
+        if not self._chooses_weights:
+            return ALL
+        return self.weights_choice.value if self.baseline == "gradient_weighted" else EQUAL
 
     @property
     def prior_strength(self) -> float:
@@ -103,6 +124,29 @@ class BaselineEstimator:
             )
         return gradient_weighted_baseline(
             batch.rewards, batch.weights, leave_one_out=self.leave_one_out, prior_strength=self.prior_strength
+        )
+
+    def compare_weights(self, batch: GroupedBatch) -> str | None:
+        """Let the choice of weights learn from a scored batch whose baseline has been taken; returns what to say of it where it changed."""
+        if self.baseline != "gradient_weighted":
+            return None
+        before = self.weights
+        assert batch.weights is not None
+        scale = batch.weights[~batch.rewards.isnan()].double().mean().item()
+        weights = {EQUAL: torch.ones_like(batch.weights), LM_HEAD: batch.head_weights, ALL: batch.weights}
+        self.weights_choice.update(
+            {
+                name: gradient_variance(batch.rewards, batch.weights, self(replace(batch, weights=these))) / scale
+                for name, these in weights.items()
+                if these is not None and scale > 0
+            }
+        )
+        if self.weights == before:
+            return None
+        gains = ", ".join(f"{gain:.2f} of {name}" for name, gain in self.weights_choice.gains.items())
+        return (
+            f"Weights of the baseline: from here on {self.weights!r}, not {before!r}. Those of all parameters leave, of the variance with other "
+            f"weights: {gains}. score_scope='all' keeps them, and scores every completion."
         )
 
     def remembered_fraction(self, batch: GroupedBatch) -> float:

@@ -46,3 +46,13 @@ def check_dataset(args: Any, num_prompts: int) -> None:
             f"completions (generation_batch_size={args.generation_batch_size}), so that no batch would be full. Remedy: lower "
             "per_device_train_batch_size or steps_per_generation (gradient_accumulation_steps unless set), or add prompts."
         )
+
+
+def check_scores(finite: list[bool], step: int) -> None:
+    """Raise a `ValueError` where a process's scores are not finite. All processes know of all: they raise together."""
+    if not all(finite):
+        raise ValueError(
+            f"The score of step {step} is not finite on process {finite.index(False)}: the model's activations or logits are not. No "
+            "weight was changed by it. Resume from the last checkpoint with a lower `trust_region_kl` (or learning rate), gradient "
+            "clipping, or bf16 instead of fp16."
+        )

@@ -89,6 +89,7 @@ _REFUSALS = (
         "it counts the blocks of score_scope='last_k', and score_scope is {args.score_scope!r}",
         "set it to at least 1 together with score_scope='last_k', and only then",
     ),
+    _Refusal("score_min_prompts", lambda args: args.score_min_prompts < 2, "a variance needs two", "use at least 2"),
     _Refusal("score_sketch_dim", lambda args: args.score_sketch_dim < 2, "its halves are compared", "use at least 2"),
     _Refusal(
         "per_device_score_batch_size",

@@ -44,6 +44,7 @@ class ScoreOutput:
     log_probs: Tensor  # (B, C), of every completion token; 0 where the token weight is
     sketches: Tensor | None = None  # (B, k), for the method "sketch"
     squared_norms: Tensor | None = None  # (B,), exact, for the method "exact"
+    head_squared_norms: Tensor | None = None  # (B,), of the output projection alone, where it is scored and sketched
     products: Tensor | None = None  # (B, 4), with an update (see `scores.movement`)
 
 
@@ -181,8 +182,8 @@ class _MicroBatch:
             # Autocast is for the model: the products of scores keep the precision that they come in.
             stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
             with torch.no_grad():
-                for name, product in head.products.items():
-                    self._add(scoped.head_names[name], product)
+                sketches = [self._add(scoped.head_names[name], product) for name, product in head.products.items()]
+                of_head = [sketch for sketch in sketches if sketch is not None]
             # Without a graph every parameter of the scope sits in the output projection.
             if head.grad_hidden is not None and hidden.requires_grad:
                 seed = torch.zeros_like(hidden)
@@ -192,6 +193,9 @@ class _MicroBatch:
             with torch.no_grad():
                 if self._sketches is not None:
                     output.sketches = self._sketches.result() / head.scale
+                    if of_head:
+                        squares = torch.cat([sketch.flatten(1) for sketch in of_head], dim=1).square().sum(dim=1)
+                        output.head_squared_norms = squares / head.scale.squeeze(1).square()
                     if (products := self._sketches.products()) is not None:
                         output.products = products / head.scale
                 if self._norms is not None:
@@ -242,11 +246,11 @@ class _MicroBatch:
         # The same text for all batches, so that it is said once.
         warnings.warn(f"{message}: such calls are left out of the scores.")
 
-    def _add(self, name: str, gradient: PerSequenceGradient) -> None:
-        if self._sketches is not None:
-            self._sketches.add(name, gradient)
+    def _add(self, name: str, gradient: PerSequenceGradient) -> Tensor | None:
+        """Take in the gradient of one use of a parameter, and return its sketch, of shape `(B, r, c)`."""
         if self._norms is not None:
             self._norms.add(name, gradient)
+        return None if self._sketches is None else self._sketches.add(name, gradient)
 
     def _warn_of_uncalled(self, calls: Counter[nn.Module]) -> None:
         uncalled = [next(iter(names.values())) for module, names in self._scoped.names.items() if not calls[module]]

@@ -8,7 +8,7 @@ Three things differ from `python -m oblr_trl.scripts.train`, none of them in the
 - DeepSpeed and FSDP get the CPU process group that accelerate prepares for CUDA only (`BACKENDS_ENGINE`).
 
 `BACKENDS_PAUSE` lets it wait indefinitely in the middle of a step: to be killed there. `BACKENDS_BREAK` breaks the code under test
-on purpose, so that the suite can be seen to fail; `BACKENDS_FAULT` lets something go wrong on the second process only.
+on purpose, so that the suite can be seen to fail; `BACKENDS_WEIGHTS` says which weights of the baseline are chosen; `BACKENDS_FAULT` lets something go wrong on the second process only.
 """
 
 import ctypes
@@ -111,8 +111,8 @@ def record_everything(path):
     train = OBLRPOTrainer.train
 
     def recorded_group(self, *args):
-        running["batch"] = group(self, *args)
-        return running["batch"]
+        batch, running["batch"], prompts = group(self, *args)
+        return batch, running["batch"], prompts
 
     def recorded_batch(self, inputs):
         output = generate_and_score(self, inputs)
@@ -247,6 +247,12 @@ def main():
         break_on_purpose(os.environ["BACKENDS_BREAK"])
     if os.environ.get("BACKENDS_FAULT") == "logits":
         lose_hidden_states()
+    if weights := os.environ.get("BACKENDS_WEIGHTS"):
+        from oblr_trl.baselines import WeightsChoice
+
+        # From the second batch on: the first one is scored whole, as all are before the choice.
+        WeightsChoice._cheapest = lambda choice: weights
+        WeightsChoice.__init__.__kwdefaults__["warm_up"] = 1
     from oblr_trl.scripts import train
 
     train.main(*train.parse())

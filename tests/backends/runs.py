@@ -52,7 +52,7 @@ class Run:
 
     @property
     def weights_of_scores(self):
-        return torch.tensor([line["weights"] for line in self.lines("batch")])
+        return torch.tensor([weight for line in self.lines("batch") for weight in line["weights"]])  # of samples fewer
 
     def numbers(self, name):
         return torch.tensor([line[name] for line in self.lines("batch")], dtype=torch.float64)

@@ -39,6 +39,10 @@ MEMORY = STRADDLING | {"train_size": 6}  # every prompt comes back in every seco
 EXPERTS = PLAIN | {"model": "experts"}
 TRUST = {"lr_adaptation": "trust_region"}
 ALONE = {"num_generations": 1}  # of 16 prompts
+# Two prompts are scored, of the straddling groups' three those on the first process and on both.
+SAMPLE = TRUST | {"score_min_prompts": 2}
+RLOO = SAMPLE | {"baseline": "leave_one_out"}
+EQUAL_WEIGHTS, HEAD_WEIGHTS = (SAMPLE | {"env": {"BACKENDS_WEIGHTS": weights}} for weights in ("equal", "lm_head"))
 REFERENCES = {
     "plain": PLAIN,
     "straddling groups": STRADDLING,
@@ -54,6 +58,10 @@ REFERENCES = {
     "trust region": PLAIN | TRUST,
     "trust region, window": WINDOW | TRUST,
     "trust region, LoRA": LORA | TRUST,
+    "sample, RLOO": STRADDLING | RLOO,
+    "sample, equal weights": STRADDLING | EQUAL_WEIGHTS,
+    "sample, lm_head weights": STRADDLING | HEAD_WEIGHTS,
+    "sample, lm_head weights, window": WINDOW | HEAD_WEIGHTS | {"score_min_prompts": 6},  # of 8: two have no signal
     "one completion": PLAIN | TRUST | ALONE,
     "one completion, LoRA": LORA | TRUST | ALONE,
 }
@@ -114,6 +122,14 @@ CONFIGURATIONS = {
     "trust region, ZeRO-3, 2 steps per generation batch": ("trust region, window", ZERO3 | halved(WINDOW)),
     "trust region, FSDP2": ("trust region", FSDP2 | halved(PLAIN)),
     "trust region, LoRA, ZeRO-3": ("trust region, LoRA", ZERO3 | halved(LORA)),
+    "sample, RLOO, ZeRO-3": ("sample, RLOO", ZERO3 | halved(STRADDLING)),
+    "sample, equal weights, DDP 2, 6 x 2": ("sample, equal weights", DDP | halved(STRADDLING, 2)),
+    "sample, equal weights, FSDP2": ("sample, equal weights", FSDP2 | halved(STRADDLING)),
+    "sample, lm_head weights, ZeRO-3, 6 x 2": ("sample, lm_head weights", ZERO3 | halved(STRADDLING, 2)),
+    "sample, lm_head weights, ZeRO-3, 2 steps per generation batch": (
+        "sample, lm_head weights, window",
+        ZERO3 | halved(WINDOW),
+    ),
     "one completion, DDP 2, 1 x 8": ("one completion", DDP | halved(PLAIN, 8)),
     "one completion, ZeRO-3": ("one completion", ZERO3 | halved(PLAIN)),
     "one completion, FSDP2": ("one completion", FSDP2 | halved(PLAIN)),
@@ -174,6 +190,8 @@ def test_the_backend_changes_nothing(shared_run, table, name):
     measured = differences(run, reference)
     table.append((name, measured))
     assert has_kl(reference) == ("lr_adaptation" in REFERENCES[reference_name])
+    if "score_min_prompts" in REFERENCES[reference_name]:
+        assert all(len(line["weights"]) < len(line["advantages"]) for line in reference.lines("batch")[1:])
     exceeded = {column: value for column, value in measured.items() if value > BOUNDS[column]}
     assert all(math.isfinite(value) for column, value in measured.items() if column != "KL" or has_kl(reference))
     assert not exceeded

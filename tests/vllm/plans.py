@@ -36,6 +36,10 @@ RATIO_RUNS["all-exact-token_truncate-averaged"] = RATIO_RUNS["all-exact-token_tr
     "importance_sampling_level": "sequence"
 }
 
+# From the second batch on two of four prompts are scored, and the output projection for all.
+SAMPLE = {"score_min_prompts": 2, "vllm_importance_sampling_mode": "sequence_truncate", "max_steps": 2} | CLIP
+SAMPLE |= {"faults": SHIFT | {"weights": "lm_head"}}
+
 # Runs of three steps with the algorithm at its defaults, on an engine that is in order.
 SYNCED_RUNS = ("full", "snr", "lora", "one_completion", "zero_3", "zero_3_lora")
 
@@ -52,5 +56,5 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     },
     "zero_3": {"plan": {"zero_3": FAST}, "num_processes": 2, "zero_3": True},
     "zero_3_lora": {"plan": {"zero_3_lora": FAST | LORA}, "num_processes": 2, "zero_3": True},
-    "ratios": {"plan": RATIO_RUNS},
+    "ratios": {"plan": RATIO_RUNS | {"sample": SAMPLE}},
 }

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from oblr_trl import OBLRPOTrainer, adaptive_rate
-from oblr_trl.baselines import BaselineEstimator
+from oblr_trl.baselines import BaselineEstimator, WeightsChoice
 
 BATCH_KEYS = (
     "prompt_ids",
@@ -69,7 +69,8 @@ class Probe:
         return output
 
     def baselines(self, original: Callable, estimator: Any, batch: Any) -> Any:
-        self.weights = batch.weights
+        if self.weights is None:  # of the batch: afterwards others are compared with them
+            self.weights = batch.weights
         return original(estimator, batch)
 
     def per_prompt_gradients(self, original: Callable, sketches: torch.Tensor, advantages: torch.Tensor) -> Any:
@@ -150,8 +151,9 @@ def load_once() -> Callable:
 
 
 @contextmanager
-def installed(directory: Path, *, sync: bool = True, shift: float = 0.0) -> Iterator[None]:
-    """Record into `directory`. Without `sync` the engine keeps the start model; with `shift` its log-probabilities are off."""
+def installed(directory: Path, *, sync: bool = True, shift: float = 0.0, weights: str = "") -> Iterator[None]:
+    """Record into `directory`. Without `sync` the engine keeps the start model; with `shift` its log-probabilities are off; `weights` are
+    what is chosen for the baseline after the first batch."""
     probe = Probe(directory)
 
     def around(owner: Any, name: str, wrapper: Callable) -> Any:
@@ -164,6 +166,9 @@ def installed(directory: Path, *, sync: bool = True, shift: float = 0.0) -> Iter
         stack.enter_context(around(adaptive_rate, "per_prompt_gradients", probe.per_prompt_gradients))
         if shift:
             stack.enter_context(around(VLLMGeneration, "generate", shift_logprobs(shift)))
+        if weights:
+            stack.enter_context(mock.patch.dict(WeightsChoice.__init__.__kwdefaults__, warm_up=1))
+            stack.enter_context(mock.patch.object(WeightsChoice, "_cheapest", return_value=weights))
         if not sync:
             stack.enter_context(around(VLLMGeneration, "sync_weights", load_once()))
         yield

@@ -61,6 +61,24 @@ def test_the_scores_of_a_run_are_those_of_the_oracle_with_the_ratio(base, run_na
         assert largest_difference(batch["weights"], oracle_squared_norms(base, batch, scope, None)) > 2 * SKETCH_ERROR
 
 
+def test_a_sample_and_the_cheaper_weights_of_all_have_the_ratio_too(base, run_named):
+    """TRL's forward for the old log-probabilities gives the weights of the output projection; the sample takes another chunk."""
+    run = run_named("sample")
+    first, second = run.batches()
+    assert run.recorded("num_forwards") == [2, 3]
+    assert max(run.recorded("largest_logp_error")) < 1e-5
+    assert first["sketches"].shape[:2] == (4, 4)
+    assert second["sketches"].shape[:2] == (2, 4)
+    ratio = expected_ratio(second, "sequence_truncate", 0.7, 1.5).expand(second["completion_mask"].shape)
+    of_head, of_all = (oracle_squared_norms(base, second, scope, ratio) for scope in ("lm_head", "all"))
+    assert largest_difference(second["weights"], of_head) < SKETCH_ERROR
+    sampled = of_all.view(4, 4)[[0, 2]].flatten()
+    assert largest_difference(second["sketches"].square().sum(dim=-1), sampled) < SKETCH_ERROR
+    assert (
+        largest_difference(second["weights"], oracle_squared_norms(base, second, "lm_head", None)) > 2 * SKETCH_ERROR
+    )
+
+
 def test_with_every_default_the_scores_of_a_stale_engine_have_the_ratio_too(base, run_named):
     batches = run_named("stale").batches()
     assert len(batches) == 3
