@@ -130,13 +130,15 @@ class BaselineEstimator:
         """Let the choice of weights learn from a scored batch whose baseline has been taken; returns what to say of it where it changed."""
         if self.baseline != "gradient_weighted":
             return None
-        before = self.weights
         assert batch.weights is not None
-        scale = batch.weights[~batch.rewards.isnan()].double().mean().item()
-        weights = {EQUAL: torch.ones_like(batch.weights), LM_HEAD: batch.head_weights, ALL: batch.weights}
+        before, rewards, norms = self.weights, batch.rewards.cpu(), batch.weights.cpu()  # as in `update`
+        keys = None if batch.prompt_keys is None else batch.prompt_keys.cpu()
+        known = GroupedBatch(rewards, batch.lengths.cpu(), prompt_keys=keys)
+        scale = norms[~rewards.isnan()].double().mean().item()
+        weights = {EQUAL: torch.ones_like(norms), LM_HEAD: batch.head_weights, ALL: norms}
         self.weights_choice.update(
             {
-                name: gradient_variance(batch.rewards, batch.weights, self(replace(batch, weights=these))) / scale
+                name: gradient_variance(rewards, norms, self(replace(known, weights=these.cpu()))) / scale
                 for name, these in weights.items()
                 if these is not None and scale > 0
             }

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl.baselines import WeightsChoice
 from oblr_trl.metrics import METRICS
 from tests.gpu.device import DEVICE, TRAINING, reproducible
 from tests.model_zoo import zoo_model
@@ -61,6 +62,8 @@ def test_the_trust_region_trains(tmp_path, model, options):
     options = TRAINING | {"lr_adaptation": "trust_region", "max_steps": 4} | options
     trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, model=model, **options)
     blank = [name for name in METRICS if name.startswith("variance_ratio")] if trainer.num_generations == 1 else []
+    if "peft_config" in options:  # whose head is frozen
+        blank.append("variance_ratio/lm_head_weights")
     for name in METRICS:
         values = logged(trainer, name)
         assert values, name
@@ -102,9 +105,19 @@ class GivenCompletions(Recording):
         return [[*row, 1] for row in tokens], None
 
 
-def test_the_gpu_has_the_advantages_the_snr_and_the_rate_of_the_cpu(tmp_path):
+@pytest.mark.parametrize("weights", ["all", "equal", "lm_head"])
+def test_the_gpu_has_the_advantages_the_snr_and_the_rate_of_the_cpu(tmp_path, monkeypatch, weights):
+    chosen = property(lambda choice: weights, lambda choice, value: None)
+    monkeypatch.setattr(WeightsChoice, "value", chosen, raising=False)
+
     def run(name, use_cpu):
-        options = {"use_cpu": use_cpu, "bf16": False, "lr_adaptation": "trust_region", "max_steps": 4}
+        options = {
+            "use_cpu": use_cpu,
+            "bf16": False,
+            "lr_adaptation": "trust_region",
+            "max_steps": 4,
+            "score_min_prompts": 2,
+        }
         # SGD: Adam's first step is the gradient's sign, also of entries that are 0 but for rounding.
         options |= {"optim": "sgd", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
         return train(GivenCompletions, OBLRPOConfig, tmp_path / name, **options)
@@ -113,6 +126,7 @@ def test_the_gpu_has_the_advantages_the_snr_and_the_rate_of_the_cpu(tmp_path):
     assert next(there.model.parameters()).device.type == DEVICE.type
     for a, b in zip(here.batches, there.batches, strict=True):
         torch.testing.assert_close(b["advantages"].cpu(), a["advantages"], rtol=1e-4, atol=1e-5)
+    assert set(logged(there, "score/fraction")) == {1.0 if weights == "all" else 0.5}
     for name in ("gradient_snr/signal", "gradient_snr/noise", "gradient_snr/rho", "learning_rate", "score/norm/mean"):
         assert logged(there, name) == pytest.approx(logged(here, name), rel=1e-4), name
     for a, b in zip(parameters(here), parameters(there), strict=True):
