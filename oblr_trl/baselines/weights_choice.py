@@ -6,7 +6,7 @@ from typing import Any
 # Cheapest first: no score at all, that of the output projection (a forward pass), that of all parameters.
 EQUAL, LM_HEAD, ALL = "equal", "lm_head", "all"
 WEIGHTS = (EQUAL, LM_HEAD, ALL)
-# Variance that is given up for the time of scoring every completion: a training step is 1.1 to 1.8 times as long with it, and no more
+# Variance that is given up for the time of scoring every completion: a training step is 1.1 to 1.6 times as long with it, and no more
 # progress than a tenth comes from a tenth less variance.
 TOLERANCE = 0.1
 
