@@ -41,8 +41,10 @@ class NotFiniteAtStepThree(OBLRPOTrainer):
         return output
 
 
-def test_a_score_that_is_not_finite_reaches_no_weight_and_no_moving_average(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+# Weights from the scores themselves, and equal ones beside a sample's scores.
+@pytest.mark.parametrize("own", [{}, {"baseline": "leave_one_out", "score_min_prompts": 2}], ids=["weights", "sample"])
+def test_a_score_that_is_not_finite_reaches_no_weight_and_no_moving_average(tmp_path, own):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | own
     trainer = construct(NotFiniteAtStepThree, OBLRPOConfig, tmp_path, **options)
     with pytest.raises(ValueError, match=r"The score of step 2 is not finite on process 0.*No weight was changed"):
         trainer.train()
