@@ -154,6 +154,7 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
                 self.args,
                 self.accelerator,
                 masks_later=bool(self.tools) or self.rollout_func is not None,  # by a tool mask
+                num_rows=len(inputs),
                 weights=ALL if self._is_vlm else estimator.weights,  # images do not come by rows
                 head_pass=self._head_pass,
             )

@@ -166,6 +166,16 @@ def test_a_pass_over_all_parameters_knows_the_norms_of_the_head_alone(architectu
     torch.testing.assert_close(output.head_squared_norms, truth.to(torch.float32), rtol=1e-4, atol=1e-6)
 
 
+def test_a_pass_over_the_head_alone_has_no_cheaper_weights():
+    model = tiny_model()
+    input_ids, attention_mask, completion_mask = random_batch()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    assert (
+        ScorePass(model, scope="lm_head")(inputs, input_ids[:, -9:], completion_mask.float()).head_squared_norms
+        is None
+    )
+
+
 @pytest.mark.parametrize("options", [SIXTEEN, OFF_POLICY], ids=["on-policy", "two steps per batch"])
 @pytest.mark.parametrize("weights", [EQUAL, LM_HEAD])
 def test_a_sample_has_the_scores_of_the_whole_batch_and_the_cheaper_weights_are_those_of_the_oracle(

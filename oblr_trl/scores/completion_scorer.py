@@ -40,6 +40,7 @@ class CompletionScorer:
         args ([`OBLRPOConfig`]): Options of the run.
         accelerator ([`~accelerate.Accelerator`]): The processes.
         masks_later (`bool`): Whether the parent's forward pass comes before the loss mask is known.
+        num_rows (`int`): Completions of the batch on every process, where not all may be scored.
         weights (`str`): What the weights of the batch shall be, one of [`~baselines.weights_choice.WEIGHTS`].
         head_pass ([`~scores.score_pass.ScorePass`], *optional*): A pass of the scope `"lm_head"`, for weights of that name.
 
@@ -55,27 +56,35 @@ class CompletionScorer:
         accelerator: Any,
         *,
         masks_later: bool,
+        num_rows: int = 0,
         weights: str = ALL,
         head_pass: ScorePass | None = None,
     ) -> None:
         self.seconds = 0.0
         self._model = model
         self._score_pass = score_pass
-        self._passes = {EQUAL: None, LM_HEAD: head_pass, ALL: score_pass}
         self._args = args
         self._accelerator = accelerator
+        self._sample: PromptSample | None = None
+        if weights != ALL:
+            self._sample = sample_prompts(
+                num_rows * accelerator.num_processes // args.num_generations,
+                args.num_generations,
+                at_least=args.score_min_prompts,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            )
+        passes = {EQUAL: None, LM_HEAD: head_pass, ALL: score_pass}
+        self._pass_of_all = passes[ALL if self._sample is None else weights]
         self._reuses_forward = args.reuses_old_logps_forward and not masks_later
-        self._weights = weights
         self._scoring_model: ScoringModel | None = None
 
     def in_place_of(self, model: Any, loss_mask: Tensor) -> Any:
         """The pass over all completions in the shape of a model, once, where it is due, else `model`."""
-        if model is not self._model or not self._reuses_forward or self._scoring_model is not None:
+        due = self._reuses_forward and self._scoring_model is None
+        if model is not self._model or not due or self._pass_of_all is None:
             return model
-        score_pass = self._pass_of_all(len(loss_mask))
-        if score_pass is None:
-            return model
-        self._scoring_model = ScoringModel(score_pass, self._token_weights(loss_mask))
+        self._scoring_model = ScoringModel(self._pass_of_all, self._token_weights(loss_mask))
         return self._scoring_model
 
     def score(
@@ -104,14 +113,12 @@ class CompletionScorer:
             assert "old_per_token_logps" in output, "the scoring pass took the place of another forward pass"
             of_all = self._scoring_model.result(self._accelerator.gather, ratio)
             self.seconds += self._scoring_model.seconds
-        elif (score_pass := self._pass_of_all(len(loss_mask))) is not None:
-            rows = torch.arange(len(loss_mask))
-            of_all = self._own_pass(score_pass, rows, output, token_weights, forward)
+        elif self._pass_of_all is not None:
+            of_all = self._own_pass(self._pass_of_all, torch.arange(len(loss_mask)), output, token_weights, forward)
 
         scored, scores, rows = batch, of_all, torch.arange(batch.rewards.numel())
         prompts = torch.arange(len(batch.rewards), device=batch.rewards.device)
-        sample = self._sample(len(loss_mask))
-        if sample is not None:
+        if (sample := self._sample) is not None:
             batch.weights = (
                 torch.ones_like(batch.rewards) if of_all is None else _squares(of_all).view_as(batch.rewards)
             )
@@ -133,22 +140,6 @@ class CompletionScorer:
             self._accelerator.gather(token_weights.sum(dim=1)).view_as(batch.rewards)[prompts] / scored.lengths
         )
         return scored, prompts
-
-    def _sample(self, num_rows: int) -> PromptSample | None:
-        """The prompts to score of a batch with `num_rows` completions on every process; `None` for all."""
-        if self._weights == ALL:
-            return None
-        return sample_prompts(
-            num_rows * self._accelerator.num_processes // self._args.num_generations,
-            self._args.num_generations,
-            at_least=self._args.score_min_prompts,
-            process_index=self._accelerator.process_index,
-            num_processes=self._accelerator.num_processes,
-        )
-
-    def _pass_of_all(self, num_rows: int) -> ScorePass | None:
-        """The pass over all completions, if there is one."""
-        return self._passes[ALL if self._sample(num_rows) is None else self._weights]
 
     def _own_pass(
         self, score_pass: ScorePass, rows: Tensor, output: dict[str, Any], token_weights: Tensor, forward: Callable

@@ -17,11 +17,6 @@ class PromptSample:
     rows: Tensor  # (m,), rows of this process that are scored: those of sampled prompts, and others until all processes have m
     gathered: Tensor  # (n G,), where the rows of sampled prompts are among the gathered `rows` of all processes
 
-    @property
-    def size(self) -> int:
-        """Number of sampled prompts."""
-        return self.groups.numel()
-
 
 def sample_prompts(
     num_prompts: int, num_generations: int, *, at_least: int, process_index: int, num_processes: int

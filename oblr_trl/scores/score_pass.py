@@ -44,7 +44,7 @@ class ScoreOutput:
     log_probs: Tensor  # (B, C), of every completion token; 0 where the token weight is
     sketches: Tensor | None = None  # (B, k), for the method "sketch"
     squared_norms: Tensor | None = None  # (B,), exact, for the method "exact"
-    head_squared_norms: Tensor | None = None  # (B,), of the output projection alone, where it is scored and sketched
+    head_squared_norms: Tensor | None = None  # (B,), of the output projection alone, where it is scored with others
     products: Tensor | None = None  # (B, 4), with an update (see `scores.movement`)
 
 
@@ -193,7 +193,7 @@ class _MicroBatch:
             with torch.no_grad():
                 if self._sketches is not None:
                     output.sketches = self._sketches.result() / head.scale
-                    if of_head:
+                    if of_head and scoped.names:  # or it is all that is scored, and no cheaper
                         squares = torch.cat([sketch.flatten(1) for sketch in of_head], dim=1).square().sum(dim=1)
                         output.head_squared_norms = squares / head.scale.squeeze(1).square()
                     if (products := self._sketches.products()) is not None:
