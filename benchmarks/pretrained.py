@@ -26,7 +26,7 @@ from benchmarks.record import spread, write_record
 from benchmarks.sections.pretrained import markdown
 from benchmarks.small_groups_summary import part_until
 from examples.smollm2.__main__ import DIRECTORY
-from oblr_trl import metrics
+from oblr_trl import OBLRPOConfig, metrics
 
 # Group sizes of the controls; TRL's default for GRPO is 8.
 GROUP_SIZES = {"grpo": (8,), "rloo": (4,)}
@@ -34,7 +34,7 @@ OURS = "ours"
 _LAST = 5  # steps
 
 Run = dict[str, Any]
-Arm = tuple[str, int]  # method and group size
+Arm = tuple[str, int, float | None]  # method, group size, and delta where it was set
 
 
 @dataclass
@@ -47,11 +47,15 @@ class PretrainedArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [8e-6, 1.6e-5, 3.2e-5], metadata={"help": "Constant rates of the controls."}
     )
+    kls: list[float] = field(
+        default_factory=lambda: [OBLRPOConfig.trust_region_kl], metadata={"help": "Values of OBLR-PO's delta."}
+    )
     seeds: int = field(default=3, metadata={"help": "Runs of every method."})
     num_steps: int = field(default=40, metadata={"help": "Optimizer steps of a run."})
     rollouts: int = field(default=64, metadata={"help": "Completions per step."})
     eval_steps: int = field(default=5, metadata={"help": "Steps between two evaluations."})
     test_size: int = field(default=128, metadata={"help": "Held-out prompts."})
+    bf16: bool = field(default=True, metadata={"help": "Whether to train in bfloat16 autocast, else in float32."})
     num_workers: int = field(default=1, metadata={"help": "Processes that share the GPU; 0 runs in this one."})
     only_finished: bool = field(
         default=False, metadata={"help": "Whether to make no run, and leave out what is missing."}
@@ -62,11 +66,15 @@ class PretrainedArguments:
     def specs(self) -> list[PretrainedSpec]:
         """All runs, seed by seed."""
         found = []
-        lengths = (self.num_steps, self.eval_steps, self.test_size)
+        lengths = {"num_steps": self.num_steps, "eval_steps": self.eval_steps, "test_size": self.test_size}
         for seed, task, method in product(range(self.seeds), self.tasks, self.methods):
-            rates = [PretrainedSpec.learning_rate] if method == OURS else self.learning_rates
-            for size, rate in product(GROUP_SIZES.get(method, self.group_sizes), rates):
-                found.append(PretrainedSpec(task, method, self.rollouts // size, size, seed, rate, *lengths))
+            steps: list[dict[str, Any]] = [{"learning_rate": rate} for rate in self.learning_rates]
+            if method == OURS:
+                steps = [{"trust_region_kl": kl} for kl in self.kls]
+            for size, step in product(GROUP_SIZES.get(method, self.group_sizes), steps):
+                found.append(
+                    PretrainedSpec(task, method, self.rollouts // size, size, seed, bf16=self.bf16, **lengths, **step)
+                )
         return found
 
 
@@ -86,7 +94,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         for run in runs:
             spec = run["spec"]
             if spec["task"] == task:
-                rates = by_arm.setdefault((spec["method"], spec["num_generations"]), {})
+                rates = by_arm.setdefault((spec["method"], spec["num_generations"], spec["trust_region_kl"]), {})
                 rates.setdefault(spec["learning_rate"], []).append(run)
         summary[task] = _summarise_task(by_arm)
     return summary
@@ -122,18 +130,22 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "method": arm[0],
             "num_prompts": runs[0]["spec"]["num_prompts"],
             "num_generations": arm[1],
+            "trust_region_kl": arm[2],
             "learning_rate": best[arm] if arm[0] != OURS else None,
             "num_seeds": len(runs),
             "curve": np.round(np.mean([run["rewards"] for run in runs], axis=0), 4).tolist(),
             "final": spread([run["rewards"][-1] for run in runs]),
             "area": spread([curve_area(run) for run in runs]),
-            "train_reward": spread([mean(run["logged"]["reward"][-10:]) for run in runs]),
             "seconds_per_step": round(float(np.median([s for run in runs for s in run["seconds"]])), 3),
             "movement": _movement(runs),
             "failures": sum(run["failure"] is not None for run in runs),
             "last_rates": [run["logged"]["learning_rate"][-1] for run in runs],
             "highest_rates": [max(run["logged"]["learning_rate"]) for run in runs],
             "by_rate": {f"{rate:g}": [run["rewards"] for run in of_rate] for rate, of_rate in by_arm[arm].items()},
+            "rollouts_by_rate": {
+                f"{rate:g}": [round(mean(run["logged"]["reward"]), 4) for run in of_rate]
+                for rate, of_rate in by_arm[arm].items()
+            },
             "entropy_by_rate": {f"{rate:g}": _last_entropy(of_rate) for rate, of_rate in by_arm[arm].items()},
         }
         if strongest is not None and arm[0] == OURS:
@@ -145,7 +157,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             goal = mean(run["rewards"][-1] for run in theirs)
             parts = [part_until(run["rewards"], goal) for run in runs]
             cell["rollouts_to_strongest"] = [round(part, 3) if math.isfinite(part) else None for part in parts]
-        arms[f"{arm[0]}, G = {arm[1]}"] = cell
+        arms[f"{arm[0]}, G = {arm[1]}" + (f", delta = {arm[2]:g}" if arm[2] else "")] = cell
     return {"strongest": None if strongest is None else f"{strongest[0]}, G = {strongest[1]}", "arms": arms}
 
 

@@ -1,6 +1,6 @@
 """One training run on SmolLM2-135M-Instruct: TRL's or our trainer in memory, with a held-out curve and a clock.
 
-All parameters are trained, in bfloat16 autocast where there is a GPU. Held-out prompts are answered at temperature 1 and with random
+All parameters are trained, in bfloat16 autocast if not told otherwise. Held-out prompts are answered at temperature 1 and with random
 numbers of their own, in one batch.
 """
 
@@ -81,6 +81,7 @@ class PretrainedSpec:
     num_completions: int = 4  # of each held-out prompt
     trust_region_kl: float | None = None  # that of OBLRPOConfig
     lora_rank: int = 0  # 0 trains all parameters
+    bf16: bool = True
 
 
 class HeldOutCallback(TrainerCallback):
@@ -151,7 +152,6 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
     config_class, trainer_class, options = METHODS[spec.method]
     if spec.trust_region_kl is not None:
         options = options | {"trust_region_kl": spec.trust_region_kl}
-    on_gpu = torch.cuda.is_available()
     args = config_class(
         output_dir=output_dir,
         max_steps=spec.num_steps,
@@ -161,8 +161,8 @@ def prepared_trainer(spec: PretrainedSpec, output_dir: str) -> tuple[GRPOTrainer
         generation_kwargs=_GENERATION,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="constant",
-        use_cpu=not on_gpu,
-        bf16=on_gpu,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=spec.bf16,
         gradient_checkpointing=False,
         seed=spec.seed,
         report_to="none",

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
-from benchmarks import cost, score_memory
+from benchmarks import cost, pass_profile, score_memory
 from benchmarks.cost import CostArguments, summarise
 from benchmarks.cost_trainers import METHODS, Case, PerSequencePass, demo_trainers, random_trainers, save_policy
 from benchmarks.interleaving import interleave, ratio_spread
 from benchmarks.score_memory import Memory, ScoreMemoryArguments, measure_memory, warm_workload
 from benchmarks.score_workload import CPU, Workload, WorkloadArguments, build_model, qwen3_config
 from benchmarks.sections import cost as cost_section
+from benchmarks.sections import pass_profile as profile_section
 from benchmarks.sections import score_memory as memory_section
 
 TINY = Case("", 64, 1, 32, prompt_length=3, completion_length=4, num_prompts=2, num_generations=2)
@@ -162,6 +163,29 @@ def test_a_demo_model_that_is_missing_is_named(tmp_path, restored_threads):
     with pytest.raises(ValueError, match=r"`demo_model`.*examples.tiny_qwen3"):
         cost.main(arguments)
     assert not (tmp_path / "cost.json").exists()
+
+
+def test_the_profile_counts_the_arithmetic_of_both_passes(tmp_path, restored_threads):
+    config = qwen3_config(64, 2, 64)
+    config.tie_word_embeddings = False  # of which the products are those of one use
+    build_model(config, 0, CPU).save_pretrained(tmp_path / "model")
+    sizes = "--num_sequences 2 --prompt_length 3 --completion_length 5 --num_operations 4"
+    arguments = parse(
+        pass_profile.ProfileArguments, f"--model {tmp_path / 'model'} {sizes} --output {tmp_path / 'profile.json'}"
+    )
+    record = run_command(pass_profile, arguments)
+
+    score, train = record["passes"].values()
+    # Of 2 layers: queries, keys, values, their output and the three of the MLP at 2 x 8 positions; the head at 2 x 6 of them.
+    forward = 2 * (2 * 8 * 2 * (4 * 64 * 64 + 3 * 64 * 192) + 2 * 6 * 64 * 64)
+    assert train["gflop"] * 1e9 == pytest.approx(3 * forward, rel=0.1)  # attention itself is the rest
+    assert score["gflop"] > 2 / 3 * train["gflop"]
+    assert all(len(of["operations"]) == 4 for of in (score, train))
+    for of in (score, train):
+        assert 0 < sum(seconds for _, seconds, _ in of["operations"]) <= of["profiled_seconds"]
+    name, seconds, calls = score["operations"][0]
+    share = seconds / score["profiled_seconds"]
+    assert f"| 1 | {name}, {share:.1%} in {calls} calls |" in profile_section.markdown(record)
 
 
 @pytest.fixture

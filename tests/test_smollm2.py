@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import product
 from operator import add, mul, sub
 
 import pytest
@@ -127,9 +128,10 @@ def test_the_folder_is_made_once_and_again_if_its_weights_are_missing(tmp_path, 
     assert len(made) == 2
 
 
-def made_run(method, size, rate, held_out, *, failure=None):
+def made_run(method, size, rate, held_out, *, failure=None, kl=None):
+    spec = PretrainedSpec("lists", method, 64 // size, size, seed=0, learning_rate=rate, trust_region_kl=kl)
     return {
-        "spec": asdict(PretrainedSpec("lists", method, 64 // size, size, seed=0, learning_rate=rate)),
+        "spec": asdict(spec),
         "rewards": held_out,
         "seconds": [2.0, 1.0, 3.0],
         "failure": failure,
@@ -167,15 +169,50 @@ def test_a_control_counts_at_the_rate_of_the_largest_mean_area():
 def test_the_table_compares_gains_with_the_best_control_and_marks_what_was_lost():
     runs = [
         made_run("ours", 1, 1e-6, [0.2, 0.5, 0.8]),
+        made_run("ours", 1, 1e-6, [0.2, 0.7, 0.8], kl=0.1),
         made_run("grpo", 8, 1e-6, [0.2, 0.6, 1.0]),
         made_run("grpo", 8, 8e-6, [0.2, 0.9, 0.0], failure="not finite"),
     ]
-    record = {"settings": {"eval_steps": 5}, "summary": pretrained.summarise(runs)}
+    asked = {"eval_steps": 5, "rollouts": 64, "test_size": 128, "seeds": 1}
+    text = section.markdown({"settings": asked, "summary": pretrained.summarise(runs)})
 
-    ours, slow, lost = [line.split(" | ") for line in section.markdown(record).splitlines()[-3:]]
-    assert (ours[10:12], slow[10:12], lost[10:12]) == (["0.300", "0.75"], ["0.400", "1.00"], ["", ""])
-    assert ours[3] == "found: at most 2e-06, at last 2e-06"
-    assert (lost[5:7], ours[5:7]) == (["0.900", "lost"], ["0.500", "0.800"])
+    assert "bfloat16 autocast, AdamW, 64 rollouts a step; mean reward of 128 held-out prompts" in text
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-6:]]
+    ours, larger, slow, lost = (dict(zip(header, row, strict=True)) for row in rows)
+    gains = ("gain: mean over the run less the start", "of the best control's")
+    assert [[row[name] for name in gains] for row in (ours, larger, slow, lost)] == [
+        ["0.300", "0.75"],
+        ["0.400", "1.00"],
+        ["0.400", "1.00"],
+        ["", ""],
+    ]
+    assert (ours["method"], larger["method"]) == ("OBLR-PO", "OBLR-PO, delta = 0.1")
+    assert ours["learning rate"] == "found: at most 2e-06, at last 2e-06"
+    assert ours["reward of the run's own rollouts"] == "0.200"
+    assert [(row["after 5 steps"], row["after 10 steps"]) for row in (lost, ours)] == [
+        ("0.900", "lost"),
+        ("0.500", "0.800"),
+    ]
+    assert "less the best control's" not in header  # which takes more than one seed
+
+
+def test_differences_are_paired_over_seeds_and_values_are_means():
+    runs = [
+        *(made_run("ours", 1, 1e-6, curve) for curve in ([0.2, 0.4, 0.8], [0.2, 0.6, 1.0])),
+        *(made_run("grpo", 8, 1e-6, curve) for curve in ([0.2, 0.4, 0.6], [0.2, 0.4, 1.0])),
+    ]
+    asked = {"eval_steps": 5, "rollouts": 32, "test_size": 64, "seeds": 2, "bf16": False}
+    text = section.markdown({"settings": asked, "summary": pretrained.summarise(runs)})
+
+    assert "float32, AdamW, 32 rollouts" in text
+    assert "2 seeds" in text
+    header, _, ours, _ = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-4:]]
+    row = dict(zip(header, ours, strict=True))
+    assert (row["after 5 steps"], row["after 10 steps"]) == ("0.500", "0.900")
+    # Gains of 0.25 and 0.4; those of GRPO are 0.2 and 0.3.
+    assert row["gain: mean over the run less the start"] == "0.325 ± 0.106"
+    assert row["of the best control's"] == "1.30"
+    assert row["less the best control's"] == "+0.075 [+0.050, +0.100]"
 
 
 def test_lost_runs_are_counted():
@@ -212,11 +249,14 @@ def test_the_movement_is_that_of_the_second_halves_where_it_was_measured():
 
 
 def test_every_run_has_as_many_rollouts_and_ours_no_grid_of_rates():
-    specs = pretrained.PretrainedArguments(seeds=2, tasks=["lists"], learning_rates=[1e-6, 1e-5]).specs()
+    options = {"learning_rates": [1e-6, 1e-5], "kls": [0.01, 0.02], "bf16": False}
+    specs = pretrained.PretrainedArguments(seeds=2, tasks=["lists"], **options).specs()
 
+    assert not any(spec.bf16 for spec in specs)
     assert {spec.num_prompts * spec.num_generations for spec in specs} == {64}
-    assert [spec.seed for spec in specs] == [0] * 6 + [1] * 6
-    assert {(s.num_generations, s.learning_rate) for s in specs if s.method == "ours"} == {(1, 1e-6), (2, 1e-6)}
+    assert [spec.seed for spec in specs] == [0] * 8 + [1] * 8
+    ours = [spec for spec in specs if spec.method == "ours"]
+    assert {(spec.num_generations, spec.trust_region_kl) for spec in ours} == set(product((1, 2), (0.01, 0.02)))
     assert {(s.num_generations, s.learning_rate) for s in specs if s.method == "grpo"} == {(8, 1e-6), (8, 1e-5)}
 
 
