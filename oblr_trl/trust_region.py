@@ -27,7 +27,7 @@ _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 _TINY = 1e-300  # keeps the curvature of no update finite
-_STATE = ("rate", "_unit_rate", "_taken", "_position", "_curvature", "_weight", "_is_searching", "_step")
+_STATE = ("rate", "_unit_rate", "_position", "_curvature", "_weight", "_is_searching", "_step")
 
 
 def kl_of_update(products: Tensor) -> float:
@@ -97,7 +97,6 @@ class TrustRegion:
         """Search anew, with another optimizer state or another schedule."""
         self.rate = math.nan  # of the step at hand; unknown before the first batch
         self._unit_rate = math.nan  # the same at rho x H = 1
-        self._taken = math.nan  # that of the last step that moved the policy, or to start with
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
         self._weight = 0.0
@@ -117,9 +116,7 @@ class TrustRegion:
             num_parameters (`int`): P.
             num_steps (`float`, *optional*, defaults to `1`): Optimizer steps on a generation batch.
         """
-        self.rate = self._unit_rate = self._taken = (
-            math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
-        )
+        self.rate = self._unit_rate = math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
 
     def target(self, rho: float, entropy: float, position: float = 1.0) -> float:
         """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
@@ -162,11 +159,9 @@ class TrustRegion:
         rate = self.rate * mean_position
         # A step that was skipped moved nothing and says nothing.
         if bool(update.any()) and math.isfinite(kl) and rate > 0:
-            self._taken = self._unit_rate
             self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
             self._weight = _DECAY * self._weight + (1 - _DECAY)
-            if self._wanted() < _MAX_SEARCH_GROWTH * self._taken:
-                self._is_searching = False
+            self._follow()
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain)
 
     def next_rate(self, rho: float, entropy: float, position: float) -> float:
@@ -184,19 +179,21 @@ class TrustRegion:
         self._position = position
         if math.isnan(rho) or math.isnan(entropy):
             return self.rate
-        if self._weight:
-            growth = _MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH
-            self._unit_rate = min(max(self._wanted(), self._taken / _MAX_SHRINKAGE), self._taken * growth)
         self.rate = self._unit_rate * math.sqrt(self.target(rho, entropy) / self.kl)
         return self.rate
 
-    def _wanted(self) -> float:
-        """Rate that moves the policy by delta nats. An average that is not positive, which the estimate from few completions can be, says to
-        go on with the search, or else nothing."""
-        curvature = self._curvature / self._weight
+    def _follow(self) -> None:
+        """Let the rate at rho x H = 1 be the one that moves the policy by delta nats, as far as it may change: by the search's bound also where
+        the search ends. An average that is not positive, which the estimate from few completions can be, says to go on with the search, or
+        else nothing."""
+        curvature, taken = self._curvature / self._weight, self._unit_rate
+        growth = _MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH
         if curvature > 0:
-            return math.sqrt(self.kl / curvature)
-        return math.inf if self._is_searching else self._taken
+            wanted = math.sqrt(self.kl / curvature)
+            self._is_searching = self._is_searching and wanted >= _MAX_SEARCH_GROWTH * taken
+        else:
+            wanted = math.inf if self._is_searching else taken
+        self._unit_rate = min(max(wanted, taken / _MAX_SHRINKAGE), taken * growth)
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain numbers, without the sketch of the parameters."""

@@ -289,6 +289,17 @@ def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
     assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
 
 
+def test_the_search_goes_all_the_way_in_the_batch_in_which_it_sees_the_end():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=10**5)  # the 316th part of what one parameter may move by
+    step, parameter, rates = policy(1.0), 0.0, []
+    for index in range(5):
+        rates.append(step(region, index, parameter)[1])
+        parameter += rates[-1]
+    # Twice 10 times as much; then what is left of it, where a found rate would only double.
+    assert rates == pytest.approx([0.1 / 10**2.5, 0.1 / 10**1.5, 0.1 / 10**0.5, 0.1, 0.1], rel=1e-6)
+
+
 def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
     region = TrustRegion(0.02)
     region.start(squared_norm=2.0, num_parameters=4)
@@ -345,15 +356,18 @@ def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
         _, rate = step(region, index, total)
         total += rate
     state = region.state_dict()
-    flat, total = policy(1e-12), total + rate
+    before, flat = region.parameters, policy(1e-12)
+
+    def next_rate(**changes):
+        region.load_state_dict(state | changes)
+        region.parameters = before
+        return flat(region, 10, total)[1]
+
     # A batch without curvature leaves 0.8 of the average.
-    assert flat(region, 10, total)[1] == pytest.approx(rate * math.sqrt(1 / 0.8), rel=0.03)
-    region.load_state_dict(state | {"_curvature": 1e-20})
-    assert flat(region, 10, total)[1] == pytest.approx(2 * rate, rel=1e-3)
-    region.load_state_dict(state | {"_curvature": -1.0})
-    assert flat(region, 10, total)[1] == rate
-    region.load_state_dict(state | {"_curvature": -1.0, "_is_searching": True})
-    assert flat(region, 10, total)[1] == 10 * rate
+    assert next_rate() == pytest.approx(rate * math.sqrt(1 / 0.8), rel=0.03)
+    assert next_rate(_curvature=1e-20) == pytest.approx(2 * rate, rel=1e-3)
+    assert next_rate(_curvature=-1.0) == rate
+    assert next_rate(_curvature=-1.0, _is_searching=True) == 10 * rate
 
 
 def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
