@@ -300,6 +300,18 @@ def test_the_search_goes_all_the_way_in_the_batch_in_which_it_sees_the_end():
     assert rates == pytest.approx([0.1 / 10**2.5, 0.1 / 10**1.5, 0.1 / 10**0.5, 0.1, 0.1], rel=1e-6)
 
 
+def test_the_batch_after_the_search_has_the_bounds_of_a_found_rate():
+    region = TrustRegion(0.02)
+    region.start(squared_norm=2.0, num_parameters=10**5)
+    step, parameter = policy(1.0), 0.0
+    for index in range(4):
+        rate = step(region, index, parameter)[1]
+        parameter += rate
+    assert rate == pytest.approx(0.1, rel=1e-6)
+    region.load_state_dict(region.state_dict() | {"_curvature": 1e-20})
+    assert policy(1e-12)(region, 4, parameter)[1] == pytest.approx(0.2, rel=1e-6)
+
+
 def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
     region = TrustRegion(0.02)
     region.start(squared_norm=2.0, num_parameters=4)
