@@ -71,6 +71,12 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
     "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),
 }
+# The trust region with other deltas than its default.
+DELTAS = {f"trust_region_{kl:g}": kl for kl in (0.006, 0.024, 0.048)}
+TRUST_REGION_METHODS |= {
+    name: ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region", "trust_region_kl": kl})
+    for name, kl in DELTAS.items()
+}
 # Of the study of small groups, all with the trust region, so that none of them is tuned.
 _TRUST_REGION = {"lr_adaptation": "trust_region"}
 SMALL_GROUP_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
