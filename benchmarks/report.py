@@ -21,6 +21,7 @@ from PIL import Image
 
 from benchmarks.sections import (
     cost,
+    deltas,
     gpu,
     kl_measures,
     learning,
@@ -40,6 +41,7 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = {
     "small_groups": small_groups,
     "trust_region": trust_region,
+    "deltas": deltas,
     "kl_measures": kl_measures,
     "learning": learning,
     "variance": variance,
@@ -53,6 +55,7 @@ SECTIONS = {
     "score_memory": score_memory,
     "gpu": gpu,
     "pretrained": pretrained,
+    "pretrained_cpu": pretrained,
     "pretrained_variance": pretrained_variance,
 }
 FIGURES = {

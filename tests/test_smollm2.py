@@ -173,7 +173,7 @@ def test_the_table_compares_gains_with_the_best_control_and_marks_what_was_lost(
         made_run("grpo", 8, 1e-6, [0.2, 0.6, 1.0]),
         made_run("grpo", 8, 8e-6, [0.2, 0.9, 0.0], failure="not finite"),
     ]
-    asked = {"eval_steps": 5, "rollouts": 64, "test_size": 128, "seeds": 1}
+    asked = {"num_steps": 10, "eval_steps": 5, "rollouts": 64, "test_size": 128, "seeds": 1}
     text = section.markdown({"settings": asked, "summary": pretrained.summarise(runs)})
 
     assert "bfloat16 autocast, AdamW, 64 rollouts a step; mean reward of 128 held-out prompts" in text
@@ -201,7 +201,7 @@ def test_differences_are_paired_over_seeds_and_values_are_means():
         *(made_run("ours", 1, 1e-6, curve) for curve in ([0.2, 0.4, 0.8], [0.2, 0.6, 1.0])),
         *(made_run("grpo", 8, 1e-6, curve) for curve in ([0.2, 0.4, 0.6], [0.2, 0.4, 1.0])),
     ]
-    asked = {"eval_steps": 5, "rollouts": 32, "test_size": 64, "seeds": 2, "bf16": False}
+    asked = {"num_steps": 10, "eval_steps": 5, "rollouts": 32, "test_size": 64, "seeds": 2, "bf16": False}
     text = section.markdown({"settings": asked, "summary": pretrained.summarise(runs)})
 
     assert "float32, AdamW, 32 rollouts" in text
@@ -213,6 +213,18 @@ def test_differences_are_paired_over_seeds_and_values_are_means():
     assert row["gain: mean over the run less the start"] == "0.325 ± 0.106"
     assert row["of the best control's"] == "1.30"
     assert row["less the best control's"] == "+0.075 [+0.050, +0.100]"
+
+
+def test_without_a_control_there_is_nothing_to_compare_with():
+    asked = {"num_steps": 15, "eval_steps": 15, "rollouts": 64, "test_size": 64, "seeds": 2}
+    runs = [made_run("ours", 1, 1e-6, curve, kl=kl) for kl in (0.01, 0.1) for curve in ([0.2, 0.4], [0.2, 0.6])]
+    text = section.markdown({"settings": asked, "summary": pretrained.summarise(runs)})
+
+    assert "best control" not in text
+    assert (
+        "| OBLR-PO, delta = 0.1 | 64 x 1 | found: at most 2e-06, at last 2e-06 | 0.200 | 0.500 | 0.150 ± 0.071 |"
+        in text
+    )
 
 
 def test_lost_runs_are_counted():

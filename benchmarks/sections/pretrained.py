@@ -9,7 +9,7 @@ from benchmarks.record import spread
 from benchmarks.sections.tables import markdown_table, plus_minus
 
 _LABELS = {"ours": "OBLR-PO", "grpo": "GRPO", "rloo": "RLOO"}
-_SHOWN = (5, 10, 20, 30, 40)  # steps
+_SHOWN = (5, 10, 20, 30, 40)  # steps, and the last one
 
 
 def gain(curve: list[float]) -> float:
@@ -17,14 +17,14 @@ def gain(curve: list[float]) -> float:
     return float(np.trapezoid(curve)) / (len(curve) - 1) - curve[0]
 
 
-def _gains(curves: list[list[float]], best: float, difference: dict[str, float] | None) -> list[str]:
+def _gains(curves: list[list[float]], best: float | None, difference: dict[str, float] | None) -> list[str]:
     if not all(map(all, curves)):
         return ["", "", ""]
     gains = spread([gain(curve) for curve in curves])
     paired = ""
     if difference is not None and len(curves) > 1:
         paired = f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    return [plus_minus(gains, ".3f"), f"{gains['mean'] / best:.2f}", paired]
+    return [plus_minus(gains, ".3f"), "" if best is None else f"{gains['mean'] / best:.2f}", paired]
 
 
 def _at(curves: list[list[float]], place: int) -> str:
@@ -38,14 +38,12 @@ def _at(curves: list[list[float]], place: int) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The conditions, then a row for every method, group size and rate."""
     settings, rows = record["settings"], []
-    shown = [steps for steps in _SHOWN if steps % settings["eval_steps"] == 0]
+    last = settings["num_steps"]
+    shown = [*(steps for steps in _SHOWN if steps < last and steps % settings["eval_steps"] == 0), last]
     for task, of_task in record["summary"].items():
-        best = max(
-            mean(map(gain, curves))
-            for arm in of_task["arms"].values()
-            for curves in arm["by_rate"].values()
-            if arm["learning_rate"]
-        )
+        controls = [arm for arm in of_task["arms"].values() if arm["learning_rate"]]
+        gains = [mean(map(gain, curves)) for arm in controls for curves in arm["by_rate"].values()]
+        best = max(gains, default=None)
         for arm in of_task["arms"].values():
             delta = arm.get("trust_region_kl")
             for rate, curves in sorted(arm["by_rate"].items(), key=lambda pair: float(pair[0])):
