@@ -43,12 +43,13 @@ class PretrainedArguments:
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks, by name."})
     methods: list[str] = field(default_factory=lambda: [OURS, *GROUP_SIZES], metadata={"help": "Methods."})
-    group_sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Group sizes of OBLR-PO."})
+    group_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Group sizes of OBLR-PO."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [8e-6, 1.6e-5, 3.2e-5], metadata={"help": "Constant rates of the controls."}
+        default_factory=lambda: [1.6e-5, 3.2e-5, 6.4e-5], metadata={"help": "Constant rates of the controls."}
     )
     kls: list[float] = field(
-        default_factory=lambda: [OBLRPOConfig.trust_region_kl], metadata={"help": "Values of OBLR-PO's delta."}
+        default_factory=lambda: [OBLRPOConfig.trust_region_kl, 0.04, 0.1],
+        metadata={"help": "Values of OBLR-PO's delta, the default first."},
     )
     seeds: int = field(default=3, metadata={"help": "Runs of every method."})
     num_steps: int = field(default=40, metadata={"help": "Optimizer steps of a run."})

@@ -81,7 +81,7 @@ class OBLRPOConfig(GRPOConfig):
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
         trust_region_kl (`float`, *optional*, defaults to `0.012`):
             Movement of the policy per generation batch at rho = 1, as a part of the entropy of a completion, for a schedule at its
-            initial rate.
+            initial rate. The default is cautious: what the smallest policies bear. A pretrained model may learn faster with up to 0.1.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
             estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and with

@@ -261,7 +261,7 @@ def test_the_movement_is_that_of_the_second_halves_where_it_was_measured():
 
 
 def test_every_run_has_as_many_rollouts_and_ours_no_grid_of_rates():
-    options = {"learning_rates": [1e-6, 1e-5], "kls": [0.01, 0.02], "bf16": False}
+    options = {"group_sizes": [1, 2], "learning_rates": [1e-6, 1e-5], "kls": [0.01, 0.02], "bf16": False}
     specs = pretrained.PretrainedArguments(seeds=2, tasks=["lists"], **options).specs()
 
     assert not any(spec.bf16 for spec in specs)
