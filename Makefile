@@ -124,6 +124,7 @@ bench: pretrained  ## Measure the cost of whole training steps; wants an idle ma
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.cost --model .cache/SmolLM2-135M-Instruct --methods grpo trust_region sample sample_lm_head --demo_model '' \
 		--completion_length 48 --rounds 3 --output benchmarks/results/cost_pretrained.json
+	$(BIN)/python -m benchmarks.pass_profile
 
 bench-vllm: $(VENV_VLLM)/.installed  ## Measure the cost of whole training steps that generate with vLLM; wants an idle machine
 	$(VENV_VLLM)/bin/python -m benchmarks.cost --vllm
@@ -142,6 +143,7 @@ bench-variance: pretrained  ## Measure the gradient's variance under each baseli
 
 study-trust-region: pretrained  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
 	$(BIN)/python -m benchmarks.trust_region
+	$(BIN)/python -m benchmarks.deltas
 	$(BIN)/python -m benchmarks.kl_measures
 
 study-small-groups: install  ## The same rollouts in groups of 1 to 8, against RLOO and GRPO (resumes; hours)

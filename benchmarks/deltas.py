@@ -15,7 +15,7 @@ from benchmarks.learning_runs import DELTAS
 from benchmarks.policies import policy_directory
 from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.deltas import markdown
-from benchmarks.trust_region import _LEARNING_RATE, SETTINGS, TrustRegionArguments, gain
+from benchmarks.trust_region import LEARNING_RATE, SETTINGS, TrustRegionArguments, gain
 from benchmarks.trust_region_summary import share
 from oblr_trl import OBLRPOConfig
 
@@ -43,9 +43,9 @@ def main(args: DeltasArguments) -> None:
     """Run, print and write."""
     started = machine()
     for setting in args.settings:  # before two workers would make the same one
-        policy_directory(args.spec(setting, _DEFAULT, _LEARNING_RATE, 0).policy)
+        policy_directory(args.spec(setting, _DEFAULT, LEARNING_RATE, 0).policy)
     specs = {
-        (setting, method, seed): args.spec(setting, method, _LEARNING_RATE, seed)
+        (setting, method, seed): args.spec(setting, method, LEARNING_RATE, seed)
         for seed in range(args.evaluation_seeds)
         for method in (_DEFAULT, *args.methods)
         for setting in args.settings

@@ -32,7 +32,7 @@ from benchmarks.record import machine, write_record
 from benchmarks.sections.trust_region import markdown
 from benchmarks.trust_region_summary import compare_one_value, mean_curve, summarise
 
-_LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
+LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
 _MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
 # What differs from AdamW on all parameters of `products` with 16 prompts x 4 completions, and a constant rate to begin with.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
@@ -59,7 +59,7 @@ COLLAPSE_RATE = 2e-3
 # Settings that differ in the batch alone, and what is tried with one value for all of them: method and learning rate.
 BATCH_SIZES = ("AdamW, 4 x 8", "AdamW, 16 x 4", "AdamW, 64 x 2")
 ONE_VALUE = [("constant", 1.3e-4), ("constant", 2.6e-4)]
-ONE_VALUE += [(f"fixed_kl_{kl}", _LEARNING_RATE) for kl in ("1e-3", "3e-3", "1e-2")]
+ONE_VALUE += [(f"fixed_kl_{kl}", LEARNING_RATE) for kl in ("1e-3", "3e-3", "1e-2")]
 
 
 @dataclass
@@ -140,7 +140,7 @@ def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, flo
 
 def over_batch_sizes(args: TrustRegionArguments) -> dict[str, Any]:
     """Ours, constant rates and constant movements with one value for the settings that differ in the batch alone."""
-    cases = [("trust_region", _LEARNING_RATE), *ONE_VALUE]
+    cases = [("trust_region", LEARNING_RATE), *ONE_VALUE]
     settings = [setting for setting in BATCH_SIZES if setting in args.settings]
     keys = [(case, setting, seed) for seed in range(args.evaluation_seeds) for case in cases for setting in settings]
     specs = [args.spec(setting, method, rate, seed) for (method, rate), setting, seed in keys]
@@ -171,7 +171,7 @@ def main(args: TrustRegionArguments) -> None:
         policy_directory(args.spec(setting, "constant", 1.0, 0).policy)
     gains = best_constant_rates(args)
     constant = {setting: best(by_rate) for setting, by_rate in gains.items()}
-    rates = {"constant": constant, "trust_region": dict.fromkeys(args.settings, _LEARNING_RATE)}
+    rates = {"constant": constant, "trust_region": dict.fromkeys(args.settings, LEARNING_RATE)}
     for method, multiples in _MULTIPLES.items():
         if method in args.methods:
             grid = {setting: [rate * multiple for multiple in multiples] for setting, rate in constant.items()}

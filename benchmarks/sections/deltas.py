@@ -16,7 +16,7 @@ def markdown(record: dict[str, Any]) -> str:
     rows.append(["**mean**", "", *(f"{record['means'][delta]:.2f}" for delta in others)])
     header = ["", f"gain, delta = {record['default']}", *(f"{delta}: share of it" for delta in others)]
     return (
-        f"`python -m benchmarks.deltas`: {settings['num_steps']} steps where the setting says nothing, {settings['evaluation_seeds']} seeds, "
+        f"{settings['num_steps']} steps where the setting says nothing, {settings['evaluation_seeds']} seeds, "
         "the same for all. Gain: mean held-out accuracy (with graded rewards: reward) over the run less that of the start. Intervals: bootstrap, "
         "95 %, over as few seeds too narrow.\n\n" + markdown_table(header, rows)
     )
