@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import product
 from operator import add, mul, sub
@@ -289,8 +289,11 @@ def test_a_gradient_that_is_no_number_is_named_by_its_step():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (smollm2.DIRECTORY / "model.safetensors").is_file(), reason="run `make pretrained`")
-def test_a_run_has_a_curve_and_the_logs_of_its_steps():
-    run = pretrained_runs.run(PretrainedSpec("lists", "ours", 2, 1, seed=0, num_steps=1, eval_steps=1, test_size=2))
+def test_a_run_has_a_curve_and_the_logs_of_its_steps(tmp_path):
+    spec = PretrainedSpec("lists", "ours", 2, 1, seed=0, num_steps=1, eval_steps=1, test_size=2)
+    plain, _ = pretrained_runs.prepared_trainer(replace(spec, bf16=False), str(tmp_path))
+    assert not plain.args.bf16
+    run = pretrained_runs.run(spec)
 
     assert run["failure"] is None
     assert run["machine"]["versions"]["trl"] == version("trl")
