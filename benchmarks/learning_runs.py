@@ -66,13 +66,13 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("oblrpo", _BASELINE_ONLY | {"lr_scheduler_type": "linear"}),
     "snr": ("oblrpo", _FORGETFUL | {"lr_adaptation": "snr"}),
     "trust_region": ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region"}),
-    # The same movement whatever rho is.
+    # The same part of the entropy whatever steps gain.
     "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
     "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),
 }
 # The trust region with other deltas than its default.
-DELTAS = {f"trust_region_{kl:g}": kl for kl in (0.006, 0.024, 0.048)}
+DELTAS = {f"trust_region_{kl:g}": kl for kl in (0.125, 0.5, 1.0)}
 TRUST_REGION_METHODS |= {
     name: ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region", "trust_region_kl": kl})
     for name, kl in DELTAS.items()

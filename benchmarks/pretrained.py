@@ -48,7 +48,7 @@ class PretrainedArguments:
         default_factory=lambda: [1.6e-5, 3.2e-5, 6.4e-5], metadata={"help": "Constant rates of the controls."}
     )
     kls: list[float] = field(
-        default_factory=lambda: [OBLRPOConfig.trust_region_kl, 0.04, 0.1],
+        default_factory=lambda: [OBLRPOConfig.trust_region_kl, 0.5],
         metadata={"help": "Values of OBLR-PO's delta, the default first."},
     )
     seeds: int = field(default=3, metadata={"help": "Runs of every method."})

@@ -49,7 +49,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
     def __init__(self, model, reward_funcs, args: OBLRPOConfig, *positional, **kwargs):
         self._rho = math.nan  # of the batch at hand
         self._trust_region = TrustRegion(
-            args.trust_region_kl, min_rho=args.snr_min_multiplier, max_rho=args.snr_max_multiplier
+            args.trust_region_kl, min_correlation=args.snr_min_multiplier, max_correlation=args.snr_max_multiplier
         )
         self._initial_lrs: list[float] = []
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
@@ -101,7 +101,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             sampling_variance=share * sampling_variance(sketches, advantages, steps),
             share=share,
         )
-        adapts = self.args.lr_adaptation != "none"
+        adapts = self.args.lr_adaptation == "snr"
         if adapts and snr.num_prompts < 2 and snr.num_batches * steps * self.num_iterations >= 1:
             warnings.warn(
                 "The completions of fewer than two prompts of a step could be scored, which says nothing about rho: the "
@@ -120,11 +120,12 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
                 entropy = self._step_entropy(batch)
-                rate = self._trust_region.next_rate(self._rho, entropy, schedule.position)
+                rate = self._trust_region.next_rate(entropy, schedule.position)
                 if not math.isnan(rate):  # or no token could be scored yet
                     self._set_rate(rate)
                 values[metrics.ENTROPY] = entropy
-                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, entropy, schedule.position)
+                values[metrics.CORRELATION] = self._trust_region.correlation
+                values[metrics.KL_TARGET] = self._trust_region.target(entropy, schedule.position)
             elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
             values[metrics.LR_MULTIPLIER] = schedule.multiplier
@@ -248,8 +249,8 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             return line + " alone, as in GRPOTrainer."
         if args.lr_adaptation == "trust_region":
             return (
-                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x rho x the "
-                "entropy of a completion per generation batch, whatever `learning_rate` is; `learning_rate` is logged as applied."
+                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x c^2 x the "
+                "entropy of a completion per generation batch, c being how well its steps agree with the advantages, whatever `learning_rate` is; `learning_rate` is logged as applied."
             )
         low, high = args.snr_min_multiplier, args.snr_max_multiplier
         return (

@@ -46,6 +46,7 @@ METRICS = (
     KL := "trust_region/kl",
     KL_TARGET := "trust_region/kl_target",
     ENTROPY := "trust_region/entropy",
+    CORRELATION := "trust_region/correlation",
     CURVATURE := "trust_region/curvature",
     PREDICTED_GAIN := "trust_region/predicted_gain",
     VARIANCE_VS_GROUP_MEAN := "variance_ratio/group_mean",

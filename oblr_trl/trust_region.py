@@ -1,16 +1,22 @@
-r"""The learning rate that moves the policy by KL = delta x rho x H per generation batch, whatever the optimizer and its rate; H is the
-entropy of a completion.
+r"""The learning rate that moves the policy by KL = delta x c^2 x H per generation batch, whatever the optimizer and its rate: H is the
+entropy of a completion, c the correlation of advantages with what the last steps did to log-probabilities.
 
-rho alone has no scale: the learning rate of [OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, is rho / L with a
-smoothness L that nobody knows. Here it is measured: the step that was made, \\( \Delta\theta = \eta d \\), moved the policy by
+[OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, has the learning rate rho / L with a smoothness L that nobody knows. Here
+everything in it is measured: a step \\( \Delta\theta = \eta d \\) changes the log-probability of a completion with score s by
+\\( z = \langle s, \Delta\theta \rangle \\), gains and moves the policy by
 
 $$
-\mathrm{KL} = \tfrac12\, \eta^2\, d^\top F d, \qquad F = E[s s^\top]
+\eta a = E[A z], \qquad \mathrm{KL} = \tfrac12 E[z^2] = \tfrac12\, \eta^2\, d^\top F d, \qquad F = E[s s^\top], \quad A = r - b
 $$
 
-so that the rate which moves it by any other KL is known. Progress, \\( \eta a - \lambda \mathrm{KL}(\eta) \\) with gain
-\\( a = \langle \nabla J, d \rangle \\), is largest at \\( \eta = a / (\lambda d^\top F d) \\): for plain SGD Theorem 4 with \\( L = \lambda f \\),
-where f is the curvature \\( d^\top F d / \|d\|^2 \\).
+so that the rate which moves it by any other KL is known. Progress, \\( \eta a - \lambda \mathrm{KL}(\eta) \\), is largest where
+
+$$
+\mathrm{KL} = \frac{a^2}{2 \lambda^2\, d^\top F d} = \frac{E[A^2]}{2 \lambda^2}\, c^2, \qquad c = \frac{E[A z]}{\sqrt{E[A^2]\, E[z^2]}}
+$$
+
+with the SNR of the step, \\( c^2 \\), the part of the advantages' variance that it explains. (For plain SGD \\( E\,a^2 / d^\top F d \\) is in
+proportion to rho.) The price of a nat is \\( \lambda = \sqrt{E[A^2] / (2 \delta H)} \\): KL is \\( \delta c^2 H \\).
 
 Everything here is plain arithmetic on numbers and sketches.
 """
@@ -27,7 +33,20 @@ _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 _TINY = 1e-300  # keeps the curvature of no update finite
-_STATE = ("rate", "_unit_rate", "_position", "_curvature", "_weight", "_is_searching", "_step")
+# Completions that c is averaged over. At first it is taken for 0.1, as if a hundred completions had said so.
+_MEMORY = 1280
+_PRIOR, _PRIOR_COMPLETIONS = 0.1, 100
+_STATE = (
+    "rate",
+    "_unit_rate",
+    "_position",
+    "_curvature",
+    "_weight",
+    "correlation",
+    "_num_completions",
+    "_is_searching",
+    "_step",
+)
 
 
 def kl_of_update(products: Tensor) -> float:
@@ -74,32 +93,34 @@ class Movement(NamedTuple):
 
 class TrustRegion:
     r"""
-    Finds the learning rate that moves the policy by \\( \delta \rho H \\).
+    Finds the learning rate that moves the policy by \\( \delta c^2 H \\).
 
-    The state is a moving average of \\( c = \mathrm{KL} / (\eta a)^2 \\), \\( \eta \\) being the rate and a where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta / c} \sqrt{\rho H} \\): with a constant schedule the policy moves by
-    \\( \delta \rho H \\), with any other by \\( \delta \rho H a^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
-    10 times until it is found. Without information (nothing moved, a KL that is not finite, no rho, no entropy) the rate stays.
+    The state is two moving averages. One is of \\( k = \mathrm{KL} / (\eta p)^2 \\), \\( \eta \\) being the rate and p where the schedule stood, as a
+    part of its initial rate. The next rate is \\( \sqrt{\delta / k} \sqrt{c^2 H} \\): with a constant schedule the policy moves by
+    \\( \delta c^2 H \\), with any other by \\( \delta c^2 H p^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
+    10 times until it is found. The other is of c, over about 1280 completions, a larger batch having more to say. Without information (nothing moved, a KL that is not finite, advantages of 0, no entropy) what is known stays.
 
     Args:
-        kl (`float`): delta, the KL at rho = 1 as a part of the entropy H.
-        min_rho (`float`, *optional*, defaults to `0.0`): Minimum of rho.
-        max_rho (`float`, *optional*, defaults to `1.0`): Maximum of rho.
+        kl (`float`): delta, the KL at c = 1 as a part of the entropy H.
+        min_correlation (`float`, *optional*, defaults to `0.05`): Minimum of c: the rate falls where steps gain nothing, and does not vanish.
+        max_correlation (`float`, *optional*, defaults to `1.0`): Maximum of c.
     """
 
-    def __init__(self, kl: float, *, min_rho: float = 0.0, max_rho: float = 1.0) -> None:
+    def __init__(self, kl: float, *, min_correlation: float = 0.05, max_correlation: float = 1.0) -> None:
         self.kl = kl
-        self.min_rho = min_rho
-        self.max_rho = max_rho
+        self.min_correlation = min_correlation
+        self.max_correlation = max_correlation
         self.restart()
 
     def restart(self) -> None:
         """Search anew, with another optimizer state or another schedule."""
         self.rate = math.nan  # of the step at hand; unknown before the first batch
-        self._unit_rate = math.nan  # the same at rho x H = 1
+        self._unit_rate = math.nan  # the same at c^2 H = 1
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
         self._weight = 0.0
+        self.correlation = _PRIOR  # c, of which the target takes no less than the minimum
+        self._num_completions = float(_PRIOR_COMPLETIONS)  # that say so
         self._is_searching = True
         # Of the last batch: the sketch of the parameters that generated it, the step that it was for, and the steps before it.
         self._parameters: Tensor | None = None
@@ -118,9 +139,10 @@ class TrustRegion:
         """
         self.rate = self._unit_rate = math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
 
-    def target(self, rho: float, entropy: float, position: float = 1.0) -> float:
+    def target(self, entropy: float, position: float = 1.0) -> float:
         """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
-        return self.kl * min(max(rho, self.min_rho), self.max_rho) * entropy * position**2
+        correlation = min(max(self.correlation, self.min_correlation), self.max_correlation)
+        return self.kl * correlation**2 * entropy * position**2
 
     def update_since(self, parameters: Tensor, *, step: int) -> Tensor | None:
         """
@@ -153,7 +175,7 @@ class TrustRegion:
         if not len(products):
             return Movement()
         num_steps, kl = self._num_steps, kl_of_update(products)
-        gain = (advantages * products.double().mean(dim=1)).nanmean().item() / num_steps
+        gain = (advantages * products.double().mean(dim=1)).nanmean().item()
         # The mean over the steps, on a schedule that is about linear between two batches.
         mean_position = self._position + (num_steps - 1) / (2 * num_steps) * (position - self._position)
         rate = self.rate * mean_position
@@ -161,29 +183,39 @@ class TrustRegion:
         if bool(update.any()) and math.isfinite(kl) and rate > 0:
             self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
             self._weight = _DECAY * self._weight + (1 - _DECAY)
+            self._correlate(gain, math.sqrt(2 * max(self._curvature / self._weight, 0)) * rate, advantages)
             self._follow()
-        return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain)
+        return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain / num_steps)
 
-    def next_rate(self, rho: float, entropy: float, position: float) -> float:
+    def next_rate(self, entropy: float, position: float) -> float:
         """
         Rate of the coming step for a schedule at its initial rate, the same for any number of calls before it is taken.
 
         Args:
-            rho (`float`): Of the batch that the step is made from; `nan` if unknown.
-            entropy (`float`): H, of its completions, in nats; `nan` if there are none.
+            entropy (`float`): H, of the completions that the step is made from, in nats; `nan` if there are none.
             position (`float`): Where the schedule stands, as a part of its initial rate.
 
         Returns:
             `float`: `nan` before [`start`][TrustRegion.start].
         """
         self._position = position
-        if math.isnan(rho) or math.isnan(entropy):
-            return self.rate
-        self.rate = self._unit_rate * math.sqrt(self.target(rho, entropy) / self.kl)
+        if not math.isnan(entropy):
+            self.rate = self._unit_rate * math.sqrt(self.target(entropy) / self.kl)
         return self.rate
 
+    def _correlate(self, gain: float, deviation: float, advantages: Tensor) -> None:
+        """Take in c of a batch, whose z have the root mean square `deviation`, by the average of k: that of one batch may be negative."""
+        scored = advantages[~advantages.isnan()].double()
+        scale = deviation * scored.square().mean().sqrt().item() if len(scored) else 0.0
+        if not scale > 0:
+            return
+        correlation = min(max(gain / scale, -1.0), 1.0)
+        kept = self._num_completions * math.exp(-len(scored) / _MEMORY)
+        self._num_completions = kept + len(scored)
+        self.correlation += (correlation - self.correlation) * len(scored) / self._num_completions
+
     def _follow(self) -> None:
-        """Let the rate at rho x H = 1 be the one that moves the policy by delta nats, as far as it may change: by the search's bound also where
+        """Let the rate at c^2 H = 1 be the one that moves the policy by delta nats, as far as it may change: by the search's bound also where
         the search ends. An average that is not positive, which the estimate from few completions can be, says to go on with the search, or
         else nothing."""
         curvature, taken = self._curvature / self._weight, self._unit_rate
@@ -200,9 +232,9 @@ class TrustRegion:
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of [`state_dict`][TrustRegion.state_dict]."""
+        """Restore a state of [`state_dict`][TrustRegion.state_dict]; c begins anew where an older one does not have it."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     @property
     def parameters(self) -> Tensor | None:

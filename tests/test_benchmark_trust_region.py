@@ -112,7 +112,7 @@ def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
 
 
 def test_other_deltas_are_compared_with_the_default_on_the_same_seeds(tiny_settings, tmp_path, monkeypatch):
-    ends = {"trust_region": (0.4, 0.6), "trust_region_0.006": (0.4, 0.4), "trust_region_0.024": (0.8, 0.4)}
+    ends = {"trust_region": (0.4, 0.6), "trust_region_0.125": (0.4, 0.4), "trust_region_1": (0.8, 0.4)}
 
     def run(spec):
         assert spec.policy == "tiny"
@@ -120,7 +120,7 @@ def test_other_deltas_are_compared_with_the_default_on_the_same_seeds(tiny_setti
 
     monkeypatch.setattr("benchmarks.learning_runs.run", run)
     fields = {name: getattr(tiny_settings, name) for name in ("settings", "num_workers", "runs")}
-    methods = ["trust_region_0.006", "trust_region_0.024"]
+    methods = ["trust_region_0.125", "trust_region_1"]
     arguments = deltas.DeltasArguments(
         **fields, methods=methods, evaluation_seeds=2, output=str(tmp_path / "record.json")
     )
@@ -129,18 +129,18 @@ def test_other_deltas_are_compared_with_the_default_on_the_same_seeds(tiny_setti
 
     # Gains of 0.1 and 0.2; 0.1 twice; 0.3 and 0.1.
     shares = record["parts"]["Lion"]["shares"]
-    assert list(record["means"]) == ["0.006", "0.012", "0.024"]
-    assert record["means"] == pytest.approx({"0.006": 2 / 3, "0.012": 1.0, "0.024": 4 / 3})
-    assert shares["0.024"] == pytest.approx({"mean": 4 / 3, "low": 0.5, "high": 3.0})
+    assert list(record["means"]) == ["0.125", "0.25", "1"]
+    assert record["means"] == pytest.approx({"0.125": 2 / 3, "0.25": 1.0, "1": 4 / 3})
+    assert shares["1"] == pytest.approx({"mean": 4 / 3, "low": 0.5, "high": 3.0})
     lines = deltas_section.markdown(record).splitlines()
     assert "| Lion | 0.150 ± 0.071 | 0.67 [0.50, 1.00] | 1.33 [0.50, 3.00] |" in lines
     assert lines[-1] == "| **mean** |  | 0.67 | 1.33 |"
 
 
 def test_a_method_of_another_delta_is_the_default_but_for_it():
-    trainer, options = TRUST_REGION_METHODS["trust_region_0.048"]
+    trainer, options = TRUST_REGION_METHODS["trust_region_0.125"]
     default = TRUST_REGION_METHODS["trust_region"]
-    assert (trainer, options) == (default[0], default[1] | {"trust_region_kl": 0.048})
+    assert (trainer, options) == (default[0], default[1] | {"trust_region_kl": 0.125})
     assert not METHODS.keys() & TRUST_REGION_METHODS.keys()
 
 

@@ -222,7 +222,7 @@ def test_what_trl_checks_of_its_options_is_checked_with_one_completion_per_promp
 
 def test_few_prompts_of_one_completion_are_warned_of_without_the_advice_to_lower_it(tmp_path):
     with pytest.warns(UserWarning, match="mostly noise: an optimizer step has 4 prompts x 1 completion ") as caught:
-        config(tmp_path, **ALONE, per_device_train_batch_size=4)
+        config(tmp_path, **ALONE, per_device_train_batch_size=4, lr_adaptation="snr")
     assert not any("lower num_generations" in str(warning.message) for warning in caught)
 
 
@@ -295,15 +295,18 @@ def test_one_prompt_per_step_is_enough_for_what_looks_at_one_prompt(tmp_path, op
 @pytest.mark.parametrize("num_prompts", [2, 8, 15])
 def test_few_prompts_per_step_are_warned_of(tmp_path, num_prompts):
     with pytest.warns(UserWarning, match=f"rho will be mostly noise: an optimizer step has {num_prompts} prompts x 8"):
+        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=num_prompts, lr_adaptation="snr")
+    with warnings.catch_warnings():  # a trust region does not need rho
+        warnings.simplefilter("error", UserWarning)
         config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=num_prompts)
 
 
 def test_sixteen_prompts_per_step_are_not_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16)
+        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16, lr_adaptation="snr")
         # Two steps of 8 prompts share a batch of 16, from which rho is estimated.
-        config(tmp_path, per_device_train_batch_size=64, steps_per_generation=2)
+        config(tmp_path, per_device_train_batch_size=64, steps_per_generation=2, lr_adaptation="snr")
 
 
 @pytest.mark.parametrize(

@@ -261,36 +261,37 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
 
 
 def policy(curvature):
-    """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region."""
+    """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region. Advantages of 0 leave c
+    where it starts, at 0.1."""
 
-    def step(region, index, parameter, rho=0.5, position=1.0, entropy=1.0):
+    def step(region, index, parameter, position=1.0, entropy=1.0):
         update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
         movement = Movement()
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
             movement = region.observe(update, products, torch.zeros(4), position=position)
-        return movement, region.next_rate(rho, entropy, position)
+        return movement, region.next_rate(entropy, position)
 
     return step
 
 
 @pytest.mark.parametrize("curvature", [1e-2, 1e6])
 def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2 * curvature, num_parameters=10**6)
     step, parameter, rates = policy(curvature), 0.0, []
     for index in range(30):
         rates.append(step(region, index, parameter)[1])
         parameter += rates[-1]
-    # KL = c rate^2 = 0.02 x 0.5, so rate = sqrt(0.01 / c).
+    # KL = curvature x rate^2 = 0.1^2.
     assert rates[-1] == pytest.approx(math.sqrt(0.01 / curvature), rel=1e-6)
-    # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta rho.
-    assert rates[0] == pytest.approx(math.sqrt(0.02 * 0.5 / curvature) / 1000)
+    # The start is a thousandth (sqrt of the number of parameters) of what may move one parameter by delta c^2.
+    assert rates[0] == pytest.approx(math.sqrt(0.01 / curvature) / 1000)
     assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
 
 
 def test_the_search_goes_all_the_way_in_the_batch_in_which_it_sees_the_end():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**5)  # the 316th part of what one parameter may move by
     step, parameter, rates = policy(1.0), 0.0, []
     for index in range(5):
@@ -301,7 +302,7 @@ def test_the_search_goes_all_the_way_in_the_batch_in_which_it_sees_the_end():
 
 
 def test_the_batch_after_the_search_has_the_bounds_of_a_found_rate():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**5)
     step, parameter = policy(1.0), 0.0
     for index in range(4):
@@ -313,35 +314,95 @@ def test_the_batch_after_the_search_has_the_bounds_of_a_found_rate():
 
 
 def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step, total, rates = policy(1.0), 0.0, []
     for index, entropy in enumerate([36.0] * 12 + [9.0, 4.0, math.nan]):
         movement, rate = step(region, index, total, entropy=entropy)
         rates.append(rate)
         total += rate
-    # KL = rate^2 = 0.02 x 0.5 x H; without completions to take H of, the rate is held.
+    # KL = rate^2 = 0.1^2 x H; without completions to take H of, the rate is held.
     assert rates[-4:] == pytest.approx([0.6, 0.3, 0.2, 0.2], rel=1e-6)
-    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(0.5, 4.0)
+    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(4.0)
 
 
-def test_the_search_survives_a_batch_without_rho_and_a_rho_that_comes_and_goes():
-    region = TrustRegion(0.02)
+def test_the_search_survives_a_batch_without_entropy_and_an_entropy_that_comes_and_goes():
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**12)
     step, parameter, rates = policy(1.0), 0.0, []
     for index in range(12):
-        rates.append(step(region, index, parameter, rho=math.nan if index == 3 else 0.5)[1])
+        rates.append(step(region, index, parameter, entropy=math.nan if index == 3 else 1.0)[1])
         parameter += rates[-1]
     assert rates[-1] == pytest.approx(0.1, rel=1e-6)
-    for index in range(12, 60):  # as the paper's single batches do, with no minimum
-        rates.append(step(region, index, parameter, rho=0.5 * (index % 2))[1])
+    for index in range(12, 60):
+        rates.append(step(region, index, parameter, entropy=float(index % 2))[1])
         parameter += rates[-1]
     assert rates[-1] == pytest.approx(0.1, rel=1e-6)
     assert rates[-2] == 0.0
 
 
+def observed(region, correlations, *, num_completions=64, deviation=0.01, advantage=0.3):
+    """Let a region observe batches whose correlation of advantages and log-ratios is exactly what is asked for."""
+    parameter = 0.0
+    for index, correlation in enumerate(correlations):
+        update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
+        if update is not None:
+            generator = torch.Generator().manual_seed(index)
+            first, second = torch.linalg.qr(torch.randn(num_completions, 2, generator=generator, dtype=torch.float64))[
+                0
+            ].T
+            changes = deviation * math.sqrt(num_completions) * first * update.abs()
+            advantages = correlation * first + math.sqrt(1 - correlation**2) * second
+            products = changes.unsqueeze(1).expand(-1, 4)
+            region.observe(update, products, advantage * math.sqrt(num_completions) * advantages, position=1.0)
+        parameter += region.next_rate(1.0, 1.0)
+
+
+@pytest.mark.parametrize("advantage", [0.3, 3.0])
+def test_the_correlation_is_that_of_advantages_with_changes_of_log_probabilities(advantage):
+    region = TrustRegion(1.0)
+    region.start(squared_norm=2e-4, num_parameters=4)
+    observed(region, [0.5] * 2, advantage=advantage)
+    # 100 completions of the prior, of which exp(-64 / 1280) are left, and 64 of the batch.
+    prior = 100 * math.exp(-0.05)
+    assert region.correlation == pytest.approx((0.1 * prior + 0.5 * 64) / (prior + 64), rel=1e-9)
+    assert region.target(2.0) == pytest.approx(2 * region.correlation**2, rel=1e-12)
+    observed(region, [0.5] * 200, advantage=advantage)
+    assert region.correlation == pytest.approx(0.5, rel=1e-3)
+    observed(region, [-0.5] * 200, advantage=advantage)  # steps that do harm
+    assert region.correlation == pytest.approx(-0.5, rel=1e-3)
+    assert region.target(1.0) == pytest.approx(0.05**2)  # the minimum
+
+
+def test_the_correlation_is_averaged_over_completions_not_batches():
+    few, many = TrustRegion(1.0), TrustRegion(1.0)
+    for region, num_batches, num_completions in ((few, 160, 8), (many, 10, 128)):
+        region.start(squared_norm=2e-4, num_parameters=4)
+        observed(region, [0.4] * (num_batches + 1), num_completions=num_completions)
+    assert few.correlation == pytest.approx(many.correlation, rel=0.02)
+    assert few.correlation == pytest.approx(0.387, abs=0.003)
+
+
+def test_completions_without_a_score_or_with_equal_rewards_say_nothing_of_the_correlation():
+    region = TrustRegion(1.0)
+    region.start(squared_norm=2.0, num_parameters=4)
+    region.update_since(torch.zeros(1, dtype=torch.float64), step=0)
+    region.next_rate(1.0, 1.0)
+    update = region.update_since(torch.full((1,), 0.05, dtype=torch.float64), step=1)
+    state = region.state_dict()
+    changes = torch.full((4, 4), 0.05, dtype=torch.float64)
+    for advantages in (torch.zeros(4), torch.full((4,), math.nan)):
+        region.load_state_dict(state)
+        region.observe(update, changes, advantages, position=1.0)
+        assert region.correlation == 0.1
+    region.load_state_dict(state)
+    region.observe(update, changes, torch.tensor([1.0, math.nan, 1.0, math.nan]), position=1.0)
+    prior = 100 * math.exp(-2 / 1280)
+    assert region.correlation == pytest.approx((0.1 * prior + 2) / (prior + 2), rel=1e-6)
+
+
 def test_the_rate_is_held_where_a_batch_says_nothing():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step = policy(1.0)
     total = 0.0
@@ -349,7 +410,7 @@ def test_the_rate_is_held_where_a_batch_says_nothing():
         _, rate = step(region, index, total)
         total += rate
     state = region.state_dict()
-    assert step(region, 10, total, rho=math.nan)[1] == rate  # no rho
+    assert step(region, 10, total, entropy=math.nan)[1] == rate  # no completion
     region.load_state_dict(state)
     assert step(region, 10, total - rate)[1] == pytest.approx(rate)  # a step that was skipped
     region.load_state_dict(state)
@@ -361,7 +422,7 @@ def test_the_rate_is_held_where_a_batch_says_nothing():
 
 
 def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step, total = policy(1.0), 0.0
     for index in range(10):
@@ -383,7 +444,7 @@ def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
 
 
 def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step, total = policy(1.0), 0.0
     for index in range(12):
@@ -392,26 +453,26 @@ def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_noth
         assert math.isnan(again.kl)
         assert same == rate
         total += 0.5 * rate
-    # The rate is that of a schedule at its start, so half of it moves by a quarter of delta rho.
+    # The rate is that of a schedule at its start, so half of it moves by a quarter of delta c^2 H.
     assert rate == pytest.approx(0.1, rel=1e-6)
     assert movement.kl == pytest.approx(0.01 / 4, rel=1e-3)
 
 
 def test_steps_that_share_a_batch_count_at_their_mean_place_of_the_schedule():
     """Warm-up over four steps on one batch: rates of 0, 0.1, 0.2, 0.3 times the initial one make 0.6 of it, 0.15 each on average."""
-    region = TrustRegion(0.02)
+    region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=2, num_steps=4)
-    assert region.rate == pytest.approx(math.sqrt(0.02 / 2) / 4)
+    assert region.rate == pytest.approx(math.sqrt(1 / 2) / 4)
     step = policy(1.0)
     _, rate = step(region, 0, 0.0, position=0.0)
     movement, found = step(region, 4, 0.6 * rate, position=0.4)
     assert movement.kl == pytest.approx((0.6 * rate) ** 2)
-    # The curvature of a step's rate is that of all four: 16, so that a rate of sqrt(0.02 x 0.5 / 16) moves by delta rho.
+    # The curvature of a step's rate is that of all four: 16, so that a rate of sqrt(0.1^2 / 16) moves by delta c^2.
     assert found == pytest.approx(math.sqrt(0.01 / 16))
 
 
 def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
-    options = {**TRUST, "max_steps": 2, "learning_rate": 1.0, "trust_region_kl": 0.004}
+    options = {**TRUST, "max_steps": 2, "learning_rate": 1.0, "trust_region_kl": 0.2}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     first, second = trainer.batches
     model = tiny_model(num_layers=2)
@@ -424,10 +485,10 @@ def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
     assert 0 < 0.5 * change.square().mean() < logged(trainer, "trust_region/kl_target")[0]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim):
+@pytest.mark.parametrize(("optim", "kl"), [("adamw_torch", 0.05), ("sgd", 0.01)])
+def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim, kl):
     """The measured KL against exact log-ratios of the same completions under both weights."""
-    options = {**TRUST, "max_steps": 14, "trust_region_kl": 0.002, "optim": optim, "snr_min_multiplier": 0.2}
+    options = {**TRUST, "max_steps": 14, "trust_region_kl": kl, "optim": optim}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     measured, target = (torch.tensor(logged(trainer, f"trust_region/{name}")[-8:]) for name in ("kl", "kl_target"))
     model, exact = tiny_model(num_layers=2), []

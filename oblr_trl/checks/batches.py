@@ -9,7 +9,7 @@ from oblr_trl.gradient_snr import MIN_PROMPTS
 
 
 def check_prompts(args: Any) -> None:
-    """Warn of a batch of too few prompts: the SNR compares those of a step, the prior those of a generation batch. With a single one
+    """Warn of a batch of too few prompts: rho compares those of a step, the prior those of a generation batch. With a single one
     the learning rate cannot be adapted."""
     per_step, per_batch = args.prompts_per_step, args.generation_batch_size / args.num_generations
     batch = (
@@ -32,7 +32,7 @@ def check_prompts(args: Any) -> None:
         warnings.warn(
             f"The baseline has no prior: a generation batch has {per_batch:g} prompt, and {batch}. Remedy: {remedy}."
         )
-    if adapts(args) and max(per_step, per_batch) < MIN_PROMPTS:
+    if args.lr_adaptation == "snr" and max(per_step, per_batch) < MIN_PROMPTS:
         warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
 
 

@@ -27,6 +27,7 @@ MIN_VALUES = 4
 MIN_SETTLED_VALUES = 11
 # Learning runs have had 0.04 to 0.4; below this the estimated signal is not told from zero.
 MIN_RHO = 0.02
+MIN_CORRELATION = 0.01
 # A collapse takes the reward down from its best by this many of its standard deviations over completions.
 MAX_FALL_STDS = 0.5
 # And by this many standard deviations of such an average over batches: of few prompts each, healthy ones fall by up to 6.
@@ -164,20 +165,23 @@ def _constant_rewards(rows: Rows) -> Evidence:
 @_rule("Too few prompts per step", "raise `gradient_accumulation_steps`, or lower `num_generations`")
 def _few_prompts(rows: Rows) -> Evidence:
     prompts = _values(rows, metrics.NUM_PROMPTS)
-    needed = MIN_PROMPTS if _values(rows, metrics.LR_MULTIPLIER) else 2
+    needed = MIN_PROMPTS if _values(rows, metrics.LR_MULTIPLIER) and not _values(rows, metrics.CORRELATION) else 2
     if prompts and median(prompts) < needed:
         yield metrics.NUM_PROMPTS, f"median {median(prompts):g}, at least {needed} are needed"
 
 
 @_rule("Learning-rate collapse", "look at the rewards first (noise? all equal?), then take more prompts per step")
 def _learning_rate_collapse(rows: Rows) -> Evidence:
+    multipliers = _recent(rows, metrics.LR_MULTIPLIER)
+    if correlations := _recent(rows, metrics.CORRELATION, MIN_SETTLED_VALUES):
+        if median(correlations) < MIN_CORRELATION:
+            yield metrics.CORRELATION, f"median {median(correlations):.2g}: steps explain nothing of the rewards"
+        return
     # Of fewer prompts rho is noise, which is a finding of its own.
     enough = median(_values(rows, metrics.NUM_PROMPTS) or [MIN_PROMPTS]) >= MIN_PROMPTS
-    ratios, multipliers = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES), _recent(rows, metrics.LR_MULTIPLIER)
+    ratios = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES)
     if enough and ratios and multipliers and median(ratios) < MIN_RHO:
         effect = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
-        if targets := _recent(rows, metrics.KL_TARGET):
-            effect = f"{metrics.KL_TARGET} is {median(targets):.2g}"
         yield metrics.RHO, f"median {median(ratios):.2g}, so that {effect}: the signal is not told from zero"
 
 
