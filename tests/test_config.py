@@ -296,9 +296,17 @@ def test_one_prompt_per_step_is_enough_for_what_looks_at_one_prompt(tmp_path, op
 def test_few_prompts_per_step_are_warned_of(tmp_path, num_prompts):
     with pytest.warns(UserWarning, match=f"rho will be mostly noise: an optimizer step has {num_prompts} prompts x 8"):
         config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=num_prompts, lr_adaptation="snr")
-    with warnings.catch_warnings():  # a trust region does not need rho
-        warnings.simplefilter("error", UserWarning)
-        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=num_prompts)
+
+
+@pytest.mark.parametrize(("accumulation", "warned"), [(2, True), (3, True), (4, False)])
+def test_few_completions_per_batch_are_warned_of_under_the_trust_region(tmp_path, accumulation, warned):
+    """It does not need rho, and few prompts as such are no matter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=accumulation)
+    texts = [str(warning.message) for warning in caught]
+    assert any(f"measured on {8 * accumulation} completions" in text for text in texts) == warned
+    assert not any("rho" in text for text in texts)
 
 
 def test_sixteen_prompts_per_step_are_not_warned_of(tmp_path):

@@ -341,11 +341,11 @@ def test_the_search_survives_a_batch_without_entropy_and_an_entropy_that_comes_a
     assert rates[-2] == 0.0
 
 
-def observed(region, correlations, *, num_completions=64, deviation=0.01, advantage=0.3):
+def observed(region, correlations, *, num_completions=64, deviation=0.01, advantage=0.3, num_steps=1):
     """Let a region observe batches whose correlation of advantages and log-ratios is exactly what is asked for."""
     parameter = 0.0
     for index, correlation in enumerate(correlations):
-        update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
+        update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=num_steps * index)
         if update is not None:
             generator = torch.Generator().manual_seed(index)
             first, second = torch.linalg.qr(torch.randn(num_completions, 2, generator=generator, dtype=torch.float64))[
@@ -369,7 +369,7 @@ def test_the_correlation_is_that_of_advantages_with_changes_of_log_probabilities
     assert region.target(2.0) == pytest.approx(2 * region.correlation**2, rel=1e-12)
     observed(region, [0.5] * 200, advantage=advantage)
     assert region.correlation == pytest.approx(0.5, rel=1e-3)
-    observed(region, [-0.5] * 200, advantage=advantage)  # steps that do harm
+    observed(region, [-0.5] * 200, advantage=advantage, num_steps=4)  # steps that do harm, four on a batch
     assert region.correlation == pytest.approx(-0.5, rel=1e-3)
     assert region.target(1.0) == pytest.approx(0.05**2)  # the minimum
 
@@ -525,6 +525,15 @@ def test_the_start_and_the_unit_of_rewards_do_not_matter(tmp_path, options, arch
     torch.testing.assert_close(rates("high", learning_rate=1e-2), reference, rtol=1e-3, atol=0)
     if "optim" not in options:  # the length of SGD's steps is in the unit of rewards, and so is the rate that it needs
         torch.testing.assert_close(rates("rewards", reward=tenfold), reference, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("bound", [0.02, 0.3])
+def test_the_multipliers_bound_the_correlation(tmp_path, bound):
+    bounds = {"snr_min_multiplier": bound, "snr_max_multiplier": bound, "trust_region_kl": 0.01}
+    trainer = train(OBLRPOTrainer, OBLRPOConfig, tmp_path, **TRUST, **bounds)
+    entropies, targets = (logged(trainer, f"trust_region/{name}") for name in ("entropy", "kl_target"))
+    assert targets == pytest.approx([0.01 * bound**2 * entropy for entropy in entropies], rel=1e-9)
+    assert len(set(logged(trainer, "trust_region/correlation"))) == 3  # what is logged is what was measured
 
 
 def test_nothing_moves_before_a_completion_has_a_score(tmp_path):

@@ -7,6 +7,8 @@ from oblr_trl.checks.adaptation import adapts, do_not_adapt, refusal_of
 from oblr_trl.checks.options import has_prior
 from oblr_trl.gradient_snr import MIN_PROMPTS
 
+_MIN_COMPLETIONS = 32  # of a generation batch, for the trust region
+
 
 def check_prompts(args: Any) -> None:
     """Warn of a batch of too few prompts: rho compares those of a step, the prior those of a generation batch. With a single one
@@ -34,6 +36,12 @@ def check_prompts(args: Any) -> None:
         )
     if args.lr_adaptation == "snr" and max(per_step, per_batch) < MIN_PROMPTS:
         warnings.warn(f"rho will be mostly noise: {batch}. Remedy: {remedy}, or set lr_adaptation='none'.")
+    if args.lr_adaptation == "trust_region" and args.generation_batch_size < _MIN_COMPLETIONS:
+        warnings.warn(
+            f"The learning rate will be noisy: how far a step moved the policy is measured on {args.generation_batch_size} completions, and "
+            f"{batch}. Remedy: raise steps_per_generation (gradient_accumulation_steps unless set) or per_device_train_batch_size, with "
+            f"{_MIN_COMPLETIONS} completions or more per generation batch as the aim, or set lr_adaptation='none'."
+        )
 
 
 def check_dataset(args: Any, num_prompts: int) -> None:
