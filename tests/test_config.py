@@ -179,8 +179,8 @@ def test_one_completion_per_prompt_is_refused_where_no_other_completion_gives_a_
         ({"gradient_accumulation_steps": 4}, 512, 4, 512),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, 256, 2, 512),
         ({"generation_batch_size": 384, "num_iterations": 2}, 384, 3, 128),
-        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 17}, 17, 17, 17),
-        ({"per_device_train_batch_size": 1, "world_size": 16}, 16, 1, 16),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 33}, 33, 33, 33),
+        ({"per_device_train_batch_size": 1, "world_size": 32}, 32, 1, 32),
         ({"scale_rewards": "batch"}, 128, 1, 128),
     ],
 )
