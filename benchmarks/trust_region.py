@@ -6,7 +6,7 @@ A setting is a policy with an optimizer, a batch and so on. For each, the best *
 of 2, with seeds of their own, which is extended until its best rate lies inside. Then, with other seeds, run with the same
 baseline: that rate; linear decay to zero from the better of it and twice it; the SNR multiplier at the best of a few multiples;
 and the trust region with its default, started at TRL's default rate. Over the batch sizes alone, with nothing retuned, it is compared
-with constant rates and with a KL that does not follow rho, each with one value for all of them. At last GRPO and ours start from a
+with constant rates and with a KL that does not follow c, each with one value for all of them. At last GRPO and ours start from a
 rate at which a constant one collapses. What is compared is the *gain*: mean held-out accuracy over the run less that of the start.
 
 Finished runs are kept in `runs/trust_region/` and not repeated, so that a stopped study resumes. Ask for fewer `methods` or seeds
@@ -80,17 +80,23 @@ class TrustRegionArguments:
     test_size: int = field(default=512, metadata={"help": "Held-out prompts."})
     num_workers: int = field(default=2, metadata={"help": "Processes of one thread each; 0 runs in this one."})
     tuned_by: str | None = field(
-        default=None, metadata={"help": "Record of an earlier study whose gains at constant rates are taken over."}
+        default=None, metadata={"help": "Record of an earlier study whose tuning is taken over."}
     )
-    retuned: list[str] = field(
-        default_factory=list, metadata={"help": "Settings whose gains at constant rates are not taken over."}
-    )
+    retuned: list[str] = field(default_factory=list, metadata={"help": "Settings whose tuning is not taken over."})
     runs: str = field(default="runs/trust_region", metadata={"help": "Where finished runs are kept."})
     output: str = field(default="benchmarks/results/trust_region.json", metadata={"help": "Where the numbers go."})
 
     def __post_init__(self) -> None:
         if unknown := set(self.settings) - set(SETTINGS):
             raise ValueError(f"`settings` has {sorted(unknown)}. Choose from: {'; '.join(SETTINGS)}.")
+
+    def earlier(self) -> dict[str, Any]:
+        """What `tuned_by` says of the settings that are not `retuned`."""
+        if self.tuned_by is None:
+            return {}
+        record = json.loads(Path(self.tuned_by).read_text())
+        self.tuning_seeds = record["settings"]["tuning_seeds"]
+        return {setting: record["summary"][setting] for setting in set(self.settings) - set(self.retuned)}
 
     def spec(self, setting: str, method: str, learning_rate: float, seed: int) -> RunSpec:
         """A run of this study."""
@@ -128,14 +134,24 @@ def tuned(args: TrustRegionArguments, method: str, rates: dict[str, list[float]]
 
 def best_constant_rates(args: TrustRegionArguments) -> dict[str, dict[float, float]]:
     """Gains of the constant rates."""
-    known: dict[str, dict[float, float]] = {}
-    if args.tuned_by is not None:
-        record = json.loads(Path(args.tuned_by).read_text())
-        args.tuning_seeds, summary = record["settings"]["tuning_seeds"], record["summary"]
-        for setting in set(args.settings) - set(args.retuned):
-            known[setting] = {float(rate): value for rate, value in summary[setting]["tuning"].items()}
+    known = {
+        setting: {float(rate): value for rate, value in part["tuning"].items()}
+        for setting, part in args.earlier().items()
+    }
     rates = {setting: around(SETTINGS[setting][1]) for setting in args.settings if setting not in known}
     return known | extended(rates, partial(tuned, args, "constant"))
+
+
+def best_multiples(args: TrustRegionArguments, method: str, constant: dict[str, float]) -> dict[str, float]:
+    """The rate of a method with a schedule of its own: the best of a few multiples of the best constant one."""
+    parts = {setting: part["methods"].get(method) for setting, part in args.earlier().items()}
+    known = {setting: float(part["learning_rate"]) for setting, part in parts.items() if part is not None}
+    grid = {
+        setting: [rate * multiple for multiple in _MULTIPLES[method]]
+        for setting, rate in constant.items()
+        if setting not in known
+    }
+    return known | {setting: best(by_rate) for setting, by_rate in tuned(args, method, grid).items()}
 
 
 def over_batch_sizes(args: TrustRegionArguments) -> dict[str, Any]:
@@ -172,10 +188,9 @@ def main(args: TrustRegionArguments) -> None:
     gains = best_constant_rates(args)
     constant = {setting: best(by_rate) for setting, by_rate in gains.items()}
     rates = {"constant": constant, "trust_region": dict.fromkeys(args.settings, LEARNING_RATE)}
-    for method, multiples in _MULTIPLES.items():
+    for method in _MULTIPLES:
         if method in args.methods:
-            grid = {setting: [rate * multiple for multiple in multiples] for setting, rate in constant.items()}
-            rates[method] = {setting: best(by_rate) for setting, by_rate in tuned(args, method, grid).items()}
+            rates[method] = best_multiples(args, method, constant)
     methods = [method for method in rates if method in args.methods]
     runs: dict[str, dict[str, list[Run]]] = {setting: {} for setting in args.settings}
     for method in methods:

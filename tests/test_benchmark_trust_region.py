@@ -52,8 +52,9 @@ def test_a_grid_is_extended_until_its_best_rate_has_neighbours(monkeypatch):
     assert found["one"] == {rate: gains[rate] for rate in (1.0, 2.0, 4.0, 8.0, 16.0)}
 
 
-def test_gains_of_an_earlier_record_are_taken_over_but_where_they_are_asked_for_anew(monkeypatch, tmp_path):
-    record = {"settings": {"tuning_seeds": 2}, "summary": {name: {"tuning": {"1": 0.1}} for name in ("one", "two")}}
+def test_the_tuning_of_an_earlier_record_is_taken_over_but_where_it_is_asked_for_anew(monkeypatch, tmp_path):
+    part = {"tuning": {"1": 0.1}, "methods": {"linear": {"learning_rate": 7.0}}}
+    record = {"settings": {"tuning_seeds": 2}, "summary": {"one": part, "two": part}}
     (tmp_path / "record.json").write_text(json.dumps(record))
     monkeypatch.setattr(trust_region, "SETTINGS", {"one": ({}, 2.0), "two": ({}, 2.0)})
     monkeypatch.setattr(
@@ -65,6 +66,9 @@ def test_gains_of_an_earlier_record_are_taken_over_but_where_they_are_asked_for_
     gains = trust_region.best_constant_rates(args)
     assert gains == {"one": {1.0: 0.1}, "two": {1.0: -1.0, 2.0: 0.0, 4.0: -2.0}}
     assert args.tuning_seeds == 2
+    assert trust_region.best_multiples(args, "linear", {"one": 1.0, "two": 2.0}) == {"one": 7.0, "two": 2.0}
+    # Nothing is known of this one: the better of four and eight times the rate.
+    assert trust_region.best_multiples(args, "snr", {"one": 1.0, "two": 0.25}) == {"one": 4.0, "two": 2.0}
 
 
 def test_lion_steps_by_the_sign_of_its_interpolated_momentum():

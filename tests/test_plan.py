@@ -376,7 +376,7 @@ def test_what_cannot_be_planned_fails_in_one_line(capsys, flags, parts):
 
 
 def test_too_few_prompts_per_step_are_warned_of_as_in_training():
-    flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "15"]
+    flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "15", "--lr_adaptation", "snr"]
     with pytest.warns(UserWarning, match="rho will be mostly noise: an optimizer step has 15 prompts"):
         plan.main([*COMMAND, *flags])
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trl import GRPOConfig
 
 from oblr_trl import OBLRPOConfig
-from oblr_trl.metrics import ENTROPY, KL_TARGET, METRICS
+from oblr_trl.metrics import CORRELATION, ENTROPY, KL_TARGET, METRICS
 from tests.recording import Recording
 from tests.tiny_models import OF_LAST_STEP, train
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "wandb_report.md").read_text()
 NUM_STEPS = 3
 # TRL's names that the report uses in addition to ours
-WITHOUT_TRUST_REGION = [name for name in METRICS if name not in (ENTROPY, KL_TARGET, *OF_LAST_STEP)]
+WITHOUT_TRUST_REGION = [name for name in METRICS if name not in (CORRELATION, ENTROPY, KL_TARGET, *OF_LAST_STEP)]
 TRL_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "learning_rate", "loss", "grad_norm", "step_time")
 # Those that are known although no completion was scored
 KNOWN = {"score/pass_time", "score/fraction", "lr_multiplier", "gradient_snr/num_prompts"}

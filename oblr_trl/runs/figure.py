@@ -49,7 +49,11 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "KL per batch (nats per completion)",
         {metrics.KL: "measured", metrics.KL_TARGET: "target"},
     ),
-    (r"$\rho$ = N SNR / (1 + N SNR)", r"$\rho$ (1: all signal, 0: all noise)", {metrics.RHO: ""}),
+    (
+        "Signal in the gradient and in the steps",
+        "1: all signal, 0: all noise",
+        {metrics.RHO: r"$\rho$ = N SNR / (1 + N SNR)", metrics.CORRELATION: "correlation with the advantages"},
+    ),
     (
         "Signal and noise of the gradient",
         "squared norm (bottom: 0 or below)",
@@ -98,8 +102,7 @@ def write_comparison(
             if rollouts_per_step is not None and axes.lines:
                 axes.xaxis.set_major_formatter(lambda step, _: f"{step * rollouts_per_step:g}")
                 axes.set_xlabel("completions")
-        _, _, rate, movement, rho, moments, live, variance = panels
-        rho.set_ylim(bottom=0.0)
+        _, _, rate, movement, _, moments, live, variance = panels
         live.set_ylim(0.0, 1.05)
         for axes in (rate, movement, moments):
             if axes.lines:
