@@ -209,6 +209,7 @@ def break_on_purpose(what):
         def forgetful(self, state):
             load(self, state)
             self._gradient_snr.averages.load_state_dict({"signal": 0.0, "noise": 0.0, "weight": 0.0})
+            self._trust_region.load_state_dict({"correlation": 0.1, "_num_completions": 100.0})
 
         OBLRPOTrainer._load_algorithm_state = forgetful
     else:
