@@ -66,7 +66,8 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("oblrpo", _BASELINE_ONLY | {"lr_scheduler_type": "linear"}),
     "snr": ("oblrpo", _FORGETFUL | {"lr_adaptation": "snr"}),
     "trust_region": ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region"}),
-    # The same part of the entropy whatever steps gain.
+    # The same part of the entropy whatever steps gain: the least that the default takes, and others.
+    "minimum": ("oblrpo", _FORGETFUL | {"lr_adaptation": "trust_region", "snr_max_multiplier": 0.05}),
     "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
     "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),

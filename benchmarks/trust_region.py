@@ -33,6 +33,7 @@ from benchmarks.sections.trust_region import markdown
 from benchmarks.trust_region_summary import compare_one_value, mean_curve, summarise
 
 LEARNING_RATE = 1e-6  # TRL's default, which no method but ours could start from
+UNTUNED = ("trust_region", "minimum")  # the latter where c is at its minimum throughout
 _MULTIPLES = {"linear": (1.0, 2.0), "snr": (4.0, 8.0)}
 # What differs from AdamW on all parameters of `products` with 16 prompts x 4 completions, and a constant rate to begin with.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
@@ -68,7 +69,7 @@ class TrustRegionArguments:
 
     settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": "Settings, by name."})
     methods: list[str] = field(
-        default_factory=lambda: ["constant", "trust_region", "linear", "snr"],
+        default_factory=lambda: ["constant", *UNTUNED, "linear", "snr"],
         metadata={"help": "Methods that are run, of those named here."},
     )
     compare_batch_sizes: bool = field(
@@ -187,7 +188,7 @@ def main(args: TrustRegionArguments) -> None:
         policy_directory(args.spec(setting, "constant", 1.0, 0).policy)
     gains = best_constant_rates(args)
     constant = {setting: best(by_rate) for setting, by_rate in gains.items()}
-    rates = {"constant": constant, "trust_region": dict.fromkeys(args.settings, LEARNING_RATE)}
+    rates = {"constant": constant} | dict.fromkeys(UNTUNED, dict.fromkeys(args.settings, LEARNING_RATE))
     for method in _MULTIPLES:
         if method in args.methods:
             rates[method] = best_multiples(args, method, constant)

@@ -75,7 +75,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             line = settle_coverage(self._score_pass.scoped_parameters(), args)
             if line is not None and self.is_world_process_zero():
                 logger.warning(line)
-        # A trust region bounds what a chance estimate of the first signals can do; a multiplier alone must be held back.
+        # A multiplier must be held back while its signal is mostly chance; under a trust region rho is only logged.
         averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
         self._gradient_snr = StepGradientSNR(averages)
 

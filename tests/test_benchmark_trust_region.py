@@ -99,7 +99,7 @@ def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
     trust_region.main(tiny_settings)
     record = json.loads((tmp_path / "record.json").read_text())
     methods = record["summary"]["LoRA"]["methods"]
-    assert set(methods) == {"constant", "trust_region", "linear", "snr"}
+    assert set(methods) == {"constant", "trust_region", "minimum", "linear", "snr"}
     assert [row["method"] for row in record["batch_sizes"]["rows"]][:2] == ["trust_region", "constant"]
     assert methods["trust_region"]["learning_rate"] == 1e-6
     assert methods["trust_region"]["found_rate"] > 1e-5  # which is not where it was told to start

@@ -698,20 +698,34 @@ def test_a_second_train_does_not_pool_the_entropy_of_the_first(tmp_path):
     assert trainer._num_completions == 32
 
 
-def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
-    """The sketch of `grpo` is of the mean over tokens, the KL of the sum."""
-    trainer = train(
-        Recording, OBLRPOConfig, tmp_path, **TRUST, loss_type="grpo", max_steps=2, score_sketch_dim=100_000
-    )
+def changes_of_second_batch(trainer):
+    """Exact <s, u>: of the scores of the second batch with what the step on the first one did."""
     before, batch = trainer.batches
-    scores = oracle_scores(batch).flatten(0, 1)
     model = tiny_model(num_layers=2)
     model.load_state_dict(before["state"])
     old = nn.utils.parameters_to_vector(model.parameters())
     model.load_state_dict(batch["state"])
     update = nn.utils.parameters_to_vector(model.parameters()) - old
-    expected = 0.5 * (scores.double() @ update.double()).square().mean().item()
+    return oracle_scores(batch).flatten(0, 1).double() @ update.double()
+
+
+def test_losses_that_divide_by_length_measure_the_same_movement(tmp_path):
+    """The sketch of `grpo` is of the mean over tokens, the KL of the sum."""
+    trainer = train(
+        Recording, OBLRPOConfig, tmp_path, **TRUST, loss_type="grpo", max_steps=2, score_sketch_dim=100_000
+    )
+    expected = 0.5 * changes_of_second_batch(trainer).square().mean().item()
     assert logged(trainer, "trust_region/kl")[-1] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_correlation_of_a_run_is_that_of_its_advantages_with_exact_changes(tmp_path):
+    """With a sketch as long as the parameters; 100 completions of the prior and 32 of the batch."""
+    trainer = train(Recording, OBLRPOConfig, tmp_path, **TRUST, max_steps=2, score_sketch_dim=100_000)
+    changes, advantages = changes_of_second_batch(trainer), trainer.batches[1]["advantages"].flatten().double()
+    exact = (advantages * changes).mean() / (advantages.square().mean() * changes.square().mean()).sqrt()
+    prior = 100 * math.exp(-32 / 1280)
+    expected = (0.1 * prior + 32 * exact.item()) / (prior + 32)
+    assert logged(trainer, "trust_region/correlation") == pytest.approx([0.1, expected], rel=0.02)
 
 
 def test_a_scope_that_leaves_parameters_out_is_refused(tmp_path):

@@ -11,6 +11,7 @@ LABELS = {
     "constant": "best constant rate",
     "linear": "linear decay, best rate",
     "snr": "SNR multiplier, best rate",
+    "minimum": "KL = 0.000625 H, the minimum",
     "fixed_kl_1e-3": "KL = 0.001 H",
     "fixed_kl_3e-3": "KL = 0.003 H",
     "fixed_kl_1e-2": "KL = 0.01 H",
@@ -18,7 +19,14 @@ LABELS = {
     "trust_region": "trust region",
 }
 # Okabe and Ito's, as in the package's figure of runs.
-_COLOURS = {"constant": "#000000", "linear": "#009E73", "snr": "#CC79A7", "grpo": "#D55E00", "trust_region": "#0072B2"}
+_COLOURS = {
+    "constant": "#000000",
+    "linear": "#009E73",
+    "snr": "#CC79A7",
+    "minimum": "#56B4E9",
+    "grpo": "#D55E00",
+    "trust_region": "#0072B2",
+}
 
 
 def markdown(record: dict[str, Any]) -> str:

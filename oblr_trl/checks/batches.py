@@ -7,7 +7,7 @@ from oblr_trl.checks.adaptation import adapts, do_not_adapt, refusal_of
 from oblr_trl.checks.options import has_prior
 from oblr_trl.gradient_snr import MIN_PROMPTS
 
-_MIN_COMPLETIONS = 32  # of a generation batch, for the trust region
+_MIN_COMPLETIONS = 32  # of a generation batch, for the trust region: the fewest of its study
 
 
 def check_prompts(args: Any) -> None:
@@ -28,7 +28,7 @@ def check_prompts(args: Any) -> None:
     if args.num_generations > 1:
         remedy += ", or lower num_generations"
     if adapts(args) and max(per_step, per_batch) < 2:
-        reason = f"{batch}, and the noise of a gradient shows only between prompts"
+        reason = f"{batch}, and neither noise nor movement is known from the completions of one prompt"
         do_not_adapt(args, "lr_adaptation", reason, f"{remedy}, or set lr_adaptation='none'")
     if has_prior(args) and per_batch < 2:
         warnings.warn(
