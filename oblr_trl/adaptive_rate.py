@@ -75,9 +75,7 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             line = settle_coverage(self._score_pass.scoped_parameters(), args)
             if line is not None and self.is_world_process_zero():
                 logger.warning(line)
-        # A multiplier must be held back while its signal is mostly chance; under a trust region rho is only logged.
-        averages = GradientSNR(decay=args.snr_ema_decay, holds_back=args.lr_adaptation != "trust_region")
-        self._gradient_snr = StepGradientSNR(averages)
+        self._gradient_snr = StepGradientSNR(GradientSNR(decay=args.snr_ema_decay))
 
     def _adapt_learning_rate(
         self, batch: GroupedBatch, baselines: Tensor, advantages: Tensor, num_tokens: Any, *, share: float
@@ -120,12 +118,12 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
         if isinstance(schedule, SNRScheduler):
             if self.args.lr_adaptation == "trust_region":
                 entropy = self._step_entropy(batch)
-                rate = self._trust_region.next_rate(entropy, schedule.position)
+                rate = self._trust_region.next_rate(self._rho, entropy, schedule.position)
                 if not math.isnan(rate):  # or no token could be scored yet
                     self._set_rate(rate)
                 values[metrics.ENTROPY] = entropy
                 values[metrics.CORRELATION] = self._trust_region.correlation
-                values[metrics.KL_TARGET] = self._trust_region.target(entropy, schedule.position)
+                values[metrics.KL_TARGET] = self._trust_region.target(self._rho, entropy, schedule.position)
             elif not math.isnan(self._rho):
                 schedule.set_rho(self._rho)
             values[metrics.LR_MULTIPLIER] = schedule.multiplier

@@ -91,16 +91,12 @@ class GradientSNR:
     Args:
         decay (`float`, *optional*, defaults to `0.0`):
             Decay of both moving averages, in [0, 1). `0.0` uses the current batch alone, as the paper does.
-        holds_back (`bool`, *optional*, defaults to `True`):
-            Whether rho uses an average of the signal that starts from 0 and is not bias-corrected, hence small while batches are
-            few: the estimate of the first ones is mostly chance, and a rate that follows it loses the policy where AdamW moves furthest.
     """
 
-    def __init__(self, *, decay: float = 0.0, holds_back: bool = True) -> None:
+    def __init__(self, *, decay: float = 0.0) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
         self.decay = decay
-        self.holds_back = holds_back
         self._signal = 0.0
         self._noise = 0.0
         self._weight = 0.0
@@ -116,8 +112,11 @@ class GradientSNR:
         return self._noise / self._weight if self._weight else math.nan
 
     def rho(self, num_prompts: float) -> float:
-        """[`rho`] of signal, corrected or not, and noise; `nan` before the first batch."""
-        return rho(self._signal if self.holds_back else self.signal, self.noise, num_prompts)
+        """
+        [`rho`] of a signal that starts from 0 and is not bias-corrected, hence small while batches are few: the estimate of the first ones is
+        mostly chance, and a rate that follows it loses the policy where AdamW moves furthest. `nan` before the first batch.
+        """
+        return rho(self._signal, self.noise, num_prompts)
 
     def update(self, moments: GradientMoments) -> None:
         """Take in one batch. One without information changes nothing: fewer than two prompts (`nan`), or advantages that are

@@ -1,5 +1,5 @@
-r"""The learning rate that moves the policy by KL = delta x c^2 x H per generation batch, whatever the optimizer and its rate: H is the
-entropy of a completion, c the correlation of advantages with what the last steps did to log-probabilities.
+r"""The learning rate that moves the policy by KL = delta x SNR x H per generation batch, whatever the optimizer and its rate: H is the
+entropy of a completion, the SNR that of the step, c^2 or a part of rho.
 
 [OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4, has the learning rate rho / L with a smoothness L that nobody knows. Here
 everything in it is measured: a step \\( \Delta\theta = \eta d \\) changes the log-probability of a completion with score s by
@@ -15,8 +15,12 @@ $$
 \mathrm{KL} = \frac{a^2}{2 \lambda^2\, d^\top F d} = \frac{E[A^2]}{2 \lambda^2}\, c^2, \qquad c = \frac{E[A z]}{\sqrt{E[A^2]\, E[z^2]}}
 $$
 
-with the SNR of the step, \\( c^2 \\), the part of the advantages' variance that it explains. (For plain SGD \\( E\,a^2 / d^\top F d \\) is in
-proportion to rho.) The price of a nat is \\( \lambda = \sqrt{E[A^2] / (2 \delta H)} \\): KL is \\( \delta c^2 H \\).
+with the SNR of the step, \\( c^2 \\), the part of the advantages' variance that it explains. The price of a nat is
+\\( \lambda = \sqrt{E[A^2] / (2 \delta H)} \\): KL is \\( \delta c^2 H \\).
+
+c is measured where a step ends, and is smaller there than where it began, by as much as the step overshoots: steps that are good for the
+policy can end at c = 0. Where it begins, c^2 is in proportion to rho, the part of the gradient's square that is no noise. The larger of c^2 and
+rho / 20 is taken.
 
 Everything here is plain arithmetic on numbers and sketches.
 """
@@ -33,6 +37,8 @@ _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 _TINY = 1e-300  # keeps the curvature of no update finite
+# c^2 where a step begins, as a part of rho: what the tiny policies of the studies bear.
+_PART_OF_RHO = 0.05
 # Completions that c is averaged over. At first it is taken for 0.1, as if a hundred completions had said so.
 _MEMORY = 1280
 _PRIOR, _PRIOR_COMPLETIONS = 0.1, 100
@@ -93,17 +99,18 @@ class Movement(NamedTuple):
 
 class TrustRegion:
     r"""
-    Finds the learning rate that moves the policy by \\( \delta c^2 H \\).
+    Finds the learning rate that moves the policy by \\( \delta \max(c^2, \rho / 20) H \\).
 
     The state is two moving averages. One is of \\( k = \mathrm{KL} / (\eta p)^2 \\), \\( \eta \\) being the rate and p where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta / k} \sqrt{c^2 H} \\): with a constant schedule the policy moves by
-    \\( \delta c^2 H \\), with any other by \\( \delta c^2 H p^2 \\). The first factor is at least a fifth of the last one and at most twice that, or
+    part of its initial rate. The next rate is \\( \sqrt{\delta / k} \sqrt{\max(c^2, \rho / 20) H} \\): with a constant schedule the
+    policy moves by its target, with any other by \\( p^2 \\) times that. The first factor is at least a fifth of the last one and at most twice that, or
     10 times until it is found. The other is of c, over about 1280 completions, a larger batch having more to say. Without information (nothing moved, a KL that is not finite, advantages of 0, no entropy) what is known stays.
 
     Args:
         kl (`float`): delta, the KL at c = 1 as a part of the entropy H.
-        min_correlation (`float`, *optional*, defaults to `0.05`): Minimum of c: the rate falls where steps gain nothing, and does not vanish.
-        max_correlation (`float`, *optional*, defaults to `1.0`): Maximum of c.
+        min_correlation (`float`, *optional*, defaults to `0.05`):
+            Minimum of c, or of the root of rho / 20: the rate falls where steps gain nothing, and does not vanish.
+        max_correlation (`float`, *optional*, defaults to `1.0`): Maximum of the same.
     """
 
     def __init__(self, kl: float, *, min_correlation: float = 0.05, max_correlation: float = 1.0) -> None:
@@ -139,9 +146,17 @@ class TrustRegion:
         """
         self.rate = self._unit_rate = math.sqrt(2 * self.kl / (num_parameters * squared_norm)) / num_steps
 
-    def target(self, entropy: float, position: float = 1.0) -> float:
-        """KL of a step where the schedule stands at `position` times its initial rate, in nats per completion."""
-        correlation = min(max(self.correlation, self.min_correlation), self.max_correlation)
+    def target(self, rho: float, entropy: float, position: float = 1.0) -> float:
+        """
+        KL of a step, in nats per completion.
+
+        Args:
+            rho (`float`): SNR multiplier of the step's gradient, in [0, 1]; `nan` where nothing is known of it.
+            entropy (`float`): H, of the completions that the step is made from, in nats.
+            position (`float`, *optional*, defaults to `1.0`): Where the schedule stands, as a part of its initial rate.
+        """
+        correlation = max(self.correlation, 0.0 if math.isnan(rho) else math.sqrt(_PART_OF_RHO * rho))
+        correlation = min(max(correlation, self.min_correlation), self.max_correlation)
         return self.kl * correlation**2 * entropy * position**2
 
     def update_since(self, parameters: Tensor, *, step: int) -> Tensor | None:
@@ -187,11 +202,12 @@ class TrustRegion:
             self._follow()
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain / num_steps)
 
-    def next_rate(self, entropy: float, position: float) -> float:
+    def next_rate(self, rho: float, entropy: float, position: float) -> float:
         """
         Rate of the coming step for a schedule at its initial rate, the same for any number of calls before it is taken.
 
         Args:
+            rho (`float`): As for [`target`][TrustRegion.target].
             entropy (`float`): H, of the completions that the step is made from, in nats; `nan` if there are none.
             position (`float`): Where the schedule stands, as a part of its initial rate.
 
@@ -200,7 +216,7 @@ class TrustRegion:
         """
         self._position = position
         if not math.isnan(entropy):
-            self.rate = self._unit_rate * math.sqrt(self.target(entropy) / self.kl)
+            self.rate = self._unit_rate * math.sqrt(self.target(rho, entropy) / self.kl)
         return self.rate
 
     def _correlate(self, gain: float, deviation: float, advantages: Tensor) -> None:

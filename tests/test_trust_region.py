@@ -262,15 +262,15 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
 
 def policy(curvature):
     """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region. Advantages of 0 leave c
-    where it starts, at 0.1."""
+    where it starts, at 0.1, and rho is unknown."""
 
-    def step(region, index, parameter, position=1.0, entropy=1.0):
+    def step(region, index, parameter, position=1.0, entropy=1.0, rho=math.nan):
         update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
         movement = Movement()
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
             movement = region.observe(update, products, torch.zeros(4), position=position)
-        return movement, region.next_rate(entropy, position)
+        return movement, region.next_rate(rho, entropy, position)
 
     return step
 
@@ -323,7 +323,7 @@ def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
         total += rate
     # KL = rate^2 = 0.1^2 x H; without completions to take H of, the rate is held.
     assert rates[-4:] == pytest.approx([0.6, 0.3, 0.2, 0.2], rel=1e-6)
-    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(4.0)
+    assert movement.kl == pytest.approx(0.04, rel=1e-6) == region.target(math.nan, 4.0)
 
 
 def test_the_search_survives_a_batch_without_entropy_and_an_entropy_that_comes_and_goes():
@@ -355,7 +355,7 @@ def observed(region, correlations, *, num_completions=64, deviation=0.01, advant
             advantages = correlation * first + math.sqrt(1 - correlation**2) * second
             products = changes.unsqueeze(1).expand(-1, 4)
             region.observe(update, products, advantage * math.sqrt(num_completions) * advantages, position=1.0)
-        parameter += region.next_rate(1.0, 1.0)
+        parameter += region.next_rate(0.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("advantage", [0.3, 3.0])
@@ -366,12 +366,12 @@ def test_the_correlation_is_that_of_advantages_with_changes_of_log_probabilities
     # 100 completions of the prior, of which exp(-64 / 1280) are left, and 64 of the batch.
     prior = 100 * math.exp(-0.05)
     assert region.correlation == pytest.approx((0.1 * prior + 0.5 * 64) / (prior + 64), rel=1e-9)
-    assert region.target(2.0) == pytest.approx(2 * region.correlation**2, rel=1e-12)
+    assert region.target(0.0, 2.0) == pytest.approx(2 * region.correlation**2, rel=1e-12)
     observed(region, [0.5] * 200, advantage=advantage)
     assert region.correlation == pytest.approx(0.5, rel=1e-3)
     observed(region, [-0.5] * 200, advantage=advantage, num_steps=4)  # steps that do harm, four on a batch
     assert region.correlation == pytest.approx(-0.5, rel=1e-3)
-    assert region.target(1.0) == pytest.approx(0.05**2)  # the minimum
+    assert region.target(0.0, 1.0) == pytest.approx(0.05**2)  # the minimum
 
 
 def test_the_correlation_is_averaged_over_completions_not_batches():
@@ -383,11 +383,32 @@ def test_the_correlation_is_averaged_over_completions_not_batches():
     assert few.correlation == pytest.approx(0.387, abs=0.003)
 
 
+@pytest.mark.parametrize(("rho", "correlation"), [(1.0, math.sqrt(0.05)), (0.8, 0.2), (0.1, 0.1), (math.nan, 0.1)])
+def test_the_step_is_as_large_as_the_snr_of_the_gradient_allows_where_it_overshoots(rho, correlation):
+    region = TrustRegion(1.0)  # c is 0.1
+    assert region.target(rho, 3.0, 0.5) == pytest.approx(correlation**2 * 3 / 4, rel=1e-12)
+    step, parameter = policy(1.0), 0.0
+    region.start(squared_norm=2.0, num_parameters=4)
+    for index in range(12):
+        rate = step(region, index, parameter, rho=rho)[1]
+        parameter += rate
+    assert rate == pytest.approx(correlation, rel=1e-6)
+    region.load_state_dict(region.state_dict() | {"correlation": -0.3})
+    assert region.target(rho, 1.0) == pytest.approx(max(0.05 * rho if rho == rho else 0, 0.05**2), rel=1e-12)
+
+
+def test_the_bounds_hold_for_either_snr():
+    region = TrustRegion(1.0, min_correlation=0.15, max_correlation=0.2)  # c is 0.1
+    assert [region.target(rho, 1.0) for rho in (0.0, 0.6, 1.0)] == pytest.approx([0.15**2, 0.03, 0.2**2], rel=1e-12)
+    region.load_state_dict(region.state_dict() | {"correlation": 0.5})
+    assert region.target(0.0, 1.0) == pytest.approx(0.2**2, rel=1e-12)
+
+
 def test_completions_without_a_score_or_with_equal_rewards_say_nothing_of_the_correlation():
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     region.update_since(torch.zeros(1, dtype=torch.float64), step=0)
-    region.next_rate(1.0, 1.0)
+    region.next_rate(0.0, 1.0, 1.0)
     update = region.update_since(torch.full((1,), 0.05, dtype=torch.float64), step=1)
     state = region.state_dict()
     changes = torch.full((4, 4), 0.05, dtype=torch.float64)
