@@ -247,8 +247,9 @@ class AdaptiveRateGRPOTrainer(ResumableGRPOTrainer):
             return line + " alone, as in GRPOTrainer."
         if args.lr_adaptation == "trust_region":
             return (
-                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x c^2 x the "
-                "entropy of a completion per generation batch, c being how well its steps agree with the advantages, whatever `learning_rate` is; `learning_rate` is logged as applied."
+                f"{line} gives shape and ratios; its size is found by moving the policy by KL = {args.trust_region_kl:g} x max(c^2, "
+                "rho / 20) x the entropy of a completion per generation batch, c being how well its steps agree with the advantages, whatever "
+                "`learning_rate` is; `learning_rate` is logged as applied."
             )
         low, high = args.snr_min_multiplier, args.snr_max_multiplier
         return (

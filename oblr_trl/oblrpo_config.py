@@ -74,25 +74,25 @@ class OBLRPOConfig(GRPOConfig):
         lr_adaptation (`str`, *optional*):
             Defaults to `"trust_region"`; to `"snr"` where scores cover less than 0.9 of the trainable entries, which includes the
             scopes `"last_k"` and `"lm_head"`; and with a warning to `"none"` where the rate cannot be adapted
-            (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x c^2 x
-            the entropy of a completion per generation batch, c being the correlation of advantages with what the last steps did to
-            log-probabilities, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
+            (`docs/inherited_options.md`). `"trust_region"`: the rate that moves the policy by KL = `trust_region_kl` x
+            max(c^2, rho / 20) x the entropy of a completion per generation batch, c being the correlation of advantages with what the last
+            steps did to log-probabilities, found while training; `learning_rate` then only gives parameter groups their ratios, and the schedule its shape (see
             [`~trust_region.TrustRegion`]). `"snr"`: learning rate = schedule x clamp(rho), rho = N SNR / (1 + N SNR)
             ([OBLR-PO](https://huggingface.co/papers/2511.23310), Theorem 4). `"none"`: the schedule alone. With an optimizer
             that decouples weight decay (AdamW), the decay of a step is rate x `weight_decay` and is multiplied too.
         trust_region_kl (`float`, *optional*, defaults to `0.25`):
             delta: movement of the policy per generation batch at c = 1, as a part of the entropy of a completion, for a schedule at
-            its initial rate.
+            its initial rate. rho counts for a twentieth of c^2.
         snr_ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving averages of signal and noise, in [0, 1). 0 is the paper: the current batch alone, whose
-            estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and with
-            `lr_adaptation="snr"` as long holds the multiplier back at the start (see [`~gradient_snr.GradientSNR`]).
+            estimated signal is often negative when it is weak. 0.9 remembers about ten batches, and as long holds rho back at the
+            start (see [`~gradient_snr.GradientSNR`]).
         snr_min_multiplier (`float`, *optional*, defaults to `0.05`):
-            Minimum, in [0, `snr_max_multiplier`], of rho as multiplier with `lr_adaptation="snr"`, and of c with `"trust_region"`; with
-            `"snr"` also the multiplier while rho is unknown. Above 0, a run whose signal drowns in noise continues slowly instead of
+            Minimum, in [0, `snr_max_multiplier`], of rho as multiplier with `lr_adaptation="snr"`, and of the root of max(c^2, rho / 20)
+            with `"trust_region"`; with `"snr"` also the multiplier while rho is unknown. Above 0, a run whose signal drowns in noise continues slowly instead of
             stopping. 0 is the paper.
         snr_max_multiplier (`float`, *optional*, defaults to `1.0`):
-            Maximum of rho or c there.
+            Maximum of the same.
         reward_timeout (`float`, *optional*):
             Longest time in seconds that a reward function may take for one batch; when it is up, training stops with an error
             on all processes. If `None` (default), it may take indefinitely long, as in TRL. Reward models are not limited.
@@ -179,7 +179,7 @@ class OBLRPOConfig(GRPOConfig):
     lr_adaptation: str = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x c^2 x entropy per generation batch, c being the "
+            "help": "'trust_region': the rate that moves the policy by KL = trust_region_kl x max(c^2, rho / 20) x entropy per generation batch, c being the "
             "correlation of its steps with the advantages. 'snr': schedule x clamp(rho). 'none': the schedule alone. rho = N SNR / (1 + N SNR). None: 'trust_region', or 'snr' where "
             "scores cover less than 0.9 of the trainable entries, where neither is possible 'none'.",
             "choices": LR_ADAPTATIONS,
@@ -196,11 +196,11 @@ class OBLRPOConfig(GRPOConfig):
     )
     snr_min_multiplier: float = field(
         default=0.05,
-        metadata={"help": "Minimum of rho as multiplier of the learning rate, and of c. 0 is the paper."},
+        metadata={
+            "help": "Minimum of rho as multiplier of the learning rate, and of the root of max(c^2, rho / 20). 0 is the paper."
+        },
     )
-    snr_max_multiplier: float = field(
-        default=1.0, metadata={"help": "Maximum of rho as multiplier of the learning rate, and of c."}
-    )
+    snr_max_multiplier: float = field(default=1.0, metadata={"help": "Maximum of the same."})
     reward_timeout: float | None = field(
         default=None,
         metadata={"help": "Longest time in seconds that a reward function may take for one batch. None: no limit."},

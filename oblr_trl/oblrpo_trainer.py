@@ -65,8 +65,8 @@ class OBLRPOTrainer(AdaptiveRateGRPOTrainer):
 
     - scores are random sketches, not full gradients (`score_method="exact"` gives exact norms to the baseline);
     - the baseline has priors from the other prompts and from a prompt's earlier visits (`baseline_prior_strength=0`);
-    - the constant of the learning rate is measured, and so is the SNR of the step that is made: it moves the policy by
-      `trust_region_kl` x c^2 x its entropy (`lr_adaptation="snr"` multiplies `learning_rate` by rho instead);
+    - the constant of the learning rate is measured, and so is c^2, the SNR of the step that is made: it moves the policy by
+      `trust_region_kl` x max(c^2, rho / 20) x its entropy (`lr_adaptation="snr"` multiplies `learning_rate` by rho instead);
     - signal and noise are smoothed over batches (`snr_ema_decay=0`), and rho has a floor (`snr_min_multiplier=0`);
     - the score is that of the loss in use: completion and tool masks, vLLM's importance ratio and, for
       `loss_type="grpo"`, the division by length are part of it (`loss_type="dr_grpo"`, the default, is the plain sum);

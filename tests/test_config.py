@@ -140,7 +140,6 @@ def test_the_document_marks_exactly_the_options_that_are_refused_and_those_with_
         ({"snr_ema_decay": -0.1}, "cannot honour snr_ema_decay=-0.1"),
         ({"snr_min_multiplier": 0.5, "snr_max_multiplier": 0.2}, "cannot honour snr_min_multiplier=0.5"),
         ({"snr_min_multiplier": -0.5}, "cannot honour snr_min_multiplier=-0.5"),
-        ({"snr_min_multiplier": 0.0, "lr_adaptation": "trust_region"}, "nothing is measured any more"),
         # refused by TRL
         ({"per_device_train_batch_size": 6, "num_generations": 4}, "must be divisible by num_generations"),
     ],

@@ -98,7 +98,7 @@ def test_a_healthy_log_has_no_findings():
     ("changed", "name", "metric"),
     [
         ({RHO: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", RHO),
-        ({CORRELATION: 0.0, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", CORRELATION),
+        ({CORRELATION: 0.0, RHO: 0.01, LR_MULTIPLIER: 0.05}, "Learning-rate collapse", CORRELATION),
         ({KL: [0.02, 0.0] * 6, KL_TARGET: 9e-4}, "Policy moved too far", KL),
         ({SHIFT: [0.2] * 11 + [0.7]}, "Exploding baseline", SHIFT),
         ({RATIO: [0.9, 1.3] * 6}, "A baseline noisier than the plain mean", RATIO),
@@ -155,9 +155,11 @@ def test_a_signature_is_found_by_its_metric_and_nothing_else_is(changed, name, m
         # Few values are no evidence, nor is a rho of so few prompts that it is noise.
         ({RHO: [0.0] * 10 + [None] * 2}, []),
         ({RHO: 0.0, NUM_PROMPTS: 15}, ["Too few prompts per step"]),
-        # Nor does it scale the steps of a trust region, whose correlation is averaged over many of them.
+        # Under a trust region neither alone: steps that overshoot end at a correlation of 0 also where they gain.
         ({RHO: 0.0, NUM_PROMPTS: 15, CORRELATION: 0.03}, []),
-        ({CORRELATION: [0.1] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
+        ({CORRELATION: -0.05}, []),
+        ({RHO: 0.01, CORRELATION: [0.1] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
+        ({RHO: None, CORRELATION: [0.1] * 6 + [0.0] * 6}, ["Learning-rate collapse"]),
     ],
 )
 def test_what_looks_like_a_failure_is_told_from_it(changed, expected):

@@ -24,7 +24,7 @@ from oblr_trl.scores.score_pass import ScorePass
 from oblr_trl.scores.sketching import score_sketches
 from oblr_trl.trust_region import Movement, TrustRegion, kl_of_update
 from tests.recording import Recording, RecordingSGD, oracle_scores
-from tests.tiny_models import digit_reward, logged, random_batch, tiny_model, train
+from tests.tiny_models import construct, digit_reward, logged, random_batch, tiny_model, train
 
 TRUST = {"lr_adaptation": "trust_region", "lr_scheduler_type": "constant"}
 # Two generation batches of 4 prompts in every optimizer step, and two optimizer steps on every batch of 4 prompts.
@@ -404,6 +404,19 @@ def test_the_bounds_hold_for_either_snr():
     assert region.target(0.0, 1.0) == pytest.approx(0.2**2, rel=1e-12)
 
 
+def test_without_a_minimum_the_rate_falls_to_0_and_comes_back_with_the_signal():
+    region = TrustRegion(1.0, min_correlation=0.0)
+    region.start(squared_norm=2.0, num_parameters=4)
+    step, parameter, rates = policy(1.0), 0.0, []
+    for index in range(12):
+        parameter += step(region, index, parameter)[1]
+    region.load_state_dict(region.state_dict() | {"correlation": -0.3})
+    for index, rho in enumerate((0.0, 0.0, 0.2, 0.2), 12):
+        rates.append(step(region, index, parameter, rho=rho)[1])
+        parameter += rates[-1]
+    assert rates == pytest.approx([0.0, 0.0, 0.1, 0.1], rel=1e-6)
+
+
 def test_completions_without_a_score_or_with_equal_rewards_say_nothing_of_the_correlation():
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
@@ -555,6 +568,27 @@ def test_the_multipliers_bound_the_correlation(tmp_path, bound):
     entropies, targets = (logged(trainer, f"trust_region/{name}") for name in ("entropy", "kl_target"))
     assert targets == pytest.approx([0.01 * bound**2 * entropy for entropy in entropies], rel=1e-9)
     assert len(set(logged(trainer, "trust_region/correlation"))) == 3  # what is logged is what was measured
+
+
+def test_the_target_and_the_rate_follow_the_larger_snr(tmp_path):
+    class Overshoot(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer._trust_region.correlation = -0.1
+
+    options = TRUST | {"snr_ema_decay": 0.0, "snr_min_multiplier": 0.0, "max_steps": 8}
+    trainer = construct(OBLRPOTrainer, OBLRPOConfig, tmp_path, trainer={"callbacks": [Overshoot()]}, **options)
+    trainer.train()
+    region, delta = trainer._trust_region, trainer.args.trust_region_kl
+    names = ("gradient_snr/rho", "trust_region/correlation", "trust_region/entropy", "trust_region/kl_target")
+    rows = list(zip(*(logged(trainer, name) for name in names), strict=True))
+    snrs = [max(rho / 20, max(correlation, 0) ** 2) for rho, correlation, _, _ in rows]
+    assert [target for *_, target in rows] == pytest.approx(
+        [delta * snr * entropy for snr, (_, _, entropy, _) in zip(snrs, rows, strict=True)], rel=1e-9
+    )
+    assert {rho / 20 > correlation**2 for rho, correlation, _, _ in rows} == {True, False}
+    assert region.rate == pytest.approx(region._unit_rate * math.sqrt(rows[-1][-1] / delta), rel=1e-9)
+    assert logged(trainer, "learning_rate")[-1] == pytest.approx(region.rate, rel=1e-6)
 
 
 def test_nothing_moves_before_a_completion_has_a_score(tmp_path):

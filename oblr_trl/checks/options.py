@@ -112,12 +112,6 @@ _REFUSALS = (
     _Refusal("snr_ema_decay", lambda args: not 0 <= args.snr_ema_decay < 1, "it is a decay", "use a number in [0, 1)"),
     _Refusal(
         "snr_min_multiplier",
-        lambda args: args.lr_adaptation == "trust_region" and args.snr_min_multiplier == 0,
-        "where steps gain nothing the trust region's rate would fall to 0, after which nothing moves and nothing is measured any more",
-        "use a number above 0, or lr_adaptation='snr'",
-    ),
-    _Refusal(
-        "snr_min_multiplier",
         lambda args: not 0 <= args.snr_min_multiplier <= args.snr_max_multiplier,
         "it must lie between 0 and snr_max_multiplier ({args.snr_max_multiplier})",
         "lower it, or raise snr_max_multiplier",

@@ -173,14 +173,16 @@ def _few_prompts(rows: Rows) -> Evidence:
 @_rule("Learning-rate collapse", "look at the rewards first (noise? all equal?), then take more prompts per step")
 def _learning_rate_collapse(rows: Rows) -> Evidence:
     multipliers = _recent(rows, metrics.LR_MULTIPLIER)
+    ratios = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES)
+    drowned = bool(ratios) and median(ratios) < MIN_RHO
     if correlations := _recent(rows, metrics.CORRELATION, MIN_SETTLED_VALUES):
-        if median(correlations) < MIN_CORRELATION:
+        # Steps that overshoot end at a correlation of 0 in runs that learn, but not without a signal. One prompt has no rho.
+        if median(correlations) < MIN_CORRELATION and (drowned or not ratios):
             yield metrics.CORRELATION, f"median {median(correlations):.2g}: steps explain nothing of the rewards"
         return
     # Of fewer prompts rho is noise, which is a finding of its own.
     enough = median(_values(rows, metrics.NUM_PROMPTS) or [MIN_PROMPTS]) >= MIN_PROMPTS
-    ratios = _recent(rows, metrics.RHO, MIN_SETTLED_VALUES)
-    if enough and ratios and multipliers and median(ratios) < MIN_RHO:
+    if enough and drowned and multipliers:
         effect = f"{metrics.LR_MULTIPLIER} is {median(multipliers):.2g}"
         yield metrics.RHO, f"median {median(ratios):.2g}, so that {effect}: the signal is not told from zero"
 
