@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 # By the name of the record, `benchmarks/results/NAME.json`.
 SECTIONS = {
     "small_groups": small_groups,
+    "small_groups_graded": small_groups,
     "trust_region": trust_region,
     "deltas": deltas,
     "kl_measures": kl_measures,
