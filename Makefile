@@ -143,6 +143,7 @@ bench-variance: pretrained  ## Measure the gradient's variance under each baseli
 
 study-trust-region: pretrained  ## One delta against tuned rates in every setting (resumes; many hours), and measures of KL
 	$(BIN)/python -m benchmarks.trust_region
+	$(BIN)/python -m benchmarks.trust_region --settings fresh --output benchmarks/results/trust_region_fresh.json
 	$(BIN)/python -m benchmarks.deltas
 	$(BIN)/python -m benchmarks.kl_measures
 

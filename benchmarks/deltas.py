@@ -15,23 +15,17 @@ from benchmarks.learning_runs import DELTAS
 from benchmarks.policies import policy_directory
 from benchmarks.record import machine, spread, write_record
 from benchmarks.sections.deltas import markdown
-from benchmarks.trust_region import LEARNING_RATE, SETTINGS, TrustRegionArguments, gain
+from benchmarks.trust_region import LEARNING_RATE, TrustRegionArguments, gain
 from benchmarks.trust_region_summary import share
 from oblr_trl import OBLRPOConfig
 
 _DEFAULT = "trust_region"
-# Of which a run takes minutes.
-_SLOW = ("sorting, longer answers, AdamW", "9 M parameters, AdamW")
 
 
 @dataclass
 class DeltasArguments(TrustRegionArguments):
     """Settings of the study; fields are documented by their `help`."""
 
-    settings: list[str] = field(
-        default_factory=lambda: [name for name in SETTINGS if name not in _SLOW],
-        metadata={"help": "Settings, by name."},
-    )
     methods: list[str] = field(
         default_factory=lambda: list(DELTAS), metadata={"help": "Methods that are compared with the default."}
     )

@@ -71,6 +71,9 @@ TRUST_REGION_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed_kl_1e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-3}),
     "fixed_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3}),
     "fixed_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2}),
+    # The rate falls to 0, and the KL as its square.
+    "falling_kl_3e-3": ("oblrpo", _FIXED_KL | {"trust_region_kl": 3e-3, "lr_scheduler_type": "linear"}),
+    "falling_kl_1e-2": ("oblrpo", _FIXED_KL | {"trust_region_kl": 1e-2, "lr_scheduler_type": "linear"}),
 }
 # The trust region with other deltas than its default.
 DELTAS = {f"trust_region_{kl:g}": kl for kl in (0.125, 0.5, 1.0)}

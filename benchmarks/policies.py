@@ -51,6 +51,29 @@ TASKS: dict[str, dict[str, Any]] = {
         "vocab_size": 384,
         "max_completion_length": 32,
     },
+    "number_filtering": {
+        "task_params": {
+            "min_numbers": 14,
+            "max_numbers": 14,
+            "min_decimals": 0,
+            "max_decimals": 0,
+            "min_value": 10,
+            "max_value": 99,
+        },
+        "max_completion_length": 64,
+    },
+    # A copy with one digit replaced by another: long answers that a small model learns.
+    "manipulate_matrix": {
+        "task_params": {
+            "min_rows": 4,
+            "max_rows": 4,
+            "min_cols": 13,
+            "max_cols": 13,
+            "max_transforms": 1,
+            "w_map": 100,
+        },
+        "max_completion_length": 112,
+    },
 }
 
 
@@ -103,6 +126,8 @@ POLICIES = {
     # From 0.95 to 0.05 right, by the prompt.
     "products-mixed": Policy("products", 0.05, hardest_wrong_answers=0.95, max_steps=700),
     "number_sorting": Policy("number_sorting", 0.3),
+    "number_filtering": Policy("number_filtering", 0.3, max_steps=600),
+    "manipulate_matrix": Policy("manipulate_matrix", 0.3, max_steps=700),
     "chain_sum-0.1M": Policy("chain_sum", 0.3, hidden_size=64, max_steps=700),
     "spell_backward-hard": Policy("spell_backward", 0.7),
     "products-3M-easy": Policy("products", 0.05, hidden_size=256, num_hidden_layers=4),

@@ -1,5 +1,5 @@
 """Learning curves on a real pretrained model, SmolLM2-135M-Instruct: ours without a learning rate to choose against GRPO and RLOO at
-every constant rate of a grid.
+every constant rate of a grid, and the controls for either half of it: its baseline at those rates, and GRPO's advantages with its trust region.
 
     make pretrained
     python -m benchmarks.pretrained
@@ -28,9 +28,11 @@ from benchmarks.small_groups_summary import part_until
 from examples.smollm2.__main__ import DIRECTORY
 from oblr_trl import OBLRPOConfig, metrics
 
-# Group sizes of the controls; TRL's default for GRPO is 8.
-GROUP_SIZES = {"grpo": (8,), "rloo": (4,)}
+# Group sizes of others than OBLR-PO's; TRL's default for GRPO is 8.
+GROUP_SIZES = {"grpo": (8,), "rloo": (4,), "grpo_kl": (8,)}
 OURS = "ours"
+UNTUNED = (OURS, "grpo_kl")
+RIVALS = ("grpo", "rloo")
 _LAST = 5  # steps
 
 Run = dict[str, Any]
@@ -42,7 +44,9 @@ class PretrainedArguments:
     """Settings of the study; fields are documented by their `help`."""
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks, by name."})
-    methods: list[str] = field(default_factory=lambda: [OURS, *GROUP_SIZES], metadata={"help": "Methods."})
+    methods: list[str] = field(
+        default_factory=lambda: [OURS, *RIVALS], metadata={"help": "Methods; also `constant` and `grpo_kl`."}
+    )
     group_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Group sizes of OBLR-PO."})
     learning_rates: list[float] = field(
         default_factory=lambda: [1.6e-5, 3.2e-5, 6.4e-5], metadata={"help": "Constant rates of the controls."}
@@ -70,7 +74,7 @@ class PretrainedArguments:
         lengths = {"num_steps": self.num_steps, "eval_steps": self.eval_steps, "test_size": self.test_size}
         for seed, task, method in product(range(self.seeds), self.tasks, self.methods):
             steps: list[dict[str, Any]] = [{"learning_rate": rate} for rate in self.learning_rates]
-            if method == OURS:
+            if method in UNTUNED:
                 steps = [{"trust_region_kl": kl} for kl in self.kls]
             for size, step in product(GROUP_SIZES.get(method, self.group_sizes), steps):
                 found.append(
@@ -86,8 +90,8 @@ def curve_area(run: Run) -> float:
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """
-    By task and arm: the best rate, and its runs' curve, area and final reward. Of ours also the differences to the strongest control,
-    paired over seeds, and after which part of its rollouts each run has the reward that this control ends with (`None`: never).
+    By task and arm: the best rate, and its runs' curve, area and final reward. Of ours and its halves also the differences to the strongest
+    rival, paired over seeds, and after which part of its rollouts each run has the reward that this one ends with (`None`: never).
     """
     summary: dict[str, Any] = {}
     for task in dict.fromkeys(run["spec"]["task"] for run in runs):
@@ -123,8 +127,8 @@ def _last_entropy(runs: Sequence[Run]) -> float | None:
 def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]:
     best = {arm: max(rates, key=lambda rate: mean(map(curve_area, rates[rate]))) for arm, rates in by_arm.items()}
     chosen = {arm: by_arm[arm][rate] for arm, rate in best.items()}
-    controls = [arm for arm in chosen if arm[0] != OURS]
-    strongest = max(controls, key=lambda arm: mean(map(curve_area, chosen[arm])), default=None)
+    rivals = [arm for arm in chosen if arm[0] in RIVALS]
+    strongest = max(rivals, key=lambda arm: mean(map(curve_area, chosen[arm])), default=None)
     arms = {}
     for arm, runs in chosen.items():
         cell: dict[str, Any] = {
@@ -132,7 +136,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             "num_prompts": runs[0]["spec"]["num_prompts"],
             "num_generations": arm[1],
             "trust_region_kl": arm[2],
-            "learning_rate": best[arm] if arm[0] != OURS else None,
+            "learning_rate": best[arm] if arm[0] not in UNTUNED else None,
             "num_seeds": len(runs),
             "curve": np.round(np.mean([run["rewards"] for run in runs], axis=0), 4).tolist(),
             "final": spread([run["rewards"][-1] for run in runs]),
@@ -149,7 +153,7 @@ def _summarise_task(by_arm: dict[Arm, dict[float, list[Run]]]) -> dict[str, Any]
             },
             "entropy_by_rate": {f"{rate:g}": _last_entropy(of_rate) for rate, of_rate in by_arm[arm].items()},
         }
-        if strongest is not None and arm[0] == OURS:
+        if strongest is not None and arm[0] not in RIVALS:
             theirs = chosen[strongest]
             num = min(len(runs), len(theirs))
             cell["area_minus_strongest"] = paired_difference(

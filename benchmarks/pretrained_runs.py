@@ -48,6 +48,9 @@ METHODS: dict[str, tuple[type[GRPOConfig], type[GRPOTrainer], dict[str, Any]]] =
     "ours": (OBLRPOConfig, OBLRPOTrainer, {}),
     "rloo": (OBLRPOConfig, OBLRPOTrainer, {"baseline": "leave_one_out", "lr_adaptation": "none"}),
     "grpo": (GRPOConfig, GRPOTrainer, {}),
+    # Controls: OBLR-PO's baseline at a constant rate, and GRPO's advantages with its trust region.
+    "constant": (OBLRPOConfig, OBLRPOTrainer, {"lr_adaptation": "none"}),
+    "grpo_kl": (OBLRPOConfig, OBLRPOTrainer, {"baseline": "group_mean", "scale_rewards": "group"}),
 }
 # A probability that is none is sampled as 0 instead of failing an assertion on the GPU, which ends every process that shares it by MPS.
 _GENERATION = {"remove_invalid_values": True}

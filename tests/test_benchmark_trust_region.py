@@ -71,6 +71,15 @@ def test_the_tuning_of_an_earlier_record_is_taken_over_but_where_it_is_asked_for
     assert trust_region.best_multiples(args, "snr", {"one": 1.0, "two": 0.25}) == {"one": 4.0, "two": 2.0}
 
 
+def test_fresh_settings_are_asked_for_in_a_word_and_none_of_them_chose_the_rule():
+    fresh = trust_region.TrustRegionArguments(settings=["fresh"])
+    assert fresh.settings == list(trust_region.FRESH)
+    assert not trust_region.FRESH.keys() & trust_region.SETTINGS.keys()
+    assert fresh.spec(fresh.settings[0], "trust_region", 1e-6, 0).policy == "decimal_chain_sum"
+    with pytest.raises(ValueError, match=r"`settings` has \['fesh'\].*; 9 M parameters, 16 x 4"):
+        trust_region.TrustRegionArguments(settings=["fesh"])
+
+
 def test_lion_steps_by_the_sign_of_its_interpolated_momentum():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = Lion([parameter], 0.5)

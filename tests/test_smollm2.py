@@ -251,6 +251,34 @@ def test_ours_is_compared_with_the_strongest_control_seed_by_seed():
     assert "rollouts_to_strongest" not in summary["arms"]["rloo, G = 4"]
 
 
+def test_its_two_halves_are_told_from_it_and_are_no_rivals():
+    runs = [
+        made_run("constant", 1, 1e-5, [0.2, 0.8]),
+        made_run("grpo_kl", 8, 1e-6, [0.2, 0.6], kl=0.25),
+        made_run("grpo", 8, 1e-5, [0.2, 0.4]),
+    ]
+    summary = pretrained.summarise(runs)
+    assert summary["lists"]["strongest"] == "grpo, G = 8"
+    asked = {"num_steps": 15, "eval_steps": 15, "rollouts": 64, "test_size": 64, "seeds": 1}
+    text = section.markdown({"settings": asked, "summary": summary})
+    # Gains of half of 0.6, 0.4 and 0.2.
+    assert "| OBLR-PO's baseline alone | 64 x 1 | 1e-05 | 0.200 | 0.800 | 0.300 | 3.00 |" in text
+    found = "found: at most 2e-06, at last 2e-06"
+    assert (
+        f"| GRPO's advantages, trust region, delta = 0.25 | 8 x 8 | {found} | 0.200 | 0.600 | 0.200 | 2.00 |" in text
+    )
+
+    specs = pretrained.PretrainedArguments(
+        methods=["constant", "grpo_kl"], tasks=["lists"], seeds=1, kls=[0.25]
+    ).specs()
+    assert [(s.num_generations, s.learning_rate, s.trust_region_kl) for s in specs] == [
+        (1, 1.6e-5, None),
+        (1, 3.2e-5, None),
+        (1, 6.4e-5, None),
+        (8, 1e-6, 0.25),
+    ]
+
+
 def test_the_movement_is_that_of_the_second_halves_where_it_was_measured():
     runs = [made_run("ours", 1, 1e-6, [0.2, 0.4]) for _ in range(2)]
     assert summary_of(*runs)["arms"]["ours, G = 1"]["movement"] is None

@@ -8,7 +8,14 @@ import numpy as np
 from benchmarks.record import spread
 from benchmarks.sections.tables import markdown_table, plus_minus
 
-_LABELS = {"ours": "OBLR-PO", "grpo": "GRPO", "rloo": "RLOO"}
+_LABELS = {
+    "ours": "OBLR-PO",
+    "constant": "OBLR-PO's baseline alone",
+    "grpo_kl": "GRPO's advantages, trust region",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+}
+_RIVALS = ("grpo", "rloo")
 _SHOWN = (5, 10, 20, 30, 40)  # steps, and the last one
 
 
@@ -41,7 +48,7 @@ def markdown(record: dict[str, Any]) -> str:
     last = settings["num_steps"]
     shown = [*(steps for steps in _SHOWN if steps < last and steps % settings["eval_steps"] == 0), last]
     for task, of_task in record["summary"].items():
-        controls = [arm for arm in of_task["arms"].values() if arm["learning_rate"]]
+        controls = [arm for arm in of_task["arms"].values() if arm["method"] in _RIVALS]
         gains = [mean(map(gain, curves)) for arm in controls for curves in arm["by_rate"].values()]
         best = max(gains, default=None)
         for arm in of_task["arms"].values():

@@ -15,6 +15,8 @@ LABELS = {
     "fixed_kl_1e-3": "KL = 0.001 H",
     "fixed_kl_3e-3": "KL = 0.003 H",
     "fixed_kl_1e-2": "KL = 0.01 H",
+    "falling_kl_3e-3": "KL = 0.003 H, with linear decay of the rate",
+    "falling_kl_1e-2": "KL = 0.01 H, with linear decay of the rate",
     "grpo": "GRPO, constant rate",
     "trust_region": "trust region",
 }
