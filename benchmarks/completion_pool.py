@@ -58,7 +58,7 @@ def sample_with_rewards(
     """Completions of held-out prompts, other ones for every `seed`, and their rewards `(P, M)` in float64."""
     settings = policy.settings
     data = DataArguments(
-        task=settings.task, task_params=settings.task_params, train_size=1, test_size=(seed + 1) * num_prompts
+        task=settings.task_name, task_params=settings.task_params, train_size=1, test_size=(seed + 1) * num_prompts
     )
     rows: list[Any] = list(load_prompts(data)["test"])[-num_prompts:]
     set_seed(seed)

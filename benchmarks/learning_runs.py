@@ -128,7 +128,7 @@ class RunSpec:
 
 @functools.cache
 def _prompts(policy: str, seed: int, train_size: int, test_size: int) -> dict[str, Dataset]:
-    task, params = POLICIES[policy].task, POLICIES[policy].task_params
+    task, params = POLICIES[policy].task_name, POLICIES[policy].task_params
     sizes = {"train_size": train_size, "test_size": test_size}
     return dict(load_prompts(DataArguments(task=task, task_params=params, train_seed=seed * SEED_DISTANCE, **sizes)))
 

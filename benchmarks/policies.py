@@ -20,7 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.tiny_qwen3.start_model import StartModelArguments, make_start_model
 from oblr_trl.data.rewards import task_reward
 
-# What a task needs of the start model in addition to its name.
+
+def _copying(rows: int, columns: int) -> dict[str, Any]:
+    """A matrix of digits is to be copied with one digit replaced by another: long answers that a small model learns."""
+    size = {"min_rows": rows, "max_rows": rows, "min_cols": columns, "max_cols": columns}
+    params = size | {"max_transforms": 1, "w_map": 100}
+    return {"task": "manipulate_matrix", "task_params": params, "max_completion_length": 2 * rows * columns + 8}
+
+
+# What a task needs of the start model in addition to its name, or with it where that is another.
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {},
     "decimal_chain_sum": {
@@ -51,29 +59,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "vocab_size": 384,
         "max_completion_length": 32,
     },
-    "number_filtering": {
-        "task_params": {
-            "min_numbers": 14,
-            "max_numbers": 14,
-            "min_decimals": 0,
-            "max_decimals": 0,
-            "min_value": 10,
-            "max_value": 99,
-        },
-        "max_completion_length": 64,
-    },
-    # A copy with one digit replaced by another: long answers that a small model learns.
-    "manipulate_matrix": {
-        "task_params": {
-            "min_rows": 4,
-            "max_rows": 4,
-            "min_cols": 13,
-            "max_cols": 13,
-            "max_transforms": 1,
-            "w_map": 100,
-        },
-        "max_completion_length": 112,
-    },
+    "matrices of 3 x 5": _copying(3, 5),
+    "matrices of 4 x 13": _copying(4, 13),
 }
 
 
@@ -81,7 +68,7 @@ TASKS: dict[str, dict[str, Any]] = {
 class Policy:
     """Settings of a policy."""
 
-    task: str  # reasoning-gym task, a key of `TASKS`
+    task: str  # a key of `TASKS`
     wrong_answers: (
         float  # fraction of supervised answers that are off; of the easiest prompts, where there is a next one
     )
@@ -95,8 +82,13 @@ class Policy:
         """Arguments that make the policy in `output_dir`."""
         settings = {name: value for name, value in asdict(self).items() if name != "reward"}
         return StartModelArguments(
-            output_dir=output_dir, min_accuracy=0.0, max_accuracy=1.0, **settings, **TASKS[self.task]
+            output_dir=output_dir, min_accuracy=0.0, max_accuracy=1.0, **(settings | TASKS[self.task])
         )
+
+    @property
+    def task_name(self) -> str:
+        """reasoning-gym's name of the task."""
+        return self.start_model().task
 
     @property
     def task_params(self) -> dict[str, Any]:
@@ -107,7 +99,7 @@ class Policy:
 
     def reward_function(self) -> Callable[..., list[float | None]]:
         """The task's scorer, for binary rewards 1 where it gives its full score and 0 elsewhere."""
-        score = task_reward(self.task, self.task_params)
+        score = task_reward(self.task_name, self.task_params)
         if self.reward == "graded":
             return score
 
@@ -126,8 +118,8 @@ POLICIES = {
     # From 0.95 to 0.05 right, by the prompt.
     "products-mixed": Policy("products", 0.05, hardest_wrong_answers=0.95, max_steps=700),
     "number_sorting": Policy("number_sorting", 0.3),
-    "number_filtering": Policy("number_filtering", 0.3, max_steps=600),
-    "manipulate_matrix": Policy("manipulate_matrix", 0.3, max_steps=700),
+    "matrices-30": Policy("matrices of 3 x 5", 0.3, max_steps=1500),
+    "matrices-104": Policy("matrices of 4 x 13", 0.3, max_steps=700),
     "chain_sum-0.1M": Policy("chain_sum", 0.3, hidden_size=64, max_steps=700),
     "spell_backward-hard": Policy("spell_backward", 0.7),
     "products-3M-easy": Policy("products", 0.05, hidden_size=256, num_hidden_layers=4),

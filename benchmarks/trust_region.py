@@ -53,8 +53,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
 FRESH: dict[str, tuple[dict[str, Any], float]] = {
     "decimals, 64 x 1": ({"policy": "decimal_chain_sum", "num_prompts": 64, "num_generations": 1}, 2.6e-4),
     "products, easy to hard, 32 x 2": ({"policy": "products-mixed", "num_prompts": 32, "num_generations": 2}, 2.6e-4),
-    "answers of 30 tokens, 16 x 4": ({"policy": "number_filtering"}, 1.3e-4),
-    "answers of 104 tokens, 16 x 4": ({"policy": "manipulate_matrix"}, 1.3e-4),
+    "answers of 30 tokens, 16 x 4": ({"policy": "matrices-30"}, 1.3e-4),
+    "answers of 104 tokens, 16 x 4": ({"policy": "matrices-104"}, 1.3e-4),
     "9 M parameters, 16 x 4": ({"policy": "chain_sum-9M"}, 6.5e-5),
 }
 # For `benchmarks.kl_measures`.

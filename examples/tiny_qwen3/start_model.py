@@ -108,10 +108,7 @@ def difficulty(prompt: str) -> float:
 def _wrong(solution: str, generator: random.Random) -> str:
     if solution.lstrip("-").isdecimal():
         return str(int(solution) + generator.choice((-1, 1)) * generator.randint(1, 9))
-    positions = [i for i, character in enumerate(solution) if character.isalnum()]
-    if not positions:  # an empty list
-        return solution + generator.choice(string.digits)
-    position = generator.choice(positions)
+    position = generator.choice([i for i, character in enumerate(solution) if character.isalnum()])
     alphabet = string.digits if solution[position].isdecimal() else string.ascii_lowercase
     character = generator.choice(alphabet.replace(solution[position], ""))
     return solution[:position] + character + solution[position + 1 :]
