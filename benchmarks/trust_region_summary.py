@@ -57,6 +57,7 @@ def summarise(
             "methods": {
                 method: {
                     "gain": spread(gains[method]),
+                    "gains": [round(value, 4) for value in gains[method]],
                     "share": share(gains[method], gains[REFERENCE]),
                     "final": spread([held_out(run)[-1] for run in found]),
                     "learning_rate": found[0]["spec"]["learning_rate"],

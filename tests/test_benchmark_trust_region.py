@@ -80,6 +80,23 @@ def test_fresh_settings_are_asked_for_in_a_word_and_none_of_them_chose_the_rule(
         trust_region.TrustRegionArguments(settings=["fesh"])
 
 
+def test_the_seeds_that_did_not_choose_the_rule_have_a_row_of_their_own():
+    def cell(*gains):
+        return {
+            "gain": {"mean": 0.0, "std": 0.0},
+            "gains": gains,
+            "share": dict.fromkeys(("mean", "low", "high"), 1.0),
+        }
+
+    cells = {"constant": cell(0.1, 0.2, 0.2), "trust_region": cell(0.9, 0.1, 0.2)}
+    cells = {method: part | {"learning_rate": 1e-3, "found_rate": 1e-3} for method, part in cells.items()}
+    settings = {"num_steps": 100, "tuning_seeds": 1, "evaluation_seeds": 3, "test_size": 8}
+    record = {"settings": settings, "summary": {"one": {"start": 0.0, "tuning": {"0.001": 0.1}, "methods": cells}}}
+    assert section.markdown(record).splitlines()[-1] == "| **mean** |  |  |  | 1.00 |  |"
+    last = section.markdown(record | {"choosing_seeds": 1}).splitlines()[-1]
+    assert last == "| mean of seeds 1 to 2, which had no part in the choice of the rule |  |  |  | 0.75 |  |"
+
+
 def test_lion_steps_by_the_sign_of_its_interpolated_momentum():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = Lion([parameter], 0.5)
@@ -116,6 +133,7 @@ def test_the_study_runs_and_resumes(tiny_settings, tmp_path, monkeypatch):
     assert set(record["collapse"]["curves"]) == {"grpo", "trust_region"}
     assert len(record["collapse"]["curves"]["grpo"]) == 2
     table = section.markdown(record)
+    assert record["choosing_seeds"] == 2
     assert table.count("\n| ") == 2 + len(tiny_settings.settings) + 1 + 2 + 1 + len(trust_region.ONE_VALUE)
     assert section.figure(record).axes
 

@@ -47,6 +47,11 @@ def markdown(record: dict[str, Any]) -> str:
         rows.append([*row, plus_minus(constant["gain"], ".3f"), *shares, f"{ours['found_rate']:.2g}"])
     averages = [mean(part["methods"][method]["share"]["mean"] for part in summary.values()) for method in methods]
     rows.append(["**mean**", "", "", "", *(f"{value:.2f}" for value in averages), ""])
+    first, last = record.get("choosing_seeds", 0), settings["evaluation_seeds"]
+    if 0 < first < last:
+        later = [mean(_share_from(first, part["methods"], method) for part in summary.values()) for method in methods]
+        label = f"mean of seeds {first} to {last - 1}, which had no part in the choice of the rule"
+        rows.append([label, "", "", "", *(f"{value:.2f}" for value in later), ""])
     text = (
         f"{settings['num_steps']} steps where the setting says nothing; {settings['tuning_seeds']} seed(s) for each rate, "
         f"{settings['evaluation_seeds']} other seeds for the table; {settings['test_size']} held-out prompts. Share: gain as a "
@@ -57,6 +62,11 @@ def markdown(record: dict[str, Any]) -> str:
     if "batch_sizes" in record:
         tables.append(_batch_sizes(record["batch_sizes"]))
     return "\n\n".join([text, *tables])
+
+
+def _share_from(seed: int, cells: dict[str, Any], method: str) -> float:
+    """Share of a method's gain from a seed on."""
+    return mean(cells[method]["gains"][seed:]) / mean(cells["constant"]["gains"][seed:])
 
 
 def _batch_sizes(part: dict[str, Any]) -> str:
