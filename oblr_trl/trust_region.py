@@ -30,27 +30,34 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# What the rate may change by from one generation batch to the next; up while it is searched for, and once it was found.
-_MAX_SEARCH_GROWTH = 10.0
-_MAX_GROWTH = 2.0
+# What the rate may change by from one generation batch to the next. Up it goes half of the way, in orders of magnitude.
+_PART_OF_WAY = 0.5
+_MIN_GROWTH, _MAX_GROWTH = 1.3, 10.0
 _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
+# Completions after which that average is believed. Of a sure policy rare completions make most of the KL, and the first few hundred may
+# have none of them: of n completions it is taken for 1 + 1000 / n times as large.
+_DOUBT = 1000
 _TINY = 1e-300  # keeps the curvature of no update finite
 # c^2 where a step begins, as a part of rho: what the tiny policies of the studies bear.
 _PART_OF_RHO = 0.05
+# Of the root of the SNR, also where the minimum is 0: from less the rate would need many batches to come back.
+_LEAST = 0.002
 # Completions that c is averaged over. At first it is taken for 0.1, as if a hundred completions had said so.
 _MEMORY = 1280
 _PRIOR, _PRIOR_COMPLETIONS = 0.1, 100
 _STATE = (
     "rate",
+    "_scale",
+    "_taken",
     "_unit_rate",
     "_position",
     "_curvature",
     "_weight",
+    "_num_moved",
     "correlation",
     "_num_completions",
-    "_is_searching",
     "_step",
 )
 
@@ -102,9 +109,11 @@ class TrustRegion:
     Finds the learning rate that moves the policy by \\( \delta \max(c^2, \rho / 20) H \\).
 
     The state is two moving averages. One is of \\( k = \mathrm{KL} / (\eta p)^2 \\), \\( \eta \\) being the rate and p where the schedule stood, as a
-    part of its initial rate. The next rate is \\( \sqrt{\delta / k} \sqrt{\max(c^2, \rho / 20) H} \\): with a constant schedule the
-    policy moves by its target, with any other by \\( p^2 \\) times that. The first factor is at least a fifth of the last one and at most twice that, or
-    10 times until it is found. The other is of c, over about 1280 completions, a larger batch having more to say. Without information (nothing moved, a KL that is not finite, advantages of 0, no entropy) what is known stays.
+    part of its initial rate. The wanted rate is \\( \sqrt{\delta / k} \sqrt{\max(c^2, \rho / 20) H} \\): with a constant schedule the
+    policy moves by its target, with any other by \\( p^2 \\) times that. What is taken is at least a fifth of what was taken before and, on the way
+    up, the geometric mean of both, 1.3 to 10 times as much (all but H, which is followed at once); and k is taken for larger while few
+    completions have told it. The other average is of c, over about 1280 completions, a larger batch having more to say. Without information
+    (nothing moved, a KL that is not finite, advantages of 0, no entropy) what is known stays.
 
     Args:
         kl (`float`): delta, the KL at c = 1 as a part of the entropy H.
@@ -122,13 +131,15 @@ class TrustRegion:
     def restart(self) -> None:
         """Search anew, with another optimizer state or another schedule."""
         self.rate = math.nan  # of the step at hand; unknown before the first batch
-        self._unit_rate = math.nan  # the same at c^2 H = 1
+        self._scale = math.nan  # the same at H = 1
+        self._taken = math.nan  # the same, of the steps that were observed last
+        self._unit_rate = math.nan  # the wanted rate at c^2 H = 1
         self._position = math.nan  # of the schedule, at the step at hand
         self._curvature = 0.0
         self._weight = 0.0
+        self._num_moved = 0  # completions that say so
         self.correlation = _PRIOR  # c, of which the target takes no less than the minimum
         self._num_completions = float(_PRIOR_COMPLETIONS)  # that say so
-        self._is_searching = True
         # Of the last batch: the sketch of the parameters that generated it, the step that it was for, and the steps before it.
         self._parameters: Tensor | None = None
         self._step = -1
@@ -156,7 +167,7 @@ class TrustRegion:
             position (`float`, *optional*, defaults to `1.0`): Where the schedule stands, as a part of its initial rate.
         """
         correlation = max(self.correlation, 0.0 if math.isnan(rho) else math.sqrt(_PART_OF_RHO * rho))
-        correlation = min(max(correlation, self.min_correlation), self.max_correlation)
+        correlation = min(max(correlation, self.min_correlation, _LEAST), self.max_correlation)
         return self.kl * correlation**2 * entropy * position**2
 
     def update_since(self, parameters: Tensor, *, step: int) -> Tensor | None:
@@ -194,12 +205,17 @@ class TrustRegion:
         # The mean over the steps, on a schedule that is about linear between two batches.
         mean_position = self._position + (num_steps - 1) / (2 * num_steps) * (position - self._position)
         rate = self.rate * mean_position
-        # A step that was skipped moved nothing and says nothing.
-        if bool(update.any()) and math.isfinite(kl) and rate > 0:
-            self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
-            self._weight = _DECAY * self._weight + (1 - _DECAY)
-            self._correlate(gain, math.sqrt(2 * max(self._curvature / self._weight, 0)) * rate, advantages)
-            self._follow()
+        if math.isfinite(kl):
+            self._taken = self._scale
+            # A step that was skipped moved nothing and says nothing.
+            if bool(update.any()) and rate > 0:
+                self._num_moved += len(products)
+                self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
+                self._weight = _DECAY * self._weight + (1 - _DECAY)
+                average = max(self._curvature / self._weight, 0.0)  # that of few completions may be negative
+                self._correlate(gain, math.sqrt(2 * average) * rate, advantages)
+                if average > 0:
+                    self._unit_rate = math.sqrt(self.kl / (average * (1 + _DOUBT / self._num_moved)))
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain / num_steps)
 
     def next_rate(self, rho: float, entropy: float, position: float) -> float:
@@ -216,8 +232,15 @@ class TrustRegion:
         """
         self._position = position
         if not math.isnan(entropy):
-            self.rate = self._unit_rate * math.sqrt(self.target(rho, entropy) / self.kl)
+            wanted = self._unit_rate * math.sqrt(self.target(rho, 1.0) / self.kl)
+            self._scale = wanted if math.isnan(self._taken) else self._approach(wanted)
+            self.rate = self._scale * math.sqrt(entropy)
         return self.rate
+
+    def _approach(self, wanted: float) -> float:
+        """How far what was taken may go on its way to what is wanted."""
+        growth = min(max((wanted / self._taken) ** _PART_OF_WAY, _MIN_GROWTH), _MAX_GROWTH)
+        return min(max(wanted, self._taken / _MAX_SHRINKAGE), self._taken * growth)
 
     def _correlate(self, gain: float, deviation: float, advantages: Tensor) -> None:
         """Take in c of a batch, whose z have the root mean square `deviation`, by the average of k: that of one batch may be negative."""
@@ -229,19 +252,6 @@ class TrustRegion:
         kept = self._num_completions * math.exp(-len(scored) / _MEMORY)
         self._num_completions = kept + len(scored)
         self.correlation += (correlation - self.correlation) * len(scored) / self._num_completions
-
-    def _follow(self) -> None:
-        """Let the rate at c^2 H = 1 be the one that moves the policy by delta nats, as far as it may change: by the search's bound also where
-        the search ends. An average that is not positive, which the estimate from few completions can be, says to go on with the search, or
-        else nothing."""
-        curvature, taken = self._curvature / self._weight, self._unit_rate
-        growth = _MAX_SEARCH_GROWTH if self._is_searching else _MAX_GROWTH
-        if curvature > 0:
-            wanted = math.sqrt(self.kl / curvature)
-            self._is_searching = self._is_searching and wanted >= _MAX_SEARCH_GROWTH * taken
-        else:
-            wanted = math.inf if self._is_searching else taken
-        self._unit_rate = min(max(wanted, taken / _MAX_SHRINKAGE), taken * growth)
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain numbers, without the sketch of the parameters."""

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import TrainerCallback
 
-from oblr_trl import OBLRPOConfig, OBLRPOTrainer
+from oblr_trl import OBLRPOConfig, OBLRPOTrainer, trust_region
 from oblr_trl.baselines import GroupedBatch
 from oblr_trl.scores.accumulator import SketchAccumulator
 from oblr_trl.scores.factors import DenseGradient
@@ -260,15 +260,16 @@ def test_shards_of_fsdp_2_are_read_by_rows_and_other_ones_refused(process_group)
         local_entries(nn.Parameter(distribute_tensor(weight, mesh, [Replicate(), Shard(1)])))
 
 
-def policy(curvature):
-    """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region. Advantages of 0 leave c
-    where it starts, at 0.1, and rho is unknown."""
+def policy(curvature, num_moved=10**12):
+    """A policy of one parameter whose KL is `curvature` x its change squared, and a batch of it for a region, which has seen as many
+    completions as make no doubt. Advantages of 0 leave c where it starts, at 0.1, and rho is unknown."""
 
     def step(region, index, parameter, position=1.0, entropy=1.0, rho=math.nan):
         update = region.update_since(torch.tensor([parameter], dtype=torch.float64), step=index)
         movement = Movement()
         if update is not None:
             products = (math.sqrt(2 * curvature) * update).expand(4, 4)
+            region._num_moved = num_moved
             movement = region.observe(update, products, torch.zeros(4), position=position)
         return movement, region.next_rate(rho, entropy, position)
 
@@ -290,27 +291,45 @@ def test_the_search_ends_at_the_target_whatever_the_curvature(curvature):
     assert (torch.tensor(rates[1:]) / torch.tensor(rates[:-1])).max() <= 10 * (1 + 1e-6)
 
 
-def test_the_search_goes_all_the_way_in_the_batch_in_which_it_sees_the_end():
+def test_the_rate_goes_half_of_the_way_in_orders_of_magnitude():
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**5)  # the 316th part of what one parameter may move by
     step, parameter, rates = policy(1.0), 0.0, []
-    for index in range(5):
+    for index in range(8):
         rates.append(step(region, index, parameter)[1])
         parameter += rates[-1]
-    # Twice 10 times as much; then what is left of it, where a found rate would only double.
-    assert rates == pytest.approx([0.1 / 10**2.5, 0.1 / 10**1.5, 0.1 / 10**0.5, 0.1, 0.1], rel=1e-6)
+    # Ten times as much at most; half of what is left; 1.3 times as much at least.
+    exponents = [-2.5, -1.5, -0.75, -0.375, -0.1875]
+    assert rates[:5] == pytest.approx([0.1 * 10**exponent for exponent in exponents], rel=1e-6)
+    assert rates[5:] == pytest.approx([1.3 * rates[4], 0.1, 0.1], rel=1e-6)
 
 
-def test_the_batch_after_the_search_has_the_bounds_of_a_found_rate():
+@pytest.mark.parametrize(("num_completions", "doubt"), [(8, 126.0), (1000, 2.0), (10**6, 1.001)])
+def test_the_average_of_few_completions_is_taken_for_larger(num_completions, doubt):
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**5)
+    region.update_since(torch.zeros(1, dtype=torch.float64), step=0)
+    rate = region.next_rate(math.nan, 1.0, 1.0)
+    update = region.update_since(torch.full((1,), rate, dtype=torch.float64), step=1)
+    region.observe(
+        update, (math.sqrt(2) * update).expand(num_completions, 4), torch.zeros(num_completions), position=1.0
+    )
+    growth = math.sqrt(0.1 / math.sqrt(doubt) / rate)
+    assert region.next_rate(math.nan, 1.0, 1.0) == pytest.approx(rate * min(growth, 10.0), rel=1e-9)
+
+
+def test_a_jump_of_the_snr_is_approached_like_one_of_the_curvature():
+    region = TrustRegion(1.0)
+    region.start(squared_norm=2.0, num_parameters=4)
     step, parameter = policy(1.0), 0.0
-    for index in range(4):
+    for index in range(12):
         rate = step(region, index, parameter)[1]
         parameter += rate
     assert rate == pytest.approx(0.1, rel=1e-6)
-    region.load_state_dict(region.state_dict() | {"_curvature": 1e-20})
-    assert policy(1e-12)(region, 4, parameter)[1] == pytest.approx(0.2, rel=1e-6)
+    region.load_state_dict(region.state_dict() | {"correlation": 0.9})
+    assert step(region, 12, parameter, entropy=4.0)[1] == pytest.approx(
+        2 * 0.3, rel=1e-6
+    )  # a factor of 3 of 9; H at once
 
 
 def test_the_movement_is_a_part_of_the_entropy_also_while_it_falls():
@@ -330,11 +349,11 @@ def test_the_search_survives_a_batch_without_entropy_and_an_entropy_that_comes_a
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=10**12)
     step, parameter, rates = policy(1.0), 0.0, []
-    for index in range(12):
+    for index in range(16):
         rates.append(step(region, index, parameter, entropy=math.nan if index == 3 else 1.0)[1])
         parameter += rates[-1]
     assert rates[-1] == pytest.approx(0.1, rel=1e-6)
-    for index in range(12, 60):
+    for index in range(16, 60):
         rates.append(step(region, index, parameter, entropy=float(index % 2))[1])
         parameter += rates[-1]
     assert rates[-1] == pytest.approx(0.1, rel=1e-6)
@@ -404,7 +423,7 @@ def test_the_bounds_hold_for_either_snr():
     assert region.target(0.0, 1.0) == pytest.approx(0.2**2, rel=1e-12)
 
 
-def test_without_a_minimum_the_rate_falls_to_0_and_comes_back_with_the_signal():
+def test_without_a_minimum_the_rate_falls_towards_0_and_comes_back_with_the_signal():
     region = TrustRegion(1.0, min_correlation=0.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step, parameter, rates = policy(1.0), 0.0, []
@@ -414,7 +433,15 @@ def test_without_a_minimum_the_rate_falls_to_0_and_comes_back_with_the_signal():
     for index, rho in enumerate((0.0, 0.0, 0.2, 0.2), 12):
         rates.append(step(region, index, parameter, rho=rho)[1])
         parameter += rates[-1]
-    assert rates == pytest.approx([0.0, 0.0, 0.1, 0.1], rel=1e-6)
+    assert rates == pytest.approx([0.02, 0.004, 0.02, 0.02 * 5**0.5], rel=1e-6)
+    for index in range(16, 60):
+        rate = step(region, index, parameter, rho=0.0)[1]
+        parameter += rate
+    assert rate == pytest.approx(0.002, rel=1e-6)
+    for index in range(60, 66):
+        rate = step(region, index, parameter, rho=0.2)[1]
+        parameter += rate
+    assert rate == pytest.approx(0.1, rel=1e-6)
 
 
 def test_completions_without_a_score_or_with_equal_rewards_say_nothing_of_the_correlation():
@@ -455,7 +482,7 @@ def test_the_rate_is_held_where_a_batch_says_nothing():
     assert step(region, 10, 1e6)[1] == pytest.approx(rate / 5)  # far too far: the bound of a change
 
 
-def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
+def test_the_rate_is_held_where_the_estimate_is_negative():
     region = TrustRegion(1.0)
     region.start(squared_norm=2.0, num_parameters=4)
     step, total = policy(1.0), 0.0
@@ -472,9 +499,8 @@ def test_a_found_rate_grows_slowly_and_is_held_where_the_estimate_is_negative():
 
     # A batch without curvature leaves 0.8 of the average.
     assert next_rate() == pytest.approx(rate * math.sqrt(1 / 0.8), rel=0.03)
-    assert next_rate(_curvature=1e-20) == pytest.approx(2 * rate, rel=1e-3)
+    assert next_rate(_curvature=1e-20) == pytest.approx(10 * rate, rel=1e-3)
     assert next_rate(_curvature=-1.0) == rate
-    assert next_rate(_curvature=-1.0, _is_searching=True) == 10 * rate
 
 
 def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_nothing():
@@ -495,8 +521,8 @@ def test_the_schedule_shapes_the_rate_and_a_second_batch_of_a_step_measures_noth
 def test_steps_that_share_a_batch_count_at_their_mean_place_of_the_schedule():
     """Warm-up over four steps on one batch: rates of 0, 0.1, 0.2, 0.3 times the initial one make 0.6 of it, 0.15 each on average."""
     region = TrustRegion(1.0)
-    region.start(squared_norm=2.0, num_parameters=2, num_steps=4)
-    assert region.rate == pytest.approx(math.sqrt(1 / 2) / 4)
+    region.start(squared_norm=1.4, num_parameters=2, num_steps=4)
+    assert region.rate == pytest.approx(math.sqrt(2 / 2.8) / 4)
     step = policy(1.0)
     _, rate = step(region, 0, 0.0, position=0.0)
     movement, found = step(region, 4, 0.6 * rate, position=0.4)
@@ -520,9 +546,10 @@ def test_the_first_step_of_adam_moves_the_policy_by_less_than_delta(tmp_path):
 
 
 @pytest.mark.parametrize(("optim", "kl"), [("adamw_torch", 0.05), ("sgd", 0.01)])
-def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, optim, kl):
+def test_what_is_logged_is_the_movement_and_its_target_is_met(tmp_path, monkeypatch, optim, kl):
     """The measured KL against exact log-ratios of the same completions under both weights."""
-    options = {**TRUST, "max_steps": 14, "trust_region_kl": kl, "optim": optim}
+    monkeypatch.setattr(trust_region, "_DOUBT", 0)  # which few completions leave
+    options = {**TRUST, "max_steps": 20, "trust_region_kl": kl, "optim": optim}
     trainer = train(Recording, OBLRPOConfig, tmp_path, **options)
     measured, target = (torch.tensor(logged(trainer, f"trust_region/{name}")[-8:]) for name in ("kl", "kl_target"))
     model, exact = tiny_model(num_layers=2), []
@@ -570,7 +597,10 @@ def test_the_multipliers_bound_the_correlation(tmp_path, bound):
     assert len(set(logged(trainer, "trust_region/correlation"))) == 3  # what is logged is what was measured
 
 
-def test_the_target_and_the_rate_follow_the_larger_snr(tmp_path):
+def test_the_target_and_the_rate_follow_the_larger_snr(tmp_path, monkeypatch):
+    for bound in ("_MIN_GROWTH", "_MAX_GROWTH", "_MAX_SHRINKAGE"):  # none: the wanted rate is taken
+        monkeypatch.setattr(trust_region, bound, 1e12)
+
     class Overshoot(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 4:
