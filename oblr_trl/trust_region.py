@@ -37,8 +37,8 @@ _MAX_SHRINKAGE = 5.0
 # Of the average of KL / rate^2: about five batches. It falls while a policy learns, and a longer memory falls behind.
 _DECAY = 0.8
 # Completions after which that average is believed. Of a sure policy rare completions make most of the KL, and the first few hundred may
-# have none of them: of n completions it is taken for 1 + 1000 / n times as large.
-_DOUBT = 1000
+# have none of them: of n completions it is taken for 1 + 300 / n times as large.
+_DOUBT = 300
 _TINY = 1e-300  # keeps the curvature of no update finite
 # c^2 where a step begins, as a part of rho: what the tiny policies of the studies bear.
 _PART_OF_RHO = 0.05
