@@ -84,6 +84,10 @@ class TrustRegionArguments:
         default_factory=lambda: ["constant", *UNTUNED, "linear", "snr"],
         metadata={"help": "Methods that are run, of those named here."},
     )
+    compare_batch_sizes: bool = field(
+        default=True,
+        metadata={"help": "Whether to compare one value over batch sizes, where all of these are asked for."},
+    )
     tuning_seeds: int = field(default=3, metadata={"help": "Runs at every rate."})
     evaluation_seeds: int = field(default=5, metadata={"help": "Runs at the best rate."})
     num_steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, where the setting says nothing."})
@@ -215,7 +219,9 @@ def main(args: TrustRegionArguments) -> None:
             runs[setting].setdefault(method, []).append(run)
     record: dict[str, Any] = {"summary": summarise(gains, runs)}
     if set(BATCH_SIZES) <= set(args.settings):
-        record |= {"collapse": collapse(args), "batch_sizes": over_batch_sizes(args), "choosing_seeds": CHOOSING_SEEDS}
+        record |= {"collapse": collapse(args), "choosing_seeds": CHOOSING_SEEDS}
+        if args.compare_batch_sizes:
+            record["batch_sizes"] = over_batch_sizes(args)
     print(markdown(record | {"settings": vars(args)}))
     write_record(args.output, args, started, record)
 
