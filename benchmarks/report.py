@@ -43,6 +43,7 @@ SECTIONS = {
     "small_groups_graded": small_groups,
     "trust_region": trust_region,
     "trust_region_fresh": trust_region,
+    "trust_region_before": trust_region,
     "deltas": deltas,
     "kl_measures": kl_measures,
     "learning": learning,

@@ -95,6 +95,8 @@ def test_the_seeds_that_did_not_choose_the_rule_have_a_row_of_their_own():
     assert section.markdown(record).splitlines()[-1] == "| **mean** |  |  |  | 1.00 |  |"
     last = section.markdown(record | {"choosing_seeds": 1}).splitlines()[-1]
     assert last == "| mean of seeds 1 to 2, which had no part in the choice of the rule |  |  |  | 0.75 |  |"
+    last = section.markdown(record | {"choosing_seeds": 2}).splitlines()[-1]
+    assert last == "| mean of seed 2, which had no part in the choice of the rule |  |  |  | 1.00 |  |"
 
 
 def test_lion_steps_by_the_sign_of_its_interpolated_momentum():

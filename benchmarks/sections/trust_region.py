@@ -50,7 +50,8 @@ def markdown(record: dict[str, Any]) -> str:
     first, last = record.get("choosing_seeds", 0), settings["evaluation_seeds"]
     if 0 < first < last:
         later = [mean(_share_from(first, part["methods"], method) for part in summary.values()) for method in methods]
-        label = f"mean of seeds {first} to {last - 1}, which had no part in the choice of the rule"
+        seeds = f"seeds {first} to {last - 1}" if first < last - 1 else f"seed {first}"
+        label = f"mean of {seeds}, which had no part in the choice of the rule"
         rows.append([label, "", "", "", *(f"{value:.2f}" for value in later), ""])
     text = (
         f"{settings['num_steps']} steps where the setting says nothing; {settings['tuning_seeds']} seed(s) for each rate, "
