@@ -205,17 +205,16 @@ class TrustRegion:
         # The mean over the steps, on a schedule that is about linear between two batches.
         mean_position = self._position + (num_steps - 1) / (2 * num_steps) * (position - self._position)
         rate = self.rate * mean_position
-        if math.isfinite(kl):
+        # A step that was skipped moved nothing and says nothing.
+        if bool(update.any()) and math.isfinite(kl) and rate > 0:
             self._taken = self._scale
-            # A step that was skipped moved nothing and says nothing.
-            if bool(update.any()) and rate > 0:
-                self._num_moved += len(products)
-                self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
-                self._weight = _DECAY * self._weight + (1 - _DECAY)
-                average = max(self._curvature / self._weight, 0.0)  # that of few completions may be negative
-                self._correlate(gain, math.sqrt(2 * average) * rate, advantages)
-                if average > 0:
-                    self._unit_rate = math.sqrt(self.kl / (average * (1 + _DOUBT / self._num_moved)))
+            self._num_moved += len(products)
+            self._curvature = _DECAY * self._curvature + (1 - _DECAY) * kl / rate**2
+            self._weight = _DECAY * self._weight + (1 - _DECAY)
+            average = max(self._curvature / self._weight, 0.0)  # that of few completions may be negative
+            self._correlate(gain, math.sqrt(2 * average) * rate, advantages)
+            if average > 0:
+                self._unit_rate = math.sqrt(self.kl / (average * (1 + _DOUBT / self._num_moved)))
         return Movement(kl, 2 * kl / max(update.square().sum().item(), _TINY), gain / num_steps)
 
     def next_rate(self, rho: float, entropy: float, position: float) -> float:
